@@ -1,0 +1,66 @@
+"""The command line: one command a module in `ckptconv/commands/`, imported when it is asked for.
+
+Data go to stdout, everything else to stderr. Exit codes: 0 done, 1 the file is refused or a check
+failed, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from . import __version__
+from .errors import CkptconvError, UsageError
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "inspect": "inspect",
+    "plan": "plan",
+    "convert": "convert",
+    "architectures": "architectures",
+    "sample": "sample",
+    "demo": "demo",
+}
+"""Module in `ckptconv.commands` by name of the command, in the order of the help."""
+
+
+class _Group(click.Group):
+    """Imports a command when it is asked for, and turns our errors into exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f".commands.{COMMANDS[name]}", __package__)
+        command = module.command
+        assert isinstance(command, click.Command)  # noqa: S101  (ours)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        signal.signal(signal.SIGTERM, _terminated)
+        try:
+            return super().invoke(ctx)
+        except CkptconvError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _terminated(_number: int, _frame: object) -> NoReturn:
+    """Ends like Ctrl-C, so that nothing half-written stays behind."""
+    sys.exit(128 + signal.SIGTERM)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ckptconv")
+def main() -> None:
+    """Turn a lone Stable Diffusion checkpoint into a diffusers folder, offline.
+
+    Exit codes: 0 done, 1 the file is refused or a check failed, 2 wrong usage.
+    """

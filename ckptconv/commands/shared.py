@@ -1,0 +1,104 @@
+"""What several commands share: options, JSON, sizes and the progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..convert import Choices
+
+__all__ = ["Names", "choices_of", "echo_json", "json_option", "plan_options", "progress", "size"]
+
+FILE = click.Path(path_type=Path)
+"""Not checked by click: a missing file is refused with exit code 1 and our own sentence."""
+
+
+class Names(click.ParamType):
+    """Names separated by commas."""
+
+    name = "NAMES"
+
+    def convert(self, value: Any, param: object, ctx: object) -> list[str]:  # noqa: ARG002, D102
+        if isinstance(value, list):
+            return value
+        return [name.strip() for name in str(value).split(",") if name.strip()]
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+
+_PLAN_OPTIONS = (
+    click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), help="Cast the weights; as stored by default."),
+    click.option("--ema", is_flag=True, help="Take the EMA copy of the UNet."),
+    click.option("--only", type=Names(), help="Components to write, such as unet,vae."),
+    click.option("--vae", type=FILE, help="Take the VAE from another file or folder."),
+    click.option("--text-encoder", type=FILE, help="Take the text encoder from elsewhere."),
+    click.option("--text-encoder-2", type=FILE, help="Take the second text encoder from elsewhere."),
+    click.option(
+        "--prediction-type",
+        type=click.Choice(["epsilon", "v_prediction"]),
+        help="What the UNet predicts; found out by default.",
+    ),
+    click.option(
+        "--zero-terminal-snr/--no-zero-terminal-snr",
+        default=None,
+        help="Whether the noise schedule ends in pure noise; found out by default.",
+    ),
+    click.option("--original-config", type=FILE, help="The LDM or SGM yaml of the model; it wins."),
+)
+
+
+def plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options that decide what becomes of a file; `choices_of` collects them."""
+    return functools.reduce(lambda f, option: option(f), reversed(_PLAN_OPTIONS), function)
+
+
+def choices_of(options: dict[str, Any]) -> Choices:
+    """Returns the choices among a command's options."""
+    chosen: Any = {key: options[key] for key in Choices.__annotations__ if key in options}
+    return chosen  # type: ignore[no-any-return]
+
+
+def echo_json(data: Any) -> None:
+    """Prints JSON on stdout."""
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def size(nbytes: float) -> str:
+    """Returns a number of bytes for people.
+
+    >>> size(6938078334)
+    '6.94 GB'
+    """
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows a progress bar of bytes on stderr, or nothing where that is not a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _done, _total: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress("{task.description}", *columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

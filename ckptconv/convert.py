@@ -1,0 +1,202 @@
+"""The main job, put together: detect, configure, plan, execute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from . import __version__
+from .architecture import KeyMaps, bundled
+from .config import Config, configs, read_json
+from .detect import detect, option_fact
+from .errors import FileRefused
+from .execute import Layout, Report, check_destination, execute
+from .folder import component_headers
+from .header import read_header
+from .original_config import OriginalConfig, read_original_config
+from .plan import Donor, Plan, build_plan
+
+__all__ = ["Choices", "convert", "plan"]
+
+
+class Choices(TypedDict, total=False):
+    """What a caller may choose; every entry is optional.
+
+    Attributes:
+        dtype: `fp16`, `bf16` or `fp32` for the float tensors; as stored by default.
+        ema: take the EMA copy of the UNet instead of its weights.
+        only: names of the components to write.
+        vae: another checkpoint, a lone component file or a diffusers component folder.
+        text_encoder: likewise.
+        text_encoder_2: likewise.
+        prediction_type: `epsilon` or `v_prediction`; found out by default.
+        zero_terminal_snr: whether the noise schedule ends in pure noise; found out by default.
+        original_config: the LDM or SGM yaml of the model; it wins over what is measured.
+        maps: key maps to use; those that come with ckptconv by default.
+    """
+
+    dtype: str | None
+    ema: bool
+    only: Iterable[str] | None
+    vae: str | Path | None
+    text_encoder: str | Path | None
+    text_encoder_2: str | Path | None
+    prediction_type: str | None
+    zero_terminal_snr: bool | None
+    original_config: str | Path | None
+    maps: KeyMaps | None
+
+
+def plan(path: str | Path, **choices: Unpack[Choices]) -> Plan:
+    """Accounts for every key of a checkpoint, and writes nothing.
+
+    Args:
+        path: a safetensors file.
+        **choices: see `Choices`.
+
+    Raises:
+        FileRefused: the file, a donor or the original configuration cannot be used.
+        UsageError: the choices contradict each other or the file.
+    """
+    return _plan(path, choices)[0]
+
+
+def convert(
+    path: str | Path,
+    out: str | Path,
+    *,
+    layout: Layout = Layout(),  # noqa: B008  (frozen)
+    overwrite: bool = False,
+    ignore_unclaimed: bool = False,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    **choices: Unpack[Choices],
+) -> Report:
+    """Converts a checkpoint into a diffusers folder.
+
+    Args:
+        path: a safetensors file.
+        out: the folder to make.
+        layout: how the weights are laid out in files.
+        overwrite: replace a converted folder that is there.
+        ignore_unclaimed: leave out keys that no map knows, instead of refusing the file.
+        progress: is called with bytes written and bytes in all, from one thread at a time.
+        **choices: see `Choices`.
+
+    Raises:
+        FileRefused: the file, a donor or the original configuration cannot be used.
+        UsageError: the choices contradict each other or the file.
+        OutputError: the destination exists or cannot be written.
+    """
+    made, original = _plan(path, choices)
+    check_destination(Path(out), made, overwrite=overwrite)
+    made.require_complete(ignore_unclaimed=ignore_unclaimed)
+    built, notes = configured(made, original)
+    only = choices.get("only")
+    report = execute(
+        made,
+        built,
+        Path(out),
+        record=_record(made, built),
+        layout=layout,
+        only=None if only is None else frozenset(only),
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return Report(
+        report.out,
+        report.plan,
+        report.configs,
+        report.files,
+        (*made.detection.notes, *notes, *_absences(made), *report.warnings),
+        report.seconds,
+    )
+
+
+def configured(
+    made: Plan, original: OriginalConfig | None
+) -> tuple[dict[str, Config], list[str]]:
+    """Returns the configurations, and what the original configuration changed in them."""
+    built = configs(made)
+    if not original:
+        return built, []
+    overrides, notes = original.overrides(built)
+    return configs(made, overrides), notes
+
+
+def _plan(path: str | Path, choices: Choices) -> tuple[Plan, OriginalConfig | None]:
+    maps = choices.get("maps") or bundled()
+    header = read_header(path)
+    decided = {}
+    original = None
+    if yaml := choices.get("original_config"):
+        original = read_original_config(Path(yaml), maps)
+        decided |= original.facts
+    if (prediction_type := choices.get("prediction_type")) is not None:
+        decided["prediction_type"] = option_fact("prediction_type", prediction_type)
+    if (zero_snr := choices.get("zero_terminal_snr")) is not None:
+        decided["zero_terminal_snr"] = option_fact("zero_terminal_snr", zero_snr)
+    donors = {
+        "vae": choices.get("vae"),
+        "text_encoder": choices.get("text_encoder"),
+        "text_encoder_2": choices.get("text_encoder_2"),
+    }
+    made = build_plan(
+        detect(header, maps=maps, decided=decided),
+        ema=choices.get("ema", False),
+        only=choices.get("only"),
+        donors={name: _donor(name, Path(place)) for name, place in donors.items() if place},
+        dtype=choices.get("dtype"),
+    )
+    return made, original
+
+
+def _donor(name: str, place: Path) -> Donor:
+    """Reads a donor: a folder of one component, a whole diffusers folder, or a file."""
+    if not place.is_dir():
+        return Donor((read_header(place),))
+    folder = place / name if (place / name).is_dir() else place
+    config = folder / "config.json"
+    if not config.is_file():
+        raise FileRefused(
+            f"{folder}: holds no config.json", hint="give the folder of one diffusers component"
+        )
+    read_json(config)
+    return Donor(component_headers(folder), config)
+
+
+def _absences(made: Plan) -> list[str]:
+    return [
+        f"{name} is not in the file, so model_index.json says null: "
+        f"supply it with --{name.replace('_', '-')} FILE"
+        for name in made.absent
+    ]
+
+
+def _record(made: Plan, built: dict[str, Config]) -> dict[str, Any]:
+    """Returns what `ckptconv/source.json` says: enough to tell where the folder comes from."""
+    architecture, task = made.detection.require()
+    header = made.detection.header
+    return {
+        "architecture": architecture.name,
+        "assumed": {
+            f"{name}.{key}": config.values[key]
+            for name, config in built.items()
+            for key, origin in config.origins.items()
+            if origin == "assumed"
+        },
+        "ckptconv_version": __version__,
+        "donors": {name: str(d.headers[0].path.name) for name, d in made.donors.items()},
+        "dropped": {s.sources[0].key: s.reason for s in made.steps if s.reason},
+        "facts": {
+            f.name: {"detail": f.detail, "source": f.source, "value": f.value}
+            for f in made.detection.facts.values()
+        },
+        "source": {
+            "metadata": dict(header.metadata),
+            "name": header.path.name,
+            "size": header.size,
+        },
+        "task": task.name,
+        "unclaimed": list(made.unclaimed),
+    }

@@ -1,0 +1,269 @@
+"""Which architecture a file has, told from its header, with the evidence.
+
+Every architecture is judged, and every verdict is kept: a report can show why a file is what it
+is, and why it is not something else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .architecture import Architecture, Condition, KeyMaps, Task, bundled
+from .errors import Ambiguous, NotACheckpoint, UsageError
+from .facts import Fact, find_fact
+from .header import Header, TensorInfo, read_header
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Detection", "Line", "Verdict", "detect", "inspect", "option_fact"]
+
+CONV_IN = "input_blocks.0.0.weight"
+"""The UNet's first convolution, [model channels, input channels, 3, 3], in every architecture."""
+
+FACT_VALUES: dict[str, tuple[Any, ...]] = {
+    "prediction_type": ("epsilon", "v_prediction"),
+    "zero_terminal_snr": (False, True),
+}
+"""What a fact can be set to by an option."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One condition, put to a file."""
+
+    text: str
+    holds: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an architecture says of a file: all of its conditions, with the prefix that fits best."""
+
+    architecture: str
+    prefix: str
+    lines: tuple[Line, ...]
+
+    @property
+    def matches(self) -> bool:
+        """Whether every condition holds."""
+        return all(line.holds for line in self.lines)
+
+    @property
+    def failing(self) -> tuple[Line, ...]:
+        """The conditions that do not hold."""
+        return tuple(line for line in self.lines if not line.holds)
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """What a file is.
+
+    Attributes:
+        header: of the file.
+        verdicts: of every known architecture.
+        architecture: the one that matches, or None.
+        task: what the input channels tell; None without an architecture.
+        facts: by name, what names and shapes cannot tell and how it was decided.
+        refusal: why the file is not a known checkpoint; None with an architecture.
+        notes: where the metadata and the structure disagree.
+    """
+
+    header: Header
+    verdicts: tuple[Verdict, ...]
+    architecture: Architecture | None = None
+    task: Task | None = None
+    facts: Mapping[str, Fact] = field(default_factory=dict)
+    refusal: NotACheckpoint | None = None
+    notes: tuple[str, ...] = ()
+
+    def require(self) -> tuple[Architecture, Task]:
+        """Returns the architecture and the task.
+
+        Raises:
+            NotACheckpoint: none matched.
+        """
+        if self.refusal:
+            raise self.refusal
+        assert self.architecture is not None  # noqa: S101  (one or the other, by construction)
+        assert self.task is not None  # noqa: S101
+        return self.architecture, self.task
+
+    @property
+    def evidence(self) -> tuple[str, ...]:
+        """The conditions of the matching architecture, as sentences."""
+        name = self.architecture.name if self.architecture else ""
+        return tuple(
+            line.text for v in self.verdicts if v.architecture == name for line in v.lines
+        )
+
+
+def inspect(path: str | Path, *, maps: KeyMaps | None = None) -> Detection:
+    """Says what a file is, from its header alone (and a look at a few values).
+
+    Args:
+        path: a safetensors file.
+        maps: the key maps to use; those that come with ckptconv by default.
+
+    Raises:
+        HeaderError: the file is not a whole, well-formed safetensors file.
+        Ambiguous: several architectures match.
+    """
+    return detect(read_header(path), maps=maps)
+
+
+def detect(
+    header: Header,
+    *,
+    maps: KeyMaps | None = None,
+    decided: Mapping[str, Fact] | None = None,
+) -> Detection:
+    """Puts a header to every architecture.
+
+    Args:
+        header: of the file.
+        maps: the key maps to use; those that come with ckptconv by default.
+        decided: facts that an option or an original configuration decides.
+
+    Raises:
+        Ambiguous: several architectures match.
+    """
+    maps = maps or bundled()
+    verdicts = tuple(_judge(a, header.tensors) for a in maps.architectures.values())
+    matching = [v for v in verdicts if v.matches]
+    if len(matching) > 1:
+        raise Ambiguous(
+            f"{header.path}: several architectures match",
+            problems=[f"{v.architecture}: {'; '.join(line.text for line in v.lines)}" for v in matching],
+            hint="their conditions in arch.yaml overlap: add one that only one of them meets",
+        )
+    if not matching:
+        return Detection(header, verdicts, refusal=_refusal(header, verdicts, maps))
+    architecture = maps.architectures[matching[0].architecture]
+    task = architecture.tasks[header.tensors[matching[0].prefix + CONV_IN].shape[1]]
+    facts = {
+        name: (decided or {}).get(name) or find_fact(name, witnesses, header, task.name)
+        for name, witnesses in architecture.facts.items()
+    }
+    facts["task"] = Fact("task", task.name, "structure", "the UNet's input channels tell the task")
+    return Detection(
+        header,
+        verdicts,
+        architecture,
+        task,
+        facts,
+        notes=tuple(_disagreements(header, architecture, maps)),
+    )
+
+
+def option_fact(name: str, value: Any) -> Fact:
+    """Returns a fact that the user has set.
+
+    Raises:
+        UsageError: the fact cannot have this value.
+    """
+    if value not in FACT_VALUES[name]:
+        allowed = ", ".join(map(str, FACT_VALUES[name]))
+        raise UsageError(f"{name} cannot be {value!r}: it is one of {allowed}")
+    return Fact(name, value, "option", "set by an option")
+
+
+def _judge(architecture: Architecture, tensors: Mapping[str, TensorInfo]) -> Verdict:
+    """Tries the prefixes that the UNet may have, and keeps the one that fits best."""
+    verdicts = []
+    for prefix in dict.fromkeys(s.prefix for s in architecture.components["unet"].sources):
+        lines = [_channels(architecture, tensors.get(prefix + CONV_IN))]
+        lines += [_test(condition, prefix, tensors) for condition in architecture.conditions]
+        verdicts.append(Verdict(architecture.name, prefix, tuple(lines)))
+    return max(verdicts, key=lambda v: sum(line.holds for line in v.lines))
+
+
+def _channels(architecture: Architecture, conv_in: TensorInfo | None) -> Line:
+    known = ", ".join(f"{n} ({task.name})" for n, task in architecture.tasks.items())
+    if conv_in is None:
+        return Line(f"{CONV_IN} is missing: the file holds no UNet in the original layout", False)
+    if len(conv_in.shape) != 4:
+        return Line(f"{CONV_IN} has shape {list(conv_in.shape)}, needed a 4-D convolution", False)
+    count = conv_in.shape[1]
+    if count not in architecture.tasks:
+        return Line(f"the UNet has {count} input channels, needed {known}", False)
+    return Line(f"the UNet has {count} input channels: {architecture.tasks[count].name}", True)
+
+
+def _test(condition: Condition, prefix: str, tensors: Mapping[str, TensorInfo]) -> Line:
+    key, because = condition.key, f" ({condition.because})" if condition.because else ""
+    found: Any
+    if condition.kind in ("has", "lacks"):
+        found = "has" if prefix + key in tensors else "lacks"
+        needed = f", needed {'the key' if condition.kind == 'has' else 'none'}"
+        holds = found == condition.kind
+        return Line(f"the UNet {found} {key}{because if holds else needed}", holds)
+    if condition.kind == "rank":
+        info = tensors.get(prefix + key)
+        found = len(info.shape) if info else None
+        said = f"{key} has rank {found}" if info else f"{key} is missing"
+    else:
+        found = tuple(_indices(prefix + key, tensors))
+        said = f"{key}: * is {', '.join(map(str, found)) or 'nothing'}"
+    if found == condition.expected:
+        return Line(said + because, True)
+    expected = condition.expected
+    needed = ", ".join(map(str, expected)) if isinstance(expected, tuple) else str(expected)
+    return Line(f"{said}, needed {needed}{because}", False)
+
+
+def _indices(pattern: str, keys: Mapping[str, TensorInfo]) -> Iterator[int]:
+    """Yields, in order, the numbers that stand for the `*` in the keys."""
+    before, after = pattern.split("*")
+    found = re.compile(re.escape(before) + r"(0|[1-9]\d{0,4})" + re.escape(after))
+    yield from sorted(int(m[1]) for key in keys if (m := found.fullmatch(key)))
+
+
+def _refusal(header: Header, verdicts: tuple[Verdict, ...], maps: KeyMaps) -> NotACheckpoint:
+    """Says what the file is instead, or which architecture is nearest and where it fails."""
+    if not header.tensors:
+        return NotACheckpoint(f"{header.path}: the file holds no tensors", hint="check its source")
+    nearest = max(verdicts, key=lambda v: sum(line.holds for line in v.lines))
+    has_unet = any(nearest.prefix + CONV_IN in header.tensors for nearest in verdicts)
+    if not has_unet:
+        for entry in maps.read("foreign")["foreign"]:
+            if key := next((k for k in header.tensors if _is_like(k, entry)), None):
+                return NotACheckpoint(
+                    f"{header.path}: this is {entry['what']}",
+                    problems=[f"it holds the key {key!r}"],
+                    hint=entry["hint"],
+                )
+        some = ", ".join(list(header.tensors)[:3])
+        return NotACheckpoint(
+            f"{header.path}: this is not a Stable Diffusion checkpoint: no key is one of theirs",
+            problems=[f"it holds {len(header.tensors):,} tensors, such as {some}"],
+            hint="`ckptconv architectures` lists what is known",
+        )
+    return NotACheckpoint(
+        f"{header.path}: no known architecture matches; the nearest is {nearest.architecture}",
+        problems=[line.text for line in nearest.failing],
+        hint="`ckptconv inspect --verdicts FILE` shows what every architecture says of the file",
+    )
+
+
+def _is_like(key: str, entry: Mapping[str, Any]) -> bool:
+    return (
+        key in entry.get("keys", ())
+        or key.startswith(tuple(entry.get("starts", ())))
+        or key.endswith(tuple(entry.get("ends", ())))
+    )
+
+
+def _disagreements(header: Header, architecture: Architecture, maps: KeyMaps) -> Iterator[str]:
+    """Yields where the metadata names another architecture; names and shapes win."""
+    for key in ("modelspec.architecture", "ss_base_model_version"):
+        said = header.metadata.get(key, "")
+        for other in maps.architectures.values():
+            if said.startswith(tuple(other.aliases)) and not said.startswith(
+                tuple(architecture.aliases)
+            ):
+                yield f"the metadata says {key} = {said}, but the keys are those of {architecture.name}"

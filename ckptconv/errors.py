@@ -1,0 +1,84 @@
+"""Every exception that ckptconv raises on purpose.
+
+CkptconvError                what a caller catches
+├── FileRefused              the input file cannot be used
+│   ├── HeaderError          it is not a well-formed safetensors file
+│   ├── NotACheckpoint       it is well-formed, but no architecture matches it
+│   ├── Ambiguous            several architectures match it (a fault of the key maps)
+│   └── Incomplete           keys are missing, unknown or of the wrong shape
+├── MapError                 a key map or an architecture file breaks a law of the format
+├── UsageError               the options contradict each other or the file
+└── OutputError              the destination cannot be written
+
+An error lists all problems that were found, not only the first, and carries a hint: the next
+thing to do. `str(error)` is the text that the command line prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "Ambiguous",
+    "CkptconvError",
+    "FileRefused",
+    "HeaderError",
+    "Incomplete",
+    "MapError",
+    "NotACheckpoint",
+    "OutputError",
+    "UsageError",
+]
+
+SHOWN = 20
+"""Problems that the message of an error lists; the others are only counted."""
+
+
+class CkptconvError(Exception):
+    """The root of the tree: a sentence, the problems found, and what to do next."""
+
+    def __init__(self, message: str, *, problems: Sequence[str] = (), hint: str = "") -> None:
+        self.message = message
+        self.problems = tuple(problems)
+        self.hint = hint
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        lines = [self.message, *(f"  - {problem}" for problem in self.problems[:SHOWN])]
+        if len(self.problems) > SHOWN:
+            lines.append(f"  ... and {len(self.problems) - SHOWN} more")
+        if self.hint:
+            lines.append(f"hint: {self.hint}")
+        return "\n".join(lines)
+
+
+class FileRefused(CkptconvError):
+    """The input file cannot be used."""
+
+
+class HeaderError(FileRefused):
+    """The file is not a well-formed safetensors file."""
+
+
+class NotACheckpoint(FileRefused):
+    """The file is well-formed, but it is not a checkpoint of a known architecture."""
+
+
+class Ambiguous(FileRefused):
+    """Several architectures match: their conditions overlap, which is a fault of the key maps."""
+
+
+class Incomplete(FileRefused):
+    """Keys of the file are missing, unknown, or do not have the shape that the maps need."""
+
+
+class MapError(CkptconvError):
+    """A key map or an architecture file breaks a law of the format."""
+
+
+class UsageError(CkptconvError):
+    """The options contradict each other or the file."""
+
+
+class OutputError(CkptconvError):
+    """The destination cannot be written, or must not be."""

@@ -1,0 +1,1 @@
+"""Small reference networks in the original checkpoint layout, in plain torch."""
