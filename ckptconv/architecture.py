@@ -200,9 +200,7 @@ class KeyMaps:
     @functools.cached_property
     def architectures(self) -> dict[str, Architecture]:
         """Every architecture by name, in alphabetical order."""
-        names = {
-            path.parent.name for folder in self.folders for path in folder.glob("*/arch.yaml")
-        }
+        names = {path.parent.name for folder in self.folders for path in folder.glob("*/arch.yaml")}
         return {name: self._architecture(name) for name in sorted(names)}
 
     def _architecture(self, name: str) -> Architecture:
@@ -256,7 +254,9 @@ def _condition(line: Mapping[str, Any]) -> Condition:
     if isinstance(expected, list):
         expected = tuple(expected)
     if (expected is None) != (kind in {"has", "lacks"}):
-        raise ValueError(f"'has' and 'lacks' stand alone, the others need 'is' or 'are': {dict(line)}")
+        raise ValueError(
+            f"'has' and 'lacks' stand alone, the others need 'is' or 'are': {dict(line)}"
+        )
     return Condition(kind, line[kind], expected, line.get("because", ""))
 
 

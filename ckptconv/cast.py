@@ -68,4 +68,4 @@ def cast(data: bytearray, source: str, target: str) -> tuple[memoryview, int]:
     overflows = 0
     if after.isinf().any():
         overflows = int((after.isinf() & before.float().isfinite()).sum())
-    return memoryview(after.view(torch.uint8).numpy()), overflows
+    return memoryview(after.view(torch.uint8).numpy().data), overflows

@@ -48,7 +48,9 @@ class Config:
     origins: Mapping[str, str]
 
 
-def configs(plan: Plan, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Config]:
+def configs(
+    plan: Plan, overrides: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Config]:
     """Returns the configuration of every component that the plan does not leave absent.
 
     Args:
@@ -73,7 +75,7 @@ def configs(plan: Plan, overrides: Mapping[str, Mapping[str, Any]] | None = None
         values, origins = _filled(component, measure, architecture.maps.extended)
         wins = (overrides or {}).get(name, {})
         result[name] = Config(
-            component, values | wins, origins | dict.fromkeys(wins, "original config")
+            component, values | dict(wins), origins | dict.fromkeys(wins, "original config")
         )
     return result
 
@@ -119,7 +121,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise FileRefused(f"{path}: cannot be read as JSON: {error}", hint="check the file") from error
+        raise FileRefused(
+            f"{path}: cannot be read as JSON: {error}", hint="check the file"
+        ) from error
     if not isinstance(values, dict):
         raise FileRefused(f"{path}: holds no JSON object", hint="check the file")
     return values
@@ -219,5 +223,9 @@ def _fill(value: Any) -> Any:
     try:
         filled = OmegaConf.create({"value": value})["value"]
     except OmegaConfBaseException as error:
-        raise MapError(f"a configuration has a hole that cannot be filled: {value}: {error}") from error
-    return OmegaConf.to_container(filled) if isinstance(filled, (DictConfig, ListConfig)) else filled
+        raise MapError(
+            f"a configuration has a hole that cannot be filled: {value}: {error}"
+        ) from error
+    return (
+        OmegaConf.to_container(filled) if isinstance(filled, (DictConfig, ListConfig)) else filled
+    )

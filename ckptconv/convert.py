@@ -12,6 +12,7 @@ from .config import Config, configs, read_json
 from .detect import detect, option_fact
 from .errors import FileRefused
 from .execute import Layout, Report, check_destination, execute
+from .facts import Fact
 from .folder import component_headers
 from .header import read_header
 from .original_config import OriginalConfig, read_original_config
@@ -113,9 +114,7 @@ def convert(
     )
 
 
-def configured(
-    made: Plan, original: OriginalConfig | None
-) -> tuple[dict[str, Config], list[str]]:
+def configured(made: Plan, original: OriginalConfig | None) -> tuple[dict[str, Config], list[str]]:
     """Returns the configurations, and what the original configuration changed in them."""
     built = configs(made)
     if not original:
@@ -127,7 +126,7 @@ def configured(
 def _plan(path: str | Path, choices: Choices) -> tuple[Plan, OriginalConfig | None]:
     maps = choices.get("maps") or bundled()
     header = read_header(path)
-    decided = {}
+    decided: dict[str, Fact] = {}
     original = None
     if yaml := choices.get("original_config"):
         original = read_original_config(Path(yaml), maps)

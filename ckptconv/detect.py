@@ -97,9 +97,7 @@ class Detection:
     def evidence(self) -> tuple[str, ...]:
         """The conditions of the matching architecture, as sentences."""
         name = self.architecture.name if self.architecture else ""
-        return tuple(
-            line.text for v in self.verdicts if v.architecture == name for line in v.lines
-        )
+        return tuple(line.text for v in self.verdicts if v.architecture == name for line in v.lines)
 
 
 def inspect(path: str | Path, *, maps: KeyMaps | None = None) -> Detection:
@@ -138,7 +136,9 @@ def detect(
     if len(matching) > 1:
         raise Ambiguous(
             f"{header.path}: several architectures match",
-            problems=[f"{v.architecture}: {'; '.join(line.text for line in v.lines)}" for v in matching],
+            problems=[
+                f"{v.architecture}: {'; '.join(line.text for line in v.lines)}" for v in matching
+            ],
             hint="their conditions in arch.yaml overlap: add one that only one of them meets",
         )
     if not matching:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import re
 import secrets
 import shutil
@@ -93,7 +92,7 @@ def execute(
     out: Path,
     *,
     record: Mapping[str, Any],
-    layout: Layout = Layout(),  # noqa: B008  (frozen)
+    layout: Layout = Layout(),
     only: frozenset[str] | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
@@ -140,7 +139,7 @@ def execute(
         texts[f"{ASIDE}/{RECORD}"] = _json(record)
         need = sum(file.size for file in files) + sum(len(t.encode()) for t in texts.values())
         _check_room(out, need)
-        for folder in {Path(name).parent for name in [*texts, *(f.path for f in files)]}:
+        for folder in {Path(name).parent for name in [*texts, *(str(f.path) for f in files)]}:
             (partial / folder).mkdir(exist_ok=True)
         done = _Sum(need, progress)
         steps = [s for s in plan.steps if any((t.place, t.key) in targets for t in s.targets)]
@@ -199,7 +198,9 @@ def sibling(out: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
     except OSError as error:
-        if error.filename and not Path(error.filename).resolve().is_relative_to(out.parent.resolve()):
+        if error.filename and not Path(error.filename).resolve().is_relative_to(
+            out.parent.resolve()
+        ):
             raise
         why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise OutputError(
@@ -271,7 +272,8 @@ def _weight_files(
     folder = Path(component.name)
     if len(shards) == 1:
         return [lay_out(folder / f"{stem}{dotted}.safetensors", slots, metadata)], {}
-    files, weight_map = [], {}
+    files = []
+    weight_map: dict[str, str] = {}
     for n, shard in enumerate(shards, 1):
         name = f"{stem}{dotted}-{n:05}-of-{len(shards):05}.safetensors"
         files.append(lay_out(folder / name, shard, metadata))

@@ -46,9 +46,7 @@ class Fact:
     detail: str
 
 
-def find_fact(
-    name: str, witnesses: Sequence[Mapping[str, Any]], header: Header, task: str
-) -> Fact:
+def find_fact(name: str, witnesses: Sequence[Mapping[str, Any]], header: Header, task: str) -> Fact:
     """Asks the witnesses in order and returns the first answer.
 
     Raises:
@@ -89,7 +87,9 @@ def _last_of(name: str, witness: Mapping[str, Any], header: Header, _task: str) 
     values = _few_values(header, key)
     if not values:
         return None
-    return _judged(name, witness, values[-1] < witness["below"], f"{key} ends with {values[-1]:.3g}")
+    return _judged(
+        name, witness, values[-1] < witness["below"], f"{key} ends with {values[-1]:.3g}"
+    )
 
 
 def _spread_of(name: str, witness: Mapping[str, Any], header: Header, _task: str) -> Fact | None:

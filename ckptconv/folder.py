@@ -56,14 +56,18 @@ def _shards(index: Path) -> tuple[Header, ...]:
         raise FileRefused(f"{index}: has no weight_map", hint="the index of the shards is damaged")
     names = sorted(set(map(str, weight_map.values())))
     if bad := [name for name in names if Path(name).name != name]:
-        raise FileRefused(f"{index}: names files outside its folder: {bad[0]}", hint="check the file")
+        raise FileRefused(
+            f"{index}: names files outside its folder: {bad[0]}", hint="check the file"
+        )
     headers = tuple(read_header(index.parent / name) for name in names)
     held = {key for header in headers for key in header.tensors}
     wrong = sorted(held ^ weight_map.keys())
     if wrong:
         raise FileRefused(
             f"{index}: does not agree with the shards",
-            problems=[f"{key}: in {'the shards' if key in held else 'the index'} only" for key in wrong],
+            problems=[
+                f"{key}: in {'the shards' if key in held else 'the index'} only" for key in wrong
+            ],
             hint="copy the folder again from its source",
         )
     return headers

@@ -218,11 +218,13 @@ class KeyMap:
                 indices = [
                     int(key[at])
                     for key in split
-                    if tuple(key[:at]) == rule.source[:at] and key[at : at + 1] and _is_index(key[at])
+                    if tuple(key[:at]) == rule.source[:at]
+                    and key[at : at + 1]
+                    and _is_index(key[at])
                 ]
                 last = str(max(indices)) if indices else LAST
                 source = (*rule.source[:at], last, *rule.source[at + 1 :])
-                rule = dataclasses.replace(rule, source=source)  # noqa: PLW2901
+                rule = dataclasses.replace(rule, source=source)
             rules.append(rule)
         bound = object.__new__(KeyMap)
         bound.__dict__.update(self.__dict__)
@@ -265,7 +267,12 @@ class KeyMap:
 
 def _is_index(segment: str) -> bool:
     """Decimal without leading zeros, and no longer than any real index."""
-    return segment.isascii() and segment.isdigit() and len(segment) < 6 and str(int(segment)) == segment
+    return (
+        segment.isascii()
+        and segment.isdigit()
+        and len(segment) < 6
+        and str(int(segment)) == segment
+    )
 
 
 def _line(rule: Rule) -> str:

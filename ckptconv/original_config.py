@@ -36,9 +36,7 @@ class OriginalConfig:
     facts: Mapping[str, Fact] = field(default_factory=dict)
     values: tuple[tuple[Mapping[str, Any], Any], ...] = ()
 
-    def overrides(
-        self, built: Mapping[str, Config]
-    ) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    def overrides(self, built: Mapping[str, Config]) -> tuple[dict[str, dict[str, Any]], list[str]]:
         """Returns the values that win, by component, and a sentence for each disagreement.
 
         Args:
@@ -81,7 +79,13 @@ def read_original_config(path: Path, maps: KeyMaps) -> OriginalConfig:
         if not isinstance(loaded, DictConfig):
             raise FileRefused(f"{path}: is not a YAML mapping", hint=hint)
         tree = OmegaConf.to_container(loaded, resolve=False)
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+    except (
+        OSError,
+        UnicodeDecodeError,
+        YAMLError,
+        OmegaConfBaseException,
+        RecursionError,
+    ) as error:
         raise FileRefused(f"{path}: cannot be read as YAML: {error}", hint=hint) from error
     params = _at(tree, "model.params")
     if not isinstance(params, dict):

@@ -83,7 +83,9 @@ def layout_of(
         tensors.append((key, kind, shape))
     if ema:
         copied = [t for t in tensors if t[0].startswith("model.diffusion_model.")]
-        tensors += [("model_ema." + k[len("model.") :].replace(".", ""), d, s) for k, d, s in copied]
+        tensors += [
+            ("model_ema." + k[len("model.") :].replace(".", ""), d, s) for k, d, s in copied
+        ]
         tensors += [("model_ema.decay", "F32", ()), ("model_ema.num_updates", "I32", ())]
     return sorted(tensors)
 

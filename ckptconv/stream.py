@@ -24,7 +24,7 @@ __all__ = ["Piece", "WeightFile", "lay_out", "pieces", "write"]
 
 THREADS = 2
 CHUNK = 32 << 20
-"""Bytes that one call moves: large enough to cost nothing, small enough for a smooth progress bar."""
+"""Bytes that one call moves: large enough to cost nothing, small enough for a smooth bar."""
 CAST_CHUNK = 4 << 20
 """Elements that are cast at a time."""
 
@@ -182,8 +182,8 @@ def write(
             stop.set()
             raise
     for file in files:
-        with file.path.open("r+b") as out:
-            out.write(file.beginning)
+        with file.path.open("r+b") as whole:
+            whole.write(file.beginning)
     return warnings
 
 
@@ -264,7 +264,9 @@ def _move(
     if piece.is_copy:
         _copy(source, piece.source, target, piece.target[1], piece.nbytes, progress)
         return
-    data = _read(source, piece.source, _nbytes(piece.count, piece.dtypes[0]))
+    data: bytearray | memoryview = _read(
+        source, piece.source, _nbytes(piece.count, piece.dtypes[0])
+    )
     if piece.transposed is not None:
         data = _transposed(data, piece.transposed)
     if piece.dtypes[0] != piece.dtypes[1]:
@@ -330,7 +332,7 @@ def _refuse_short(path: Path) -> None:
     )
 
 
-def _transposed(data: bytearray, shape: tuple[int, ...]) -> bytearray:
+def _transposed(data: bytearray | memoryview, shape: tuple[int, ...]) -> bytearray | memoryview:
     import numpy as np
 
     rows, columns = shape

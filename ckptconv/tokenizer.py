@@ -52,7 +52,7 @@ def tokenizer_files(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _byte_symbols() -> list[str]:
-    """Returns a printable character for each byte: itself where it is printable, else a stand-in."""
+    """Returns a printable character for each byte: itself where it is one, else a stand-in."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     printable += range(ord("®"), ord("ÿ") + 1)
     others = [byte for byte in range(256) if byte not in printable]

@@ -315,6 +315,20 @@ def test_norms_have_the_published_epsilons() -> None:
             assert (module.num_groups, module.eps) == (32, 1e-6)
 
 
+def test_heads_are_the_published_ones() -> None:
+    def heads(config: unet.UNetConfig) -> list[int]:
+        with torch.device("meta"):
+            blocks = unet.UNet(config).input_blocks.modules()
+        return [block.heads for block in blocks if isinstance(block, unet.Attention)][::2]
+
+    assert heads(unet.SD15) == [8, 8, 8, 8, 8, 8]
+    assert heads(unet.SD21) == [5, 5, 10, 10, 20, 20]
+    assert heads(unet.SDXL) == [10] * 4 + [20] * 20
+    assert heads(unet.REFINER) == [12] * 8 + [24] * 8
+    encoders = (text.CLIP_L, text.OPENCLIP_H, text.OPENCLIP_BIGG)
+    assert [config.heads for config in encoders] == [12, 16, 20]
+
+
 def test_linear_and_conv_storage_compute_the_same() -> None:
     config = unet.TINY_SD1
     pairs: list[tuple[nn.Module, nn.Module, tuple[Tensor, ...]]] = [
@@ -330,6 +344,22 @@ def test_linear_and_conv_storage_compute_the_same() -> None:
         shapes = {key: value.shape for key, value in linear.double().state_dict().items()}
         linear.load_state_dict({k: v.view(shapes[k]) for k, v in conv.state_dict().items()})
         torch.testing.assert_close(conv(*inputs), linear(*inputs))
+
+
+def test_blocks_are_residual() -> None:
+    x, emb, context = noise(1, 64, 4, 4), noise(1, 256), noise(1, 7, 128)
+    cases: list[tuple[nn.Module, str, tuple[Tensor, ...]]] = [
+        (unet.ResBlock(64, 64, 256), "out_layers.3", (x, emb)),
+        (unet.SpatialTransformer(64, 1, unet.TINY_SD1), "proj_out", (x, context)),
+        (vae.ResnetBlock(64, 64), "conv2", (x,)),
+        (vae.AttnBlock(64, linear=False), "proj_out", (x,)),
+    ]
+    for block, last, inputs in cases:
+        randomise(block.double(), 0)
+        assert not torch.allclose(block(*inputs), x, atol=0.1)
+        for parameter in block.get_submodule(last).parameters():
+            parameter.data.zero_()
+        assert torch.equal(block(*inputs), x)
 
 
 def test_middle_variants() -> None:

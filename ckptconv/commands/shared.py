@@ -8,24 +8,36 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..convert import Choices
 
-__all__ = ["Names", "choices_of", "echo_json", "json_option", "plan_options", "progress", "size"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "Names",
+    "choices_of",
+    "console",
+    "echo_json",
+    "json_option",
+    "plan_options",
+    "progress",
+    "size",
+]
 
 FILE = click.Path(path_type=Path)
 """Not checked by click: a missing file is refused with exit code 1 and our own sentence."""
 
 
-class Names(click.ParamType):
+class Names(click.ParamType[list[str]]):
     """Names separated by commas."""
 
     name = "NAMES"
 
-    def convert(self, value: Any, param: object, ctx: object) -> list[str]:  # noqa: ARG002, D102
+    def convert(self, value: Any, param: object, ctx: object) -> list[str]:  # noqa: D102
         if isinstance(value, list):
             return value
         return [name.strip() for name in str(value).split(",") if name.strip()]
@@ -34,12 +46,18 @@ class Names(click.ParamType):
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 _PLAN_OPTIONS = (
-    click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), help="Cast the weights; as stored by default."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["fp16", "bf16", "fp32"]),
+        help="Cast the weights; as stored by default.",
+    ),
     click.option("--ema", is_flag=True, help="Take the EMA copy of the UNet."),
     click.option("--only", type=Names(), help="Components to write, such as unet,vae."),
     click.option("--vae", type=FILE, help="Take the VAE from another file or folder."),
     click.option("--text-encoder", type=FILE, help="Take the text encoder from elsewhere."),
-    click.option("--text-encoder-2", type=FILE, help="Take the second text encoder from elsewhere."),
+    click.option(
+        "--text-encoder-2", type=FILE, help="Take the second text encoder from elsewhere."
+    ),
     click.option(
         "--prediction-type",
         type=click.Choice(["epsilon", "v_prediction"]),
@@ -68,6 +86,14 @@ def choices_of(options: dict[str, Any]) -> Choices:
 def echo_json(data: Any) -> None:
     """Prints JSON on stdout."""
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def console() -> Console:
+    """Returns a console on stdout; where that is not a terminal, wide enough for our tables."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 160
+    return Console(width=width, highlight=False, soft_wrap=True)
 
 
 def size(nbytes: float) -> str:

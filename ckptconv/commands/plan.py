@@ -1,0 +1,49 @@
+"""`ckptconv plan`: what would become of every key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..convert import plan
+from ..report import plan_rows
+from .shared import FILE, choices_of, echo_json, json_option, plan_options
+
+
+@click.command("plan")
+@click.argument("file", type=FILE)
+@plan_options
+@json_option
+@click.pass_context
+def command(ctx: click.Context, file: Path, *, as_json: bool, **options: Any) -> None:
+    """Show what becomes of every key of FILE: source, operation, target, shape.
+
+    Exits with 1 if keys are missing, unknown or of a wrong shape.
+    """
+    made = plan(file, **choices_of(options))
+    rows = plan_rows(made)
+    if as_json:
+        echo_json(
+            {
+                "file": str(file),
+                "lossless": made.lossless,
+                "problems": list(made.problems),
+                "absent": list(made.absent),
+                "keys": rows,
+            }
+        )
+    else:
+        for row in rows:
+            targets = " + ".join(row["targets"]) or row["reason"]
+            reason = f" ({row['reason']})" if row["reason"] and row["targets"] else ""
+            cast = row["target_dtype"] or row["dtype"]
+            dtype = row["dtype"] if cast == row["dtype"] else f"{row['dtype']} to {cast}"
+            click.echo(f"{row['source']}\t{row['op']}\t{targets}{reason}\t{dtype} {row['shape']}")
+        counts = f"{len(rows):,} keys; {'lossless' if made.lossless else 'not lossless'}"
+        click.echo(f"{counts}; missing components: {', '.join(made.absent) or 'none'}", err=True)
+        for problem in made.problems:
+            click.echo(f"problem: {problem}", err=True)
+    if made.problems or made.unclaimed:
+        ctx.exit(1)
