@@ -42,7 +42,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What an architecture says of a file: all of its conditions, with the prefix that fits best."""
+    """What an architecture says of a file: its conditions, with the prefix that fits best."""
 
     architecture: str
     prefix: str
@@ -266,4 +266,4 @@ def _disagreements(header: Header, architecture: Architecture, maps: KeyMaps) ->
             if said.startswith(tuple(other.aliases)) and not said.startswith(
                 tuple(architecture.aliases)
             ):
-                yield f"the metadata says {key} = {said}, but the keys are those of {architecture.name}"
+                yield f"the metadata says {key} = {said}, the keys are those of {architecture.name}"

@@ -7,6 +7,7 @@ are random, of a scale at which a forward pass stays finite; noise schedules are
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -30,9 +31,9 @@ Tensor = tuple[str, str, tuple[int, ...]]
 """Name, dtype and shape."""
 
 POOL = 1 << 22
-"""Random values that are drawn once; every tensor is a stretch of them, from an offset of its own."""
+"""Random values that are drawn once; every tensor is a stretch of them, from its own offset."""
 NARROW = 128
-"""Axes shorter than this are not widths (kernels, latents, positions), so a small sample keeps them."""
+"""Shorter axes are not widths (kernels, latents, positions): a small sample keeps them."""
 NOT_WIDTHS = {1000, 49408}
 """Nor are these: the steps of the noise schedule, and the vocabulary."""
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
@@ -140,7 +141,7 @@ def _is_beyond(key: str, repeats: Mapping[str, int]) -> bool:
     segments = key.split(".")
     return any(
         container in repeats and index.isdigit() and int(index) >= repeats[container]
-        for container, index in zip(segments, segments[1:], strict=False)
+        for container, index in itertools.pairwise(segments)
     )
 
 

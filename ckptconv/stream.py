@@ -264,19 +264,18 @@ def _move(
     if piece.is_copy:
         _copy(source, piece.source, target, piece.target[1], piece.nbytes, progress)
         return
-    data: bytearray | memoryview = _read(
-        source, piece.source, _nbytes(piece.count, piece.dtypes[0])
-    )
+    data = _read(source, piece.source, _nbytes(piece.count, piece.dtypes[0]))
     if piece.transposed is not None:
         data = _transposed(data, piece.transposed)
+    view = memoryview(data)
     if piece.dtypes[0] != piece.dtypes[1]:
         from .cast import cast
 
-        data, overflows = cast(data, *piece.dtypes)
+        view, overflows = cast(data, *piece.dtypes)
         if overflows:
             name = f"{piece.source[0].name}, byte {piece.source[1]:,}"
             warnings.append(f"{name}: {overflows:,} values are too large for {piece.dtypes[1]}")
-    view, done = memoryview(data), 0
+    done = 0
     while done < len(view):
         done += os.pwrite(target, view[done:], piece.target[1] + done)
     progress(piece.nbytes)
@@ -332,7 +331,7 @@ def _refuse_short(path: Path) -> None:
     )
 
 
-def _transposed(data: bytearray | memoryview, shape: tuple[int, ...]) -> bytearray | memoryview:
+def _transposed(data: bytearray, shape: tuple[int, ...]) -> bytearray:
     import numpy as np
 
     rows, columns = shape

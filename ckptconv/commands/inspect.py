@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @json_option
 @click.pass_context
 def command(
-    ctx: click.Context, file: Path, *, tree: bool, verdicts: bool, hashed: bool, as_json: bool
+    ctx: click.Context, /, file: Path, *, tree: bool, verdicts: bool, hashed: bool, as_json: bool
 ) -> None:
     """Say what FILE is: architecture, task, components, and the evidence.
 

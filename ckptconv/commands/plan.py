@@ -17,7 +17,7 @@ from .shared import FILE, choices_of, echo_json, json_option, plan_options
 @plan_options
 @json_option
 @click.pass_context
-def command(ctx: click.Context, file: Path, *, as_json: bool, **options: Any) -> None:
+def command(ctx: click.Context, /, file: Path, *, as_json: bool, **options: Any) -> None:
     """Show what becomes of every key of FILE: source, operation, target, shape.
 
     Exits with 1 if keys are missing, unknown or of a wrong shape.
