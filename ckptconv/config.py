@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -130,6 +129,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _version(library: str) -> str:
+    import importlib.metadata  # slow, and only needed to write a configuration
+
     return importlib.metadata.version(library)
 
 

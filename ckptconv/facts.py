@@ -14,7 +14,7 @@ is a mapping with one of the words below, and the answer: `value` (if the test h
 
 from __future__ import annotations
 
-import statistics
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,7 +97,8 @@ def _spread_of(name: str, witness: Mapping[str, Any], header: Header, _task: str
     values = _few_values(header, key)
     if not values:
         return None
-    spread = statistics.pstdev(values)
+    mean = sum(values) / len(values)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
     side = "above" if spread > witness["above"] else "not above"
     detail = f"the values of {key} spread by {spread:.3g}, {side} {witness['above']}"
     return _judged(name, witness, spread > witness["above"], detail)

@@ -35,6 +35,12 @@ REASONS = {
 }
 """Why a key may be dropped."""
 
+SECTIONS = {"kinds": dict, "blocks": dict, "drop": dict, "optional": list, "repeats": list}
+"""The sections of a map's file, and whether each is a table or a list."""
+
+SPLITS = "split_rows"
+"""The operation that has several targets; every other has one."""
+
 Pattern = tuple[str, ...]
 
 
@@ -108,11 +114,18 @@ def _overlaps(node: _Node, pattern: Pattern, exact: bool) -> Iterator[Rule]:
     if pattern:
         head, rest = pattern[0], pattern[1:]
         for segment, child in node.below.items():
-            if segment == head or (LAST not in (segment, head) and "*" in (segment, head)):
+            if _meet(segment, head):
                 yield from _overlaps(child, rest, exact)
     elif not exact:
         for child in node.below.values():
             yield from _overlaps(child, (), exact)
+
+
+def _meet(one: str, other: str) -> bool:
+    """Whether two segments of patterns can stand for the same segment of a key."""
+    if LAST in (one, other):  # the last may be any index, but the stars leave it out
+        return one == other or _is_index(one) or _is_index(other)
+    return one == other or "*" in (one, other)
 
 
 def _find(node: _Node, key: Pattern, stars: Pattern) -> tuple[Rule, int, Pattern] | None:
@@ -165,6 +178,10 @@ class KeyMap:
         self._optional = _Tree()
         problems = []
         for rule in self.rules:
+            if not _last_is_placed(rule):
+                problems.append(
+                    f"{_line(rule)}: '-1' may stand once, in 'drop', with no '*' before it"
+                )
             if clash := self._sources.add(rule.source, rule):
                 problems.append(f"{_line(clash)} and {_line(rule)} can match the same key")
             if rule.op is DROP:
@@ -186,25 +203,33 @@ class KeyMap:
         Raises:
             MapError: a part of the file is unknown or malformed, or a law is broken.
         """
-        known = {"extends", "kinds", "blocks", "drop", "optional", "repeats"}
-        problems = [f"unknown section {part!r}" for part in data if part not in known]
-        kinds = data.get("kinds") or {}
-        problems += [f"kind {k!r} has the name of an operation" for k in kinds if k in OPS]
+        sections, problems = _sections(data)
+        kinds = sections["kinds"]
+        for kind, table in kinds.items():
+            if kind in OPS:
+                problems.append(f"kind {kind!r} has the name of an operation")
+            if not isinstance(table, dict):
+                problems.append(f"kind {kind!r} needs a table, found {table!r}")
         rules: list[Rule] = []
-        for source, target in (data.get("blocks") or {}).items():
+        lines = [*sections["blocks"].items()] if not problems else []
+        for source, target in lines:
             try:
                 rules += _expand(source, target, kinds)
             except ValueError as error:
                 problems.append(f"{source}: {error}")
-        for source, reason in (data.get("drop") or {}).items():
-            if reason not in REASONS:
-                problems.append(f"{source}: reason {reason!r} is not one of {', '.join(REASONS)}")
-            rules.append(Rule(tuple(source.split(".")), (), DROP, reason=str(reason)))
+        for source, reason in sections["drop"].items():
+            try:
+                rules.append(_dropped(source, reason))
+            except ValueError as error:
+                problems.append(f"{source}: {error}")
+        for pattern in (*sections["optional"], *sections["repeats"]):
+            try:
+                _pattern(pattern)
+            except ValueError as error:
+                problems.append(str(error))
         if problems:
             raise MapError(f"{name}: the key map is malformed", problems=problems)
-        return cls(
-            name, rules, optional=data.get("optional") or (), repeats=data.get("repeats") or ()
-        )
+        return cls(name, rules, optional=sections["optional"], repeats=sections["repeats"])
 
     def bound(self, keys: Iterable[str]) -> KeyMap:
         """Returns the map for a file that holds `keys`: every `-1` is the index it stands for."""
@@ -279,25 +304,66 @@ def _line(rule: Rule) -> str:
     return repr(".".join(rule.source))
 
 
-def _expand(source: str, target: object, kinds: Mapping[str, Mapping[str, Any]]) -> Iterator[Rule]:
+def _last_is_placed(rule: Rule) -> bool:
+    if any(LAST in target for target in rule.targets):
+        return False
+    if LAST not in rule.source:
+        return True
+    before = rule.source[: rule.source.index(LAST)]
+    return rule.op is DROP and "*" not in before and rule.source.count(LAST) == 1
+
+
+def _sections(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns every section of a map's file, empty where it has none, and what is wrong."""
+    sections: dict[str, Any] = {part: needed() for part, needed in SECTIONS.items()}
+    problems = []
+    for part, content in data.items():
+        if part not in SECTIONS:
+            problems.append(f"unknown section {part!r}")
+        elif isinstance(content, SECTIONS[part]):
+            sections[part] = content
+        elif content is not None:
+            needed = "table" if SECTIONS[part] is dict else "list"
+            problems.append(f"section {part!r} needs a {needed}, found {content!r}")
+    return sections, problems
+
+
+def _pattern(text: object) -> Pattern:
+    if not isinstance(text, str) or not all(text.split(".")):
+        raise ValueError(f"needs a dotted name (a number in quotes), found {text!r}")
+    return tuple(text.split("."))
+
+
+def _dropped(source: object, reason: object) -> Rule:
+    if not isinstance(reason, str) or reason not in REASONS:
+        raise ValueError(f"reason {reason!r} is not one of {', '.join(REASONS)}")
+    return Rule(_pattern(source), (), DROP, reason=reason)
+
+
+def _expand(
+    source: object, target: object, kinds: Mapping[str, Mapping[str, Any]]
+) -> Iterator[Rule]:
     """Writes out one line of `blocks` or of a kind's table."""
-    pattern = tuple(source.split("."))
+    pattern = _pattern(source)
     if isinstance(target, str):
-        yield Rule(pattern, (tuple(target.split(".")),))
+        yield Rule(pattern, (_pattern(target),))
         return
     if not isinstance(target, Mapping) or len(target) != 1:
         raise ValueError(f"needs a name or {{kind or operation: name}}, found {target!r}")
     ((word, names),) = target.items()
     if word in kinds:
+        place = _pattern(names)
         for sub_source, sub_target in kinds[word].items():
             for rule in _expand(sub_source, sub_target, {}):
                 yield dataclasses.replace(
                     rule,
                     source=pattern + rule.source,
-                    targets=tuple((*names.split("."), *t) for t in rule.targets),
+                    targets=tuple(place + target for target in rule.targets),
                 )
     elif word in OPS and word != DROP.name:
-        parts = [names] if isinstance(names, str) else names
-        yield Rule(pattern, tuple(tuple(n.split(".")) for n in parts), OPS[word], exact=True)
+        parts = names if isinstance(names, list) else [names]
+        if (len(parts) > 1) != (word == SPLITS):
+            raise ValueError(f"{word} needs {'several names' if word == SPLITS else 'one name'}")
+        yield Rule(pattern, tuple(_pattern(part) for part in parts), OPS[word], exact=True)
     else:
         raise ValueError(f"{word!r} is neither a kind of this map nor an operation")
