@@ -3,8 +3,8 @@
     python benchmarks/full_size.py --work /a/folder/on/a/real/disk [--steps 2]
 
 One file at a time is made (random weights), converted and removed. Every model component is loaded
-with `from_pretrained` and must report no missing, unexpected or mismatched key. Stable Diffusion 1.5
-also draws an image. Needs 16 GB of disk and of memory.
+with `from_pretrained` and must report no missing, unexpected or mismatched key. Stable Diffusion
+1.5 also draws an image. Needs 16 GB of disk and of memory.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
         ckptconv("convert", source, out, "--overwrite")
         seconds = time.perf_counter() - started
         source.unlink()
-        loaded = load(out)
+        loaded = load(out, "float16" if "fp16" in name else "float32")
         image = draw(out, options.steps) if name == "sd1-fp16" else "-"
         shutil.rmtree(out)
         print(f"| {name} | {size:.2f} GB | {seconds:.1f} s | {loaded} | {image} |", flush=True)
@@ -60,9 +60,10 @@ def ckptconv(*arguments: str | Path) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # noqa: S603
 
 
-def load(folder: Path) -> str:
+def load(folder: Path, dtype: str) -> str:
     """Loads every model of a folder, one at a time; stops at a key that does not fit."""
     import diffusers
+    import torch
     import transformers
 
     index: dict[str, Any] = json.loads((folder / "model_index.json").read_text())
@@ -72,7 +73,7 @@ def load(folder: Path) -> str:
             continue
         library = {"diffusers": diffusers, "transformers": transformers}[entry[0]]
         module, info = getattr(library, entry[1]).from_pretrained(
-            folder / component, torch_dtype="auto", output_loading_info=True
+            folder / component, torch_dtype=getattr(torch, dtype), output_loading_info=True
         )
         if any(info.values()):
             sys.exit(f"{folder / component}: {info}")

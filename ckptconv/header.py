@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 import stat
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import HeaderError
+from .formats import other_format
+from .strict_json import Repeated, is_unicode, show, strict_loads
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -64,24 +64,6 @@ _DAMAGED = (
     "the file is damaged or a faulty program wrote it: compare its SHA-256 with the one at its "
     "source, then download it again or save it again with the safetensors library"
 )
-_PICKLE_HINT = (
-    "look for a .safetensors version at the source; do not load a pickle you do not trust"
-)
-
-# How files of other formats begin (text in lower case), what they are, and what to do.
-_OTHER_FORMATS = (
-    ((b"PK\x03\x04",), "a PyTorch pickle (.ckpt/.pt) or another zip file", _PICKLE_HINT),
-    (tuple(b"\x80%c" % n for n in range(2, 6)), "a PyTorch pickle (.ckpt/.pt)", _PICKLE_HINT),
-    ((b"GGUF",), "a GGUF file", "look for a .safetensors version at the source"),
-    ((b"<!doc", b"<html", b"<?xml"), "a web page", "open it in a browser to see what it asks for"),
-    ((b"version https://git-lfs",), "a git-lfs pointer", "run `git lfs pull`"),
-    ((b"\x1f\x8b",), "a gzip file", "decompress it first, with gunzip"),
-    ((b"{",), "a JSON text", "give the .safetensors file, not the JSON file beside it"),
-)
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 120
-_show = _REPR.repr  # quotes, escapes and shortens what comes from a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +110,6 @@ class Header:
     metadata: Mapping[str, str]
     data_start: int
     size: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Repeated:
-    """Stands for a JSON object that repeats keys."""
-
-    keys: list[str]
 
 
 def read_header(path: str | Path) -> Header:
@@ -275,7 +250,9 @@ def _check_length(path: Path, beginning: bytes, size: int) -> int:
     header = beginning[_LENGTH_BYTES:]
     if length > _MAX_HEADER or not header.startswith(b"{"):
         # Only here, since the length of a real header may begin with the bytes of another format.
-        _refuse_other_format(path, beginning)
+        if other := other_format(beginning):
+            message = f"{path}: this is {other.what}, not a safetensors file"
+            raise HeaderError(message, hint=other.hint)
     if not header:
         raise HeaderError(
             f"{path}: the file is truncated: it has {size} bytes, but a safetensors file begins "
@@ -303,57 +280,37 @@ def _check_length(path: Path, beginning: bytes, size: int) -> int:
     return length
 
 
-def _refuse_other_format(path: Path, beginning: bytes) -> None:
-    """Raises HeaderError if the file is plainly of another format."""
-    text = beginning.lstrip().lower()
-    for starts, what, hint in _OTHER_FORMATS:
-        if beginning.startswith(starts) or text.startswith(starts):
-            raise HeaderError(f"{path}: this is {what}, not a safetensors file", hint=hint)
-
-
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
-    """Returns the JSON object that `raw` is; inner objects that repeat keys are `_Repeated`."""
+    """Returns the JSON object that `raw` is; inner objects that repeat keys are `Repeated`."""
     try:
-        document = json.loads(raw.decode(), object_pairs_hook=_unique, parse_int=_parse_int)
+        document = strict_loads(raw)
     except UnicodeDecodeError as error:
         raise HeaderError(f"{path}: the header is not UTF-8: {error}", hint=_DAMAGED) from error
     except RecursionError as error:
         raise HeaderError(f"{path}: the JSON is nested too deeply", hint=_DAMAGED) from error
     except ValueError as error:
         raise HeaderError(f"{path}: the header is not JSON: {error}", hint=_DAMAGED) from error
-    if isinstance(document, _Repeated):
-        problems = [f"{_show(key)} occurs more than once" for key in document.keys]
+    if isinstance(document, Repeated):
+        problems = [f"{show(key)} occurs more than once" for key in document.keys]
         raise HeaderError(f"{path}: the header repeats keys", problems=problems, hint=_DAMAGED)
     if not isinstance(document, dict):
         raise HeaderError(f"{path}: the JSON is not an object", hint=_DAMAGED)
     return document
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Repeated:
-    found = dict(pairs)
-    if len(found) == len(pairs):
-        return found
-    return _Repeated([key for key, count in Counter(key for key, _ in pairs).items() if count > 1])
-
-
-def _parse_int(text: str) -> int | float:
-    """Reads integers past 64 bits and -0 as floats, as the safetensors library does."""
-    return float(text) if len(text) > 20 or text == "-0" else int(text)
-
-
 def _check_metadata(value: object, problems: list[str]) -> dict[str, str]:
     """Returns the metadata; adds what is wrong with it to `problems`."""
-    if isinstance(value, _Repeated):
-        problems += [f"{_METADATA} repeats the key {_show(key)}" for key in value.keys]
+    if isinstance(value, Repeated):
+        problems += [f"{_METADATA} repeats the key {show(key)}" for key in value.keys]
         return {}
     if not isinstance(value, dict):
-        problems.append(f"{_METADATA} is {_show(value)}, not an object")
+        problems.append(f"{_METADATA} is {show(value)}, not an object")
         return {}
     for key, item in value.items():
         if not isinstance(item, str):
-            problems.append(f"{_METADATA}: the value of {_show(key)} is {_show(item)}, not a str")
-        elif not (_is_unicode(key) and _is_unicode(item)):
-            problems.append(f"{_METADATA}: {_show(key)} holds half of a surrogate pair")
+            problems.append(f"{_METADATA}: the value of {show(key)} is {show(item)}, not a str")
+        elif not (is_unicode(key) and is_unicode(item)):
+            problems.append(f"{_METADATA}: {show(key)} holds half of a surrogate pair")
     return value
 
 
@@ -366,29 +323,29 @@ def _check_tensors(
         try:
             tensors[name] = _check_entry(name, entry, data_start)
         except ValueError as error:
-            problems.append(f"tensor {_show(name)}: {error}")
+            problems.append(f"tensor {show(name)}: {error}")
     return dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
 
 
 def _check_entry(name: str, entry: object, data_start: int) -> TensorInfo:
-    if not _is_unicode(name):
+    if not is_unicode(name):
         raise ValueError("the name holds half of a surrogate pair")
-    if isinstance(entry, _Repeated):
-        raise ValueError(f"the entry repeats the field {_show(entry.keys[0])}")
+    if isinstance(entry, Repeated):
+        raise ValueError(f"the entry repeats the field {show(entry.keys[0])}")
     if not isinstance(entry, dict):
-        raise ValueError(f"the entry is {_show(entry)}, not an object")
+        raise ValueError(f"the entry is {show(entry)}, not an object")
     if entry.keys() != _FIELDS:
-        fields = _show(sorted(entry))
+        fields = show(sorted(entry))
         raise ValueError(f"the fields are {fields}, not {sorted(_FIELDS)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     nbytes = _nbytes(dtype, shape)
     if not isinstance(offsets, list) or len(offsets) != 2 or not _are_sizes(offsets):
-        raise ValueError(f"data_offsets are {_show(offsets)}, not two integers from 0 to 2**63 - 1")
+        raise ValueError(f"data_offsets are {show(offsets)}, not two integers from 0 to 2**63 - 1")
     start, end = offsets
     if end - start != nbytes:
         raise ValueError(
-            f"data_offsets {_show(offsets)} hold {end - start:,} bytes, but {dtype} of shape "
-            f"{_show(shape)} needs {nbytes:,}"
+            f"data_offsets {show(offsets)} hold {end - start:,} bytes, but {dtype} of shape "
+            f"{show(shape)} needs {nbytes:,}"
         )
     return TensorInfo(dtype, tuple(shape), data_start + start, data_start + end)
 
@@ -399,10 +356,10 @@ def _check_layout(tensors: Mapping[str, TensorInfo], data_start: int, problems: 
     for name, info in tensors.items():
         if info.start > end:
             hole = f"a hole of {info.start - end:,} bytes precedes it"
-            problems.append(f"tensor {_show(name)}: {hole}")
+            problems.append(f"tensor {show(name)}: {hole}")
         elif info.start < end:
-            overlap = f"it overlaps {_show(last)} by {min(end, info.end) - info.start:,} bytes"
-            problems.append(f"tensor {_show(name)}: {overlap}")
+            overlap = f"it overlaps {show(last)} by {min(end, info.end) - info.start:,} bytes"
+            problems.append(f"tensor {show(name)}: {overlap}")
         if info.end >= end:
             end, last = info.end, name
     return end
@@ -415,7 +372,7 @@ def _lay_out(
     laid_out: dict[str, TensorInfo] = {}
     for name, dtype, shape in tensors:
         if name in laid_out or name == _METADATA:
-            raise ValueError(f"tensor {_show(name)}: the name is taken")
+            raise ValueError(f"tensor {show(name)}: the name is taken")
         end = start + _nbytes(dtype, shape)
         laid_out[name] = TensorInfo(dtype, tuple(shape), start, end)
         start = end
@@ -425,24 +382,19 @@ def _lay_out(
 def _nbytes(dtype: object, shape: object) -> int:
     """Returns the bytes that a tensor needs; ValueError if dtype or shape are not valid."""
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise ValueError(f"{_show(dtype)} is not a dtype of the format, such as F16 or F32")
+        raise ValueError(f"{show(dtype)} is not a dtype of the format, such as F16 or F32")
     if not isinstance(shape, list | tuple) or not _are_sizes(shape):
-        raise ValueError(f"the shape {_show(shape)} is not a list of integers from 0 to 2**63 - 1")
+        raise ValueError(f"the shape {show(shape)} is not a list of integers from 0 to 2**63 - 1")
     bits = DTYPE_BITS[dtype]
     for size in shape:
         bits *= size
         if bits >= _MAX_BITS:
-            raise ValueError(f"{dtype} of shape {_show(shape)} overflows: 2**63 bits or more")
+            raise ValueError(f"{dtype} of shape {show(shape)} overflows: 2**63 bits or more")
     if bits % 8:
-        raise ValueError(f"{dtype} of shape {_show(shape)} is {bits} bits, not whole bytes")
+        raise ValueError(f"{dtype} of shape {show(shape)} is {bits} bits, not whole bytes")
     return bits // 8
 
 
 def _are_sizes(values: Sequence[object]) -> bool:
     """Whether all are integers from 0 to 2**63 - 1; bool does not count as one."""
     return all(type(value) is int and 0 <= value < 2**63 for value in values)
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether the text can be written as UTF-8: JSON can escape half of a surrogate pair."""
-    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
