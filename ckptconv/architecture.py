@@ -32,7 +32,11 @@ __all__ = [
     "bundled",
 ]
 
-CONDITIONS = {"has", "lacks", "rank", "indices"}
+CONDITIONS: dict[str, Any] = {"has": type(None), "lacks": type(None), "rank": int, "indices": tuple}
+"""The kinds of conditions, and what their `is` or `are` must be."""
+
+KINDS = ("model", "tokenizer", "scheduler")
+"""The kinds of components."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +172,7 @@ class KeyMaps:
         path = self.find(f"{name}.yaml")
         try:
             data = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a safe loader)
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
             raise MapError(f"{path}: not a YAML file: {error}") from error
         if not isinstance(data, dict):
             raise MapError(f"{path}: needs a mapping at the top")
@@ -214,6 +218,8 @@ class KeyMaps:
         where = f"{name}/arch"
         data = self.read(where)
         try:
+            if "unet" not in data["components"]:
+                raise ValueError("there is no component 'unet', which tells architectures apart")
             return Architecture(
                 name=name,
                 title=data["title"],
@@ -244,14 +250,14 @@ def _mapping(loader: Any, node: yaml.MappingNode) -> dict[Any, Any]:
     pairs = [
         (loader.construct_object(k, True), loader.construct_object(v, True)) for k, v in node.value
     ]
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
-        raise yaml.constructor.ConstructorError(
-            None, None, f"{twice!r} is written twice", node.start_mark
-        )
-    return found
+    names = [key for key, _ in pairs]
+    if bad := [name for name in names if not isinstance(name, str | int)]:
+        problem = f"{bad[0]!r} is no name"
+    elif len(found := dict(pairs)) < len(pairs):
+        problem = f"{next(n for n in names if names.count(n) > 1)!r} is written twice"
+    else:
+        return found
+    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
@@ -280,17 +286,17 @@ def _laid_over(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _condition(line: Mapping[str, Any]) -> Condition:
-    kinds = CONDITIONS & line.keys()
-    if len(kinds) != 1 or line.keys() - CONDITIONS - {"is", "are", "because"}:
+    kinds = CONDITIONS.keys() & line.keys()
+    if len(kinds) != 1 or line.keys() - CONDITIONS.keys() - {"is", "are", "because"}:
         raise ValueError(f"not a condition: {dict(line)}")
     kind = kinds.pop()
     expected = line.get("is", line.get("are"))
     if isinstance(expected, list):
         expected = tuple(expected)
-    needed = {"rank": int, "indices": tuple}.get(kind, type(None))
-    if not isinstance(expected, needed) or line[kind].count("*") != (kind == "indices"):
+    if not isinstance(expected, CONDITIONS[kind]) or line[kind].count("*") != (kind == "indices"):
         raise ValueError(
-            f"'has' and 'lacks' stand alone, the others need 'is' or 'are': {dict(line)}"
+            "'has' and 'lacks' stand alone, 'rank' needs 'is' and a number, 'indices' needs one "
+            f"'*' in its key, 'are' and a list: {dict(line)}"
         )
     return Condition(kind, line[kind], expected, line.get("because", ""))
 
@@ -301,6 +307,8 @@ def _component(name: str, part: Mapping[str, Any]) -> Component:
         for s in part.get("sources", ())
     )
     kind = part.get("kind", "model")
+    if kind not in KINDS:
+        raise ValueError(f"component {name!r}: kind {kind!r} is not one of {', '.join(KINDS)}")
     if bool(sources) != (kind == "model"):
         raise ValueError(f"component {name!r}: a model needs sources, and nothing else has them")
     return Component(name, kind, part["library"], sources, part["config"])

@@ -157,7 +157,10 @@ class _Measure:
         return self.dim(key, axis) if key in self.tensors else None
 
     def heads(self, key: str, width: int) -> int:
-        return self._slot(key).shape[0] // width
+        rows = self._slot(key).shape[0]
+        if rows % width:
+            raise ValueError(f"{key} has {rows} rows, which are no heads of {width}")
+        return rows // width
 
     def count(self, container: str) -> int:
         self.asked.append("measured")
@@ -203,7 +206,7 @@ def _filled(
     """Fills the holes; returns the values and their origins."""
     with _resolving(measure):
         raw = dict(component.config)
-        while "extends" in raw:  # which file to extend may depend on a fact
+        if "extends" in raw:  # which file to extend may depend on a fact
             raw = extended({**raw, "extends": _fill(raw["extends"])})
         values, origins = {}, {}
         for key, value in raw.items():

@@ -25,6 +25,9 @@ __all__ = ["Detection", "Line", "Verdict", "detect", "inspect", "option_fact"]
 CONV_IN = "input_blocks.0.0.weight"
 """The UNet's first convolution, [model channels, input channels, 3, 3], in every architecture."""
 
+CONV_OUT = "out.2.weight"
+"""Its last, which a ControlNet, the copy of the first half of a UNet, does not have."""
+
 FACT_VALUES: dict[str, tuple[Any, ...]] = {
     "prediction_type": ("epsilon", "v_prediction"),
     "zero_terminal_snr": (False, True),
@@ -70,7 +73,7 @@ class Detection:
         task: what the input channels tell; None without an architecture.
         facts: by name, what names and shapes cannot tell and how it was decided.
         refusal: why the file is not a known checkpoint; None with an architecture.
-        notes: where the metadata and the structure disagree.
+        notes: where the metadata and the structure disagree, or a decision and the file.
     """
 
     header: Header
@@ -145,10 +148,12 @@ def detect(
         return Detection(header, verdicts, refusal=_refusal(header, verdicts, maps))
     architecture = maps.architectures[matching[0].architecture]
     task = architecture.tasks[header.tensors[matching[0].prefix + CONV_IN].shape[1]]
-    facts = {
-        name: (decided or {}).get(name) or find_fact(name, witnesses, header, task.name)
+    found = {
+        name: find_fact(name, witnesses, header, task.name)
         for name, witnesses in architecture.facts.items()
     }
+    facts = {name: (decided or {}).get(name, fact) for name, fact in found.items()}
+    overruled = [_overruled(found[name], fact) for name, fact in facts.items()]
     facts["task"] = Fact("task", task.name, "structure", "the UNet's input channels tell the task")
     return Detection(
         header,
@@ -156,7 +161,7 @@ def detect(
         architecture,
         task,
         facts,
-        notes=tuple(_disagreements(header, architecture, maps)),
+        notes=(*_disagreements(header, architecture, maps), *filter(None, overruled)),
     )
 
 
@@ -227,9 +232,9 @@ def _refusal(header: Header, verdicts: tuple[Verdict, ...], maps: KeyMaps) -> No
     """Says what the file is instead, or which architecture is nearest and where it fails."""
     if not header.tensors:
         return NotACheckpoint(f"{header.path}: the file holds no tensors", hint="check its source")
-    nearest = max(verdicts, key=lambda v: sum(line.holds for line in v.lines))
-    has_unet = any(nearest.prefix + CONV_IN in header.tensors for nearest in verdicts)
-    if not has_unet:
+    nearest = min(verdicts, key=lambda verdict: len(verdict.failing))
+    ends = [(v.prefix + CONV_IN, v.prefix + CONV_OUT) for v in verdicts]
+    if not any(first in header.tensors and last in header.tensors for first, last in ends):
         for entry in maps.read("foreign")["foreign"]:
             if key := next((k for k in header.tensors if _is_like(k, entry)), None):
                 return NotACheckpoint(
@@ -267,3 +272,13 @@ def _disagreements(header: Header, architecture: Architecture, maps: KeyMaps) ->
                 tuple(architecture.aliases)
             ):
                 yield f"the metadata says {key} = {said}, the keys are those of {architecture.name}"
+
+
+def _overruled(found: Fact, used: Fact) -> str:
+    """Says where a decision differs from what the file says; empty if it does not."""
+    if used.value == found.value or (used.source, found.source) == ("option", "assumed"):
+        return ""
+    return (
+        f"{used.name} is {used.value} ({used.detail}), where the file alone gives {found.value} "
+        f"({found.detail})"
+    )

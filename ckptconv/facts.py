@@ -53,10 +53,17 @@ def find_fact(name: str, witnesses: Sequence[Mapping[str, Any]], header: Header,
         MapError: a witness is malformed, or none of them has an answer.
     """
     for witness in witnesses:
-        words = _WITNESSES.keys() & witness.keys()
+        words = [w for w in _WITNESSES if w in witness] if isinstance(witness, Mapping) else []
         if len(words) != 1:
-            raise MapError(f"fact {name!r}: not a witness: {dict(witness)}")
-        if fact := _WITNESSES[words.pop()](name, witness, header, task):
+            raise MapError(
+                f"fact {name!r}: not a witness: {witness}",
+                hint=f"a witness has exactly one of the words {', '.join(_WITNESSES)}",
+            )
+        try:
+            fact = _WITNESSES[words[0]](name, witness, header, task)
+        except (KeyError, TypeError) as error:
+            raise MapError(f"fact {name!r}: malformed witness {witness}: {error}") from error
+        if fact:
             return fact
     raise MapError(f"fact {name!r}: no witness has an answer", hint="end the list with 'assume'")
 
@@ -98,7 +105,7 @@ def _spread_of(name: str, witness: Mapping[str, Any], header: Header, _task: str
     if not values:
         return None
     mean = sum(values) / len(values)
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+    spread = math.hypot(*(v - mean for v in values)) / math.sqrt(len(values))
     side = "above" if spread > witness["above"] else "not above"
     detail = f"the values of {key} spread by {spread:.3g}, {side} {witness['above']}"
     return _judged(name, witness, spread > witness["above"], detail)
@@ -117,7 +124,7 @@ def _judged(name: str, witness: Mapping[str, Any], holds: bool, detail: str) -> 
 
 
 def _few_values(header: Header, key: str) -> list[float]:
-    """Returns the values of a small float tensor; none if it is missing or of another kind."""
+    """Returns the values of a small float tensor; none if it is missing or no number somewhere."""
     info = header.tensors.get(key)
     if not info or info.numel > FEW or header.data_start == 0:
         return []
@@ -129,7 +136,8 @@ def _few_values(header: Header, key: str) -> list[float]:
     if info.dtype == "BF16":  # the upper half of a float32
         data = b"".join(b"\0\0" + data[i : i + 2] for i in range(0, len(data), 2))
     letter = {"F64": "d", "F32": "f", "BF16": "f", "F16": "e"}.get(info.dtype)
-    return list(struct.unpack(f"<{info.numel}{letter}", data)) if letter else []
+    values = list(struct.unpack(f"<{info.numel}{letter}", data)) if letter else []
+    return values if all(map(math.isfinite, values)) else []
 
 
 _WITNESSES: dict[str, Callable[[str, Mapping[str, Any], Header, str], Fact | None]] = {

@@ -67,7 +67,7 @@ def read_original_config(path: Path, maps: KeyMaps) -> OriginalConfig:
     """Reads an LDM or SGM yaml. Its interpolations are not followed.
 
     Raises:
-        FileRefused: it is not such a file.
+        FileRefused: it is not such a file, or an entry that is read has no sensible value.
     """
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -81,7 +81,7 @@ def read_original_config(path: Path, maps: KeyMaps) -> OriginalConfig:
         tree = OmegaConf.to_container(loaded, resolve=False)
     except (
         OSError,
-        UnicodeDecodeError,
+        ValueError,
         YAMLError,
         OmegaConfBaseException,
         RecursionError,
@@ -97,15 +97,29 @@ def read_original_config(path: Path, maps: KeyMaps) -> OriginalConfig:
         if isinstance(said, str) and said in line["values"]:
             name, value = line["fact"], line["values"][said]
             facts[name] = Fact(name, value, SOURCE, f"{path.name} says {said}")
-    values = []
+    values, problems = [], []
     for line in known["values"]:
-        said = _first(params, line["path"])
-        if "times" in line and isinstance(said, list):
-            factor = _first(params, line["times"])
-            said = [factor * n for n in said] if _is_number(factor) else None
-        if _is_number(said) or isinstance(said, list):
-            values.append((line, said))
+        try:
+            if (said := _answer(params, line)) is not None:
+                values.append((line, said))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise FileRefused(f"{path}: entries make no sense", problems=problems, hint=hint)
     return OriginalConfig(path, facts, tuple(values))
+
+
+def _answer(params: Any, line: Mapping[str, Any]) -> Any:
+    """Returns a number or a list of numbers; None if the file does not say."""
+    said, factor = (_first(params, line.get(part, ())) for part in ("path", "times"))
+    if said is None or (isinstance(said, str) and "${" in said):
+        return None
+    numbers = said if isinstance(said, list) and "divides" not in line else [said]
+    if not numbers or not all(map(_is_size, [*numbers, *([factor] if factor else [])])):
+        raise ValueError(f"{line['path'][0]}: {said!r} where positive numbers were expected")
+    if "times" not in line:
+        return said
+    return [factor * n for n in numbers] if factor else None
 
 
 def _at(tree: Any, dotted: str) -> Any:
@@ -120,14 +134,15 @@ def _first(params: Any, paths: Iterable[str]) -> Any:
     return next((a for a in answers if a is not None and a != -1), None)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+def _is_size(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, int | float) and value > 0)
 
 
 def _same(have: Any, said: Any) -> bool:
     """Whether two values mean the same: a number stands for a list of it."""
     if have is None and said is False:
         return True
-    if isinstance(have, list) and not isinstance(said, list):
-        return all(item == said for item in have)
+    if isinstance(have, list) != isinstance(said, list):
+        many, one = (have, said) if isinstance(have, list) else (said, have)
+        return all(item == one for item in many)
     return bool(have == said)

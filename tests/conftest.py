@@ -1,16 +1,43 @@
-"""What several test files share: the small checkpoints, written once a session."""
+"""What several test files share: published headers, made-up ones, and small checkpoints."""
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
+import ckptconv
 from ckptconv.architecture import bundled
+from ckptconv.header import Header, TensorInfo, header_from_json
 from ckptconv.sample import layout_of, write_sample
+from tests.checkpoints import midget
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Mapping
+
+HEADERS = Path(__file__).parent / "headers"
+PUBLISHED = sorted(path.stem for path in HEADERS.glob("*.json"))
+
+
+@functools.cache
+def published(name: str) -> Header:
+    """Returns the header of a published checkpoint, one of PUBLISHED."""
+    return header_from_json(HEADERS / f"{name}.json")
+
+
+def made(
+    tensors: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None
+) -> Header:
+    """Returns a header of float16 tensors with these shapes, of a file that is nowhere."""
+    infos = {key: TensorInfo("F16", shape, 0, 0) for key, shape in tensors.items()}
+    return Header(Path("made.safetensors"), infos, metadata or {}, 0, 0)
+
+
+def shapes(header: Header) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a header, to alter and to give to `made`."""
+    return {key: info.shape for key, info in header.tensors.items()}
 
 
 class Sample(Protocol):
@@ -51,3 +78,29 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
         return written[wanted]
 
     return write
+
+
+class Folder(Protocol):
+    """The fixture `folder`: `folder(architecture)`."""
+
+    def __call__(self, name: str) -> Path: ...
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gives a checkpoint of 1 MB that converts, but is too narrow to run. Tests share it."""
+    return midget(tmp_path_factory.mktemp("small") / "small.safetensors")
+
+
+@pytest.fixture(scope="session")
+def folder(small: Path, sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Gives the folder that a sample, or `small`, converts to. Tests share it, too."""
+    converted: dict[str, Path] = {}
+
+    def convert(name: str) -> Path:
+        if name not in converted:
+            converted[name] = tmp_path_factory.mktemp("folder") / name
+            ckptconv.convert(small if name == "small" else sample(name), converted[name])
+        return converted[name]
+
+    return convert

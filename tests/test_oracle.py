@@ -26,39 +26,42 @@ TOLERANCE = 1e-5
 IDS = torch.tensor([[49406, 320, 2368, 539, 49407, *[0] * 11], [49406, 49407, *[49407] * 14]])
 """Two token sequences with an end of text in the middle, padded as the two tokenizers do."""
 
-# Narrower than the tiny configurations of the reference, so that the test takes seconds.
 CLIP = text.TINY_CLIP
 OPENCLIP = text.TINY_OPENCLIP
 
-ARCHITECTURES: dict[str, tuple[unet.UNetConfig, str, dict[str, str]]] = {
-    "sd1": (unet.TINY_SD1, "clip", {"clip": "cond_stage_model.transformer."}),
-    "sd1-inpainting": (unet.TINY_SD1_INPAINT, "clip", {"clip": "cond_stage_model.transformer."}),
-    "sd1-lcm": (unet.TINY_LCM, "clip", {"clip": "cond_stage_model.transformer."}),
-    "sd2": (unet.TINY_SD2, "openclip", {"openclip": "cond_stage_model.model."}),
+CLIP_AT = "cond_stage_model.transformer."
+ARCHITECTURES: dict[str, tuple[unet.UNetConfig, dict[str, str]]] = {
+    "sd1": (unet.TINY_SD1, {"clip": CLIP_AT}),
+    "sd2": (unet.TINY_SD2, {"openclip": "cond_stage_model.model."}),
     "sdxl": (
         unet.TINY_SDXL,
-        "both",
         {
             "clip": "conditioner.embedders.0.transformer.",
             "openclip": "conditioner.embedders.1.model.",
         },
     ),
-    "sdxl-refiner": (unet.TINY_REFINER, "openclip", {"openclip": "conditioner.embedders.0.model."}),
+    "sdxl-refiner": (unet.TINY_REFINER, {"openclip": "conditioner.embedders.0.model."}),
 }
+UNETS = {
+    "sd1-inpainting": unet.TINY_SD1_INPAINT,
+    "sd1-lcm": unet.TINY_LCM,
+}
+"""Files that hold a UNet and nothing else."""
 
 
 class Pair:
     """The reference networks of an architecture, and the folder converted from their weights."""
 
     def __init__(self, name: str, folder: Path, *, linear_vae: bool = False) -> None:
-        self.config, _, encoders = ARCHITECTURES[name]
+        self.config, encoders = ARCHITECTURES.get(name) or (UNETS[name], {})
         self.unet = unet.randomise(unet.UNet(self.config), 1).double()
         self.vae = unet.randomise(
             vae.Vae(vae.TINY_VAE_LINEAR if linear_vae else vae.TINY_VAE), 2
         ).double()
         self.encoders: dict[str, Any] = {}
         tensors = {f"model.diffusion_model.{k}": v for k, v in self.unet.state_dict().items()}
-        tensors |= {f"first_stage_model.{k}": v for k, v in self.vae.state_dict().items()}
+        if name in ARCHITECTURES:
+            tensors |= {f"first_stage_model.{k}": v for k, v in self.vae.state_dict().items()}
         for kind, prefix in encoders.items():
             made = text.ClipText(CLIP) if kind == "clip" else text.OpenClipText(OPENCLIP)
             self.encoders[kind] = unet.randomise(made, 3 + len(self.encoders)).double()
@@ -98,8 +101,17 @@ def agree(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < TOLERANCE
 
 
-@torch.no_grad()
 def test_the_unet_computes_the_same(pair: Pair) -> None:
+    compare_unets(pair)
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_a_unet_alone_computes_the_same(name: str, tmp_path: Path) -> None:
+    compare_unets(Pair(name, tmp_path))
+
+
+@torch.no_grad()
+def compare_unets(pair: Pair) -> None:
     torch.manual_seed(0)
     config = pair.config
     x = torch.randn(2, config.in_channels, 16, 16, dtype=torch.float64)
@@ -128,7 +140,7 @@ def test_the_unet_computes_the_same(pair: Pair) -> None:
 def test_the_vae_encodes_and_decodes_the_same(pair: Pair) -> None:
     torch.manual_seed(0)
     model = pair.load("vae")
-    image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     mean, logvar = pair.vae.encode(image)
     latents = model.encode(image).latent_dist
     agree(latents.mean, mean)
@@ -158,7 +170,7 @@ def test_the_text_encoders_compute_the_same(pair: Pair) -> None:
 @torch.no_grad()
 def test_a_vae_with_linear_attention_computes_the_same(tmp_path: Path) -> None:
     pair = Pair("sd1", tmp_path, linear_vae=True)
-    image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     agree(pair.load("vae").encode(image).latent_dist.mean, pair.vae.encode(image)[0])
 
 
@@ -168,7 +180,7 @@ def test_the_oracle_notices_a_swap_that_shapes_cannot(tmp_path: Path) -> None:
     model = pair.load("vae")
     attention = model.encoder.mid_block.attentions[0]
     attention.to_q, attention.to_v = attention.to_v, attention.to_q
-    image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     with pytest.raises(AssertionError):
         agree(model.encode(image).latent_dist.mean, pair.vae.encode(image)[0])
 

@@ -1,0 +1,56 @@
+"""The shape rules of the tensor operations."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from ckptconv.ops import DROP, OPS, RENAME, TRANSPOSE, Shape
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "count", "expected"),
+    [
+        ("rename", (), 1, ((),)),
+        ("rename", (3, 4, 5), 1, ((3, 4, 5),)),
+        ("squeeze", (8, 4, 1, 1), 1, ((8, 4),)),
+        ("squeeze", (8, 4), 1, ((8, 4),)),
+        ("squeeze", (1, 1, 1, 1), 1, ((1, 1),)),
+        ("split_rows", (9, 4), 3, ((3, 4), (3, 4), (3, 4))),
+        ("split_rows", (6,), 2, ((3,), (3,))),
+        ("split_rows", (0, 4), 3, ((0, 4), (0, 4), (0, 4))),
+        ("transpose", (3, 5), 1, ((5, 3),)),
+        ("drop", (3, 5), 0, ()),
+    ],
+)
+def test_an_operation_gives_the_shapes(
+    name: str, shape: Shape, count: int, expected: tuple[Shape, ...]
+) -> None:
+    assert OPS[name].shapes(shape, count) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        ("squeeze", (8, 4, 3, 3), "needs shape [out, in, 1, 1] or [out, in], found [8, 4, 3, 3]"),
+        ("squeeze", (8, 4, 1), "needs shape [out, in, 1, 1] or [out, in], found [8, 4, 1]"),
+        ("squeeze", (8,), "needs shape [out, in, 1, 1] or [out, in], found [8]"),
+        ("squeeze", (), "needs shape [out, in, 1, 1] or [out, in], found []"),
+        ("split_rows", (10, 4), "needs rows that divide by 3, found [10, 4]"),
+        ("split_rows", (), "needs rows that divide by 3, found []"),
+        ("transpose", (3,), "needs a matrix, found [3]"),
+        ("transpose", (3, 3, 1, 1), "needs a matrix, found [3, 3, 1, 1]"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_refused_with_what_was_needed(
+    name: str, shape: Shape, said: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        OPS[name].shapes(shape, 3)
+
+
+def test_the_set_is_closed_and_only_a_transpose_moves_elements() -> None:
+    assert set(OPS) == {"rename", "squeeze", "split_rows", "transpose", "drop"}
+    assert all(OPS[op.name] is op for op in (RENAME, TRANSPOSE, DROP))
+    assert [op.name for op in OPS.values() if not op.keeps_order] == ["transpose"]
