@@ -4,6 +4,7 @@
 
     found = ckptconv.inspect("sd_xl_base_1.0.safetensors")
     report = ckptconv.convert("sd_xl_base_1.0.safetensors", "sdxl", dtype="fp16")
+    pipeline = ckptconv.load_pipeline("sd_xl_base_1.0.safetensors", device="cuda", dtype="fp16")
 
 Importing this package imports neither torch nor diffusers.
 """
@@ -14,16 +15,25 @@ from .convert import convert, plan
 from .detect import Detection, inspect
 from .errors import CkptconvError
 from .execute import Layout, Report
+from .export import Exported, export
+from .pipeline import load_pipeline
 from .plan import Plan
+from .verification import Verification
+from .verify import verify
 
 __all__ = [
     "CkptconvError",
     "Detection",
+    "Exported",
     "Layout",
     "Plan",
     "Report",
+    "Verification",
     "__version__",
     "convert",
+    "export",
     "inspect",
+    "load_pipeline",
     "plan",
+    "verify",
 ]

@@ -216,7 +216,7 @@ class KeyMaps:
 
     def _architecture(self, name: str) -> Architecture:
         where = f"{name}/arch"
-        data = self.read(where)
+        data = self.extended(self.read(where))
         try:
             if "unet" not in data["components"]:
                 raise ValueError("there is no component 'unet', which tells architectures apart")

@@ -53,6 +53,8 @@ def torch_dtype(name: str) -> torch.dtype:
 def cast(data: bytearray, source: str, target: str) -> tuple[memoryview, int]:
     """Casts elements, rounding to the nearest value, ties to even.
 
+    torch casts F64 to 16 bits by way of F32, so that a value can be rounded twice.
+
     Args:
         data: the elements, back to back.
         source: their dtype, as safetensors names it.
@@ -67,5 +69,5 @@ def cast(data: bytearray, source: str, target: str) -> tuple[memoryview, int]:
     after = before.to(torch_dtype(target))
     overflows = 0
     if after.isinf().any():
-        overflows = int((after.isinf() & before.float().isfinite()).sum())
+        overflows = int((after.isinf() & before.double().isfinite()).sum())
     return memoryview(after.view(torch.uint8).numpy().data), overflows

@@ -7,8 +7,10 @@ failed, 2 wrong usage.
 from __future__ import annotations
 
 import importlib
+import io
 import signal
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -22,7 +24,11 @@ COMMANDS = {
     "inspect": "inspect",
     "plan": "plan",
     "convert": "convert",
+    "verify": "verify",
+    "export": "export",
+    "generate": "generate",
     "architectures": "architectures",
+    "maps": "maps",
     "sample": "sample",
     "demo": "demo",
 }
@@ -45,6 +51,8 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         signal.signal(signal.SIGTERM, _terminated)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
+            sys.stdout.reconfigure(errors="surrogateescape")
         try:
             return super().invoke(ctx)
         except CkptconvError as error:
@@ -59,8 +67,17 @@ def _terminated(_number: int, _frame: object) -> NoReturn:
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ckptconv")
-def main() -> None:
+@click.option(
+    "--key-maps",
+    type=click.Path(path_type=Path),
+    envvar="CKPTCONV_KEY_MAPS",
+    show_envvar=True,
+    help="A folder of architectures and maps of your own, searched before ours.",
+)
+@click.pass_context
+def main(ctx: click.Context, /, key_maps: Path | None) -> None:
     """Turn a lone Stable Diffusion checkpoint into a diffusers folder, offline.
 
     Exit codes: 0 done, 1 the file is refused or a check failed, 2 wrong usage.
     """
+    ctx.obj = key_maps

@@ -9,6 +9,9 @@ resolvers:
     ${dim_or_null:KEY,AXIS}   null if KEY is missing     ${count:CONTAINER}     its entries
     ${dtype:KEY}              as torch names it          ${fact:NAME}           value of a fact
     ${pick:NAME,{value:x}}    chosen by a fact
+    ${depth:BLOCK}            transformer blocks of each attention in a block: one number where all
+                              are alike, else a list; 1 where there is none
+    ${up_depths:}             the depths of `up_blocks`; null where they mirror `down_blocks`
 """
 
 from __future__ import annotations
@@ -87,6 +90,10 @@ def model_index(plan: Plan, built: Mapping[str, Config]) -> dict[str, Any]:
         "_diffusers_version": _version("diffusers"),
     }
     for name, value in architecture.index.items():
+        if isinstance(value, Mapping):  # the pipelines of the other tasks do not know it
+            if task.name not in value["tasks"]:
+                continue
+            value = value["value"]
         index[name] = [None, None] if value is None else value
     for name, component in architecture.components.items():
         config = built.get(name)
@@ -167,6 +174,17 @@ class _Measure:
         start = container + "."
         return len({k[len(start) :].split(".")[0] for k in self.tensors if k.startswith(start)})
 
+    def depth(self, block: str) -> int | list[int]:
+        attentions = range(self.count(f"{block}.attentions"))
+        depths = [self.count(f"{block}.attentions.{n}.transformer_blocks") for n in attentions]
+        return depths if len(set(depths)) > 1 else (depths or [1])[0]
+
+    def up_depths(self) -> list[int | list[int]] | None:
+        down = [self.depth(f"down_blocks.{n}") for n in range(self.count("down_blocks"))]
+        up = [self.depth(f"up_blocks.{n}") for n in range(self.count("up_blocks"))]
+        mirrored = up == down[::-1] and all(isinstance(depth, int) for depth in down)
+        return None if mirrored else up
+
     def dtype(self, key: str) -> str:
         return TORCH_NAMES.get(self._slot(key).dtype, "float32")
 
@@ -178,7 +196,10 @@ class _Measure:
         return choices[self.fact(name)]
 
 
-_RESOLVERS = ("dim", "dim_or_null", "heads", "count", "dtype", "fact", "pick")
+_RESOLVERS = (
+    *("dim", "dim_or_null", "heads", "count", "dtype"),
+    *("depth", "up_depths", "fact", "pick"),
+)
 _measure: contextvars.ContextVar[_Measure] = contextvars.ContextVar("measure")
 
 

@@ -14,11 +14,18 @@ from .errors import FileRefused
 from .execute import Layout, Report, check_destination, execute
 from .facts import Fact
 from .folder import component_headers
-from .header import read_header
 from .original_config import OriginalConfig, read_original_config
 from .plan import Donor, Plan, build_plan
+from .source import open_header
 
 __all__ = ["Choices", "convert", "plan"]
+
+DONORS = {
+    "vae": ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE"),
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+}
+"""The components that a donor may give, and the classes that can stand there."""
 
 
 class Choices(TypedDict, total=False):
@@ -53,7 +60,7 @@ def plan(path: str | Path, **choices: Unpack[Choices]) -> Plan:
     """Accounts for every key of a checkpoint, and writes nothing.
 
     Args:
-        path: a safetensors file.
+        path: a safetensors file or a PyTorch checkpoint.
         **choices: see `Choices`.
 
     Raises:
@@ -76,7 +83,7 @@ def convert(
     """Converts a checkpoint into a diffusers folder.
 
     Args:
-        path: a safetensors file.
+        path: a safetensors file or a PyTorch checkpoint.
         out: the folder to make.
         layout: how the weights are laid out in files.
         overwrite: replace a converted folder that is there.
@@ -89,18 +96,19 @@ def convert(
         UsageError: the choices contradict each other or the file.
         OutputError: the destination exists or cannot be written.
     """
+    if (only := choices.get("only")) is not None:
+        only = choices["only"] = frozenset(only)
     made, original = _plan(path, choices)
     check_destination(Path(out), made, overwrite=overwrite)
     made.require_complete(ignore_unclaimed=ignore_unclaimed)
     built, notes = configured(made, original)
-    only = choices.get("only")
     report = execute(
         made,
         built,
         Path(out),
         record=_record(made, built),
         layout=layout,
-        only=None if only is None else frozenset(only),
+        only=only,
         overwrite=overwrite,
         progress=progress,
     )
@@ -125,7 +133,7 @@ def configured(made: Plan, original: OriginalConfig | None) -> tuple[dict[str, C
 
 def _plan(path: str | Path, choices: Choices) -> tuple[Plan, OriginalConfig | None]:
     maps = choices.get("maps") or bundled()
-    header = read_header(path)
+    header = open_header(path)
     decided: dict[str, Fact] = {}
     original = None
     if yaml := choices.get("original_config"):
@@ -135,32 +143,42 @@ def _plan(path: str | Path, choices: Choices) -> tuple[Plan, OriginalConfig | No
         decided["prediction_type"] = option_fact("prediction_type", prediction_type)
     if (zero_snr := choices.get("zero_terminal_snr")) is not None:
         decided["zero_terminal_snr"] = option_fact("zero_terminal_snr", zero_snr)
-    donors = {
-        "vae": choices.get("vae"),
-        "text_encoder": choices.get("text_encoder"),
-        "text_encoder_2": choices.get("text_encoder_2"),
-    }
+    donors = {name: choices.get(name) for name in DONORS}
     made = build_plan(
         detect(header, maps=maps, decided=decided),
         ema=choices.get("ema", False),
         only=choices.get("only"),
-        donors={name: _donor(name, Path(place)) for name, place in donors.items() if place},
+        donors={name: _donor(name, Path(str(place))) for name, place in donors.items() if place},
         dtype=choices.get("dtype"),
     )
     return made, original
 
 
 def _donor(name: str, place: Path) -> Donor:
-    """Reads a donor: a folder of one component, a whole diffusers folder, or a file."""
-    if not place.is_dir():
-        return Donor((read_header(place),))
+    """Reads a donor: a folder of one component, a whole diffusers folder, or a file.
+
+    Raises:
+        FileRefused: it is none of these, or of another component.
+    """
+    try:
+        is_folder = place.is_dir()
+    except OSError:
+        is_folder = False  # a name that is too long, say: the reader tells
+    if not is_folder:
+        return Donor((open_header(place),))
     folder = place / name if (place / name).is_dir() else place
     config = folder / "config.json"
     if not config.is_file():
         raise FileRefused(
             f"{folder}: holds no config.json", hint="give the folder of one diffusers component"
         )
-    read_json(config)
+    values = read_json(config)
+    said = values.get("_class_name") or values.get("architectures")
+    if not any(said in (known, [known]) for known in DONORS[name]):
+        raise FileRefused(
+            f"{config}: is that of {said}, but a {name} is of {' or '.join(DONORS[name])}",
+            hint="give the folder of that component",
+        )
     return Donor(component_headers(folder), config)
 
 

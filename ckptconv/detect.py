@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from .architecture import Architecture, Condition, KeyMaps, Task, bundled
 from .errors import Ambiguous, NotACheckpoint, UsageError
 from .facts import Fact, find_fact
-from .header import Header, TensorInfo, read_header
+from .header import Header, TensorInfo
+from .source import open_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,7 +74,7 @@ class Detection:
         task: what the input channels tell; None without an architecture.
         facts: by name, what names and shapes cannot tell and how it was decided.
         refusal: why the file is not a known checkpoint; None with an architecture.
-        notes: where the metadata and the structure disagree, or a decision and the file.
+        notes: what else the file holds, and where its metadata or a decision disagree with it.
     """
 
     header: Header
@@ -107,14 +108,14 @@ def inspect(path: str | Path, *, maps: KeyMaps | None = None) -> Detection:
     """Says what a file is, from its header alone (and a look at a few values).
 
     Args:
-        path: a safetensors file.
+        path: a safetensors file or a PyTorch checkpoint.
         maps: the key maps to use; those that come with ckptconv by default.
 
     Raises:
-        HeaderError: the file is not a whole, well-formed safetensors file.
+        FileRefused: the file cannot be read, or is neither, or it names code.
         Ambiguous: several architectures match.
     """
-    return detect(read_header(path), maps=maps)
+    return detect(open_header(path), maps=maps)
 
 
 def detect(
@@ -145,7 +146,8 @@ def detect(
             hint="their conditions in arch.yaml overlap: add one that only one of them meets",
         )
     if not matching:
-        return Detection(header, verdicts, refusal=_refusal(header, verdicts, maps))
+        refusal = _refusal(header, verdicts, maps)
+        return Detection(header, verdicts, refusal=refusal, notes=header.notes)
     architecture = maps.architectures[matching[0].architecture]
     task = architecture.tasks[header.tensors[matching[0].prefix + CONV_IN].shape[1]]
     found = {
@@ -161,7 +163,11 @@ def detect(
         architecture,
         task,
         facts,
-        notes=(*_disagreements(header, architecture, maps), *filter(None, overruled)),
+        notes=(
+            *header.notes,
+            *_disagreements(header, architecture, maps),
+            *filter(None, overruled),
+        ),
     )
 
 

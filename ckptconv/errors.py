@@ -2,7 +2,8 @@
 
 CkptconvError                what a caller catches
 ├── FileRefused              the input file cannot be used
-│   ├── HeaderError          it is not a well-formed safetensors file
+│   ├── HeaderError          it is not a well-formed safetensors file or PyTorch checkpoint
+│   ├── UnsafePickle         it is a PyTorch checkpoint that names code; none of it was run
 │   ├── NotACheckpoint       it is well-formed, but no architecture matches it
 │   ├── Ambiguous            several architectures match it (a fault of the key maps)
 │   └── Incomplete           keys are missing, unknown or of the wrong shape
@@ -27,6 +28,7 @@ __all__ = [
     "MapError",
     "NotACheckpoint",
     "OutputError",
+    "UnsafePickle",
     "UsageError",
 ]
 
@@ -57,7 +59,11 @@ class FileRefused(CkptconvError):
 
 
 class HeaderError(FileRefused):
-    """The file is not a well-formed safetensors file."""
+    """The file is not a well-formed safetensors file or PyTorch checkpoint."""
+
+
+class UnsafePickle(FileRefused):
+    """The file is a PyTorch checkpoint that names code; none of it was run."""
 
 
 class NotACheckpoint(FileRefused):

@@ -23,6 +23,7 @@ from typing import Any
 from .architecture import Component
 from .config import Config, model_index, versioned
 from .errors import OutputError, UsageError
+from .header import Header
 from .plan import ASIDE, Plan, Slot
 from .stream import WeightFile, lay_out, pieces, write
 from .tokenizer import tokenizer_files
@@ -32,6 +33,8 @@ __all__ = ["Layout", "Report", "execute", "parse_size", "sibling"]
 INDEX = "model_index.json"
 RECORD = "source.json"
 DROPPED = "dropped.safetensors"
+LAYOUT = "layout.json"
+"""The header of the source, in the form of `key_maps/*/layout.json`: for the way back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,18 @@ class Layout:
     variant: str = ""
     max_shard: int = 0
     weights: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks the variant.
+
+        Raises:
+            UsageError: it is not a word that diffusers and transformers find in a file name.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9_-]*", self.variant):
+            raise UsageError(
+                f"variant {self.variant!r} cannot stand in a file name",
+                hint="use letters, digits, - and _, such as fp16",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,19 +152,20 @@ def execute(
         for component in components:
             texts |= _config_files(built[component.name])
         texts[f"{ASIDE}/{RECORD}"] = _json(record)
+        texts[f"{ASIDE}/{LAYOUT}"] = layout_text(plan.detection.header)
+        if only is None:  # the last to be written, since a folder with it loads
+            texts[INDEX] = _json(model_index(plan, built))
         need = sum(file.size for file in files) + sum(len(t.encode()) for t in texts.values())
-        _check_room(out, need)
+        check_room(out, need)
         for folder in {Path(name).parent for name in [*texts, *(str(f.path) for f in files)]}:
             (partial / folder).mkdir(exist_ok=True)
-        done = _Sum(need, progress)
+        done = Total(need, progress)
         steps = [s for s in plan.steps if any((t.place, t.key) in targets for t in s.targets)]
         warnings = write(
             [WeightFile(partial / f.path, f.beginning, f.tensors) for f in files],
             pieces(steps, plan.headers, targets),
             done.add,
         )
-        if only is None:
-            texts[INDEX] = _json(model_index(plan, built))
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
         done.add(need - done.total)
@@ -165,12 +181,22 @@ def check_destination(out: Path, plan: Plan, *, overwrite: bool) -> None:
     """Checks that the folder may be written.
 
     Raises:
-        OutputError: it exists and may not be replaced, or an input lies in it.
+        OutputError: it exists and may not be replaced, an input lies in it, or it has a name that
+            no folder can have.
     """
-    if not out.parent.is_dir():
-        raise OutputError(f"{out.parent}: no such folder", hint="make it first, with mkdir -p")
-    if not (out.exists() or out.is_symlink()):
-        return
+    try:
+        if not out.parent.is_dir():
+            raise OutputError(f"{out.parent}: no such folder", hint="make it first, with mkdir -p")
+        if not (out.exists() or out.is_symlink()):
+            return
+        _check_replaceable(out, plan, overwrite=overwrite)
+    except OSError as error:
+        raise OutputError(
+            f"{out}: cannot be looked at: {error.strerror}", hint="choose another place"
+        ) from error
+
+
+def _check_replaceable(out: Path, plan: Plan, *, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(f"{out}: exists", hint="--overwrite replaces it; or choose another name")
     if out.is_symlink() or not out.is_dir() or not _is_converted(out):
@@ -198,10 +224,6 @@ def sibling(out: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
     except OSError as error:
-        if error.filename and not Path(error.filename).resolve().is_relative_to(
-            out.parent.resolve()
-        ):
-            raise
         why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise OutputError(
             f"{out}: cannot be written: {why}", hint="nothing was left behind; choose another place"
@@ -226,12 +248,11 @@ def _put(partial: Path, out: Path) -> None:
 
 
 def _is_converted(folder: Path) -> bool:
-    return not any(folder.iterdir()) or any(
-        (folder / name).is_file() for name in (INDEX, f"{ASIDE}/{RECORD}")
-    )
+    """Whether a conversion made the folder (it leaves a record), or nothing is in it."""
+    return (folder / ASIDE / RECORD).is_file() or not any(folder.iterdir())
 
 
-def _check_room(out: Path, need: int) -> None:
+def check_room(out: Path, need: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if need > free:
         raise OutputError(
@@ -240,7 +261,7 @@ def _check_room(out: Path, need: int) -> None:
         )
 
 
-class _Sum:
+class Total:
     """Adds up the bytes written, from several threads."""
 
     def __init__(self, need: int, progress: Callable[[int, int], None]) -> None:
@@ -289,6 +310,16 @@ def _config_files(config: Config) -> dict[str, str]:
         return {f"{name}/{file}": text for file, text in tokenizer_files(config.values).items()}
     file = "scheduler_config.json" if config.component.kind == "scheduler" else "config.json"
     return {f"{name}/{file}": _json(versioned(config))}
+
+
+def layout_text(header: Header) -> str:
+    """Returns a header in the form of `key_maps/*/layout.json`: one tensor a line, no offsets."""
+    lines = (
+        f"  {json.dumps(key)}: {json.dumps([info.dtype, info.shape])}"
+        for key, info in header.tensors.items()
+    )
+    metadata = json.dumps(dict(header.metadata))
+    return f'{{"metadata": {metadata},\n "tensors": {{\n' + ",\n".join(lines) + "\n}}\n"
 
 
 def _json(values: Mapping[str, Any]) -> str:

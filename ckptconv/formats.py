@@ -15,14 +15,20 @@ class OtherFormat:
     hint: str
 
 
-_PICKLE_HINT = (
-    "look for a .safetensors version at the source; do not load a pickle you do not trust"
+_OLD_PICKLE = (
+    "look for a .safetensors version at the source; or load it with PyTorch, which runs nothing "
+    "from it with `torch.load(FILE, map_location='cpu', weights_only=True)`, and save it anew"
 )
+_ZIP = "look for a .safetensors version at the source; only a whole checkpoint can be such a file"
 
 # How files of other formats begin (text in lower case), what they are, and what to do.
 _FORMATS = (
-    ((b"PK\x03\x04",), "a PyTorch pickle (.ckpt/.pt) or another zip file", _PICKLE_HINT),
-    (tuple(b"\x80%c" % n for n in range(2, 6)), "a PyTorch pickle (.ckpt/.pt)", _PICKLE_HINT),
+    ((b"PK\x03\x04",), "a PyTorch pickle (.ckpt/.pt) or another zip file", _ZIP),
+    (
+        tuple(b"\x80%c" % n for n in range(2, 6)),
+        "a PyTorch pickle (.ckpt/.pt) in the format before release 1.6, or another pickle",
+        _OLD_PICKLE,
+    ),
     ((b"GGUF",), "a GGUF file", "look for a .safetensors version at the source"),
     ((b"<!doc", b"<html", b"<?xml"), "a web page", "open it in a browser to see what it asks for"),
     ((b"version https://git-lfs",), "a git-lfs pointer", "run `git lfs pull`"),

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import json
 import math
-import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from .errors import HeaderError
+from .files import opened, refuse_unreadable
 from .formats import other_format
 from .strict_json import Repeated, is_unicode, show, strict_loads
 
@@ -35,6 +35,7 @@ __all__ = [
     "TensorInfo",
     "encode_header",
     "header_from_json",
+    "nbytes_of",
     "read_header",
 ]
 
@@ -103,6 +104,7 @@ class Header:
         metadata: the entry `__metadata__`; empty where the file has none.
         data_start: offset of the first byte after the header, in bytes.
         size: size of the whole file in bytes.
+        notes: what the file holds beside tensors and metadata, as sentences.
     """
 
     path: Path
@@ -110,6 +112,7 @@ class Header:
     metadata: Mapping[str, str]
     data_start: int
     size: int
+    notes: tuple[str, ...] = ()
 
 
 def read_header(path: str | Path) -> Header:
@@ -173,7 +176,7 @@ def header_from_json(path: str | Path) -> Header:
         metadata = _check_metadata(document["metadata"], problems)
         tensors = _lay_out(((name, *entry) for name, entry in document["tensors"].items()), 0)
     except OSError as error:
-        _refuse_unreadable(path, error)
+        refuse_unreadable(path, error)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         problems.append(f"{type(error).__name__}: {error}")
     if problems:
@@ -219,27 +222,13 @@ def encode_header(
 
 def _read_raw(path: Path) -> tuple[bytes, int]:
     """Returns the bytes of the header, not yet parsed, and the size of the file."""
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            what = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
-            raise HeaderError(f"{path}: this is {what}", hint="give one .safetensors file")
-        with path.open("rb") as file:
-            beginning = file.read(64)
-            length = _check_length(path, beginning, found.st_size)
-            file.seek(_LENGTH_BYTES)
-            raw = file.read(length)
-    except (OSError, ValueError) as error:  # ValueError: the path holds a null character
-        _refuse_unreadable(path, error)
+    with opened(path) as (file, size):
+        length = _check_length(path, file.read(64), size)
+        file.seek(_LENGTH_BYTES)
+        raw = file.read(length)
     if len(raw) < length:
         raise HeaderError(f"{path}: the file became shorter while it was read", hint=_DOWNLOAD)
-    return raw, found.st_size
-
-
-def _refuse_unreadable(path: Path, error: OSError | ValueError) -> NoReturn:
-    reason = getattr(error, "strerror", None) or error
-    hint = "check the spelling of the path, and that you may read the file"
-    raise HeaderError(f"{path}: the file cannot be read: {reason}", hint=hint) from error
+    return raw, size
 
 
 def _check_length(path: Path, beginning: bytes, size: int) -> int:
@@ -248,11 +237,10 @@ def _check_length(path: Path, beginning: bytes, size: int) -> int:
         raise HeaderError(f"{path}: the file is empty (0 bytes)", hint=_DOWNLOAD)
     length = int.from_bytes(beginning[:_LENGTH_BYTES], "little")
     header = beginning[_LENGTH_BYTES:]
-    if length > _MAX_HEADER or not header.startswith(b"{"):
-        # Only here, since the length of a real header may begin with the bytes of another format.
-        if other := other_format(beginning):
-            message = f"{path}: this is {other.what}, not a safetensors file"
-            raise HeaderError(message, hint=other.hint)
+    odd = length > _MAX_HEADER or not header.startswith(b"{")
+    if odd and (other := other_format(beginning)):  # a real length may begin like another format
+        message = f"{path}: this is {other.what}, not a safetensors file"
+        raise HeaderError(message, hint=other.hint)
     if not header:
         raise HeaderError(
             f"{path}: the file is truncated: it has {size} bytes, but a safetensors file begins "
@@ -338,7 +326,7 @@ def _check_entry(name: str, entry: object, data_start: int) -> TensorInfo:
         fields = show(sorted(entry))
         raise ValueError(f"the fields are {fields}, not {sorted(_FIELDS)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    nbytes = _nbytes(dtype, shape)
+    nbytes = nbytes_of(dtype, shape)
     if not isinstance(offsets, list) or len(offsets) != 2 or not _are_sizes(offsets):
         raise ValueError(f"data_offsets are {show(offsets)}, not two integers from 0 to 2**63 - 1")
     start, end = offsets
@@ -373,14 +361,18 @@ def _lay_out(
     for name, dtype, shape in tensors:
         if name in laid_out or name == _METADATA:
             raise ValueError(f"tensor {show(name)}: the name is taken")
-        end = start + _nbytes(dtype, shape)
+        end = start + nbytes_of(dtype, shape)
         laid_out[name] = TensorInfo(dtype, tuple(shape), start, end)
         start = end
     return laid_out
 
 
-def _nbytes(dtype: object, shape: object) -> int:
-    """Returns the bytes that a tensor needs; ValueError if dtype or shape are not valid."""
+def nbytes_of(dtype: object, shape: object) -> int:
+    """Returns the bytes that a tensor needs.
+
+    Raises:
+        ValueError: the dtype is unknown, or the shape is not valid.
+    """
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ValueError(f"{show(dtype)} is not a dtype of the format, such as F16 or F32")
     if not isinstance(shape, list | tuple) or not _are_sizes(shape):

@@ -98,7 +98,7 @@ def _common(originals: Iterable[str]) -> tuple[str, ...]:
     names = []
     for key in originals:
         found = re.match(r"(.*?(?:blocks?|layers|down|up)(?:\.\d+)+)", key)
-        names.append(found[1] if found else key.rpartition(".")[0] or key)
+        names.append(found[1] if found else re.sub(r"\.(weight|bias)$", "", key))
     return tuple(dict.fromkeys(names))
 
 

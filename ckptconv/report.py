@@ -12,6 +12,7 @@ from .config import class_of, configs
 from .detect import Detection
 from .header import Header
 from .plan import EMA_PREFIX, Plan, build_plan
+from .source import is_zip
 
 __all__ = ["hashes", "inspection", "plan_rows"]
 
@@ -117,17 +118,20 @@ def plan_rows(plan: Plan) -> list[dict[str, Any]]:
 def hashes(header: Header) -> dict[str, str]:
     """Returns the hashes that users know, from one pass over the file.
 
-    `sha256` of the whole file, its first ten digits (`short`), and `sshs_model_hash`, the SHA-256
-    of what follows the header, as training tools write it.
+    `sha256` of the whole file, its first ten digits (`short`), and, of a safetensors file,
+    `sshs_model_hash`, the SHA-256 of what follows the header, as training tools write it.
     """
     whole, data = hashlib.sha256(), hashlib.sha256()
     with Path(header.path).open("rb") as file:
-        whole.update(file.read(header.data_start))
+        pickled = is_zip(file.read(9))
+        file.seek(0)
+        whole.update(b"" if pickled else file.read(header.data_start))
         while chunk := file.read(1 << 22):
             whole.update(chunk)
             data.update(chunk)
     digest = whole.hexdigest()
-    return {"sha256": digest, "short": digest[:10], "sshs_model_hash": data.hexdigest()}
+    found = {"sha256": digest, "short": digest[:10]}
+    return found if pickled else found | {"sshs_model_hash": data.hexdigest()}
 
 
 def _weights(plan: Plan, component: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ are random, of a scale at which a forward pass stays finite; noise schedules are
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import secrets
 import zlib
@@ -113,14 +114,16 @@ def write_sample(
     Raises:
         OutputError: the file exists or cannot be written.
     """
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path}: exists", hint="--overwrite replaces it; or choose another name")
     # Wide dtypes first, so that every tensor is aligned to its elements.
     ordered = sorted(tensors, key=lambda t: -DTYPE_BITS[t[1]])
     beginning, infos = encode_header(ordered, architecture.sample["metadata"])
     total = max([len(beginning), *(info.end for info in infos.values())])
     partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
     try:
+        if path.exists() and not overwrite:
+            raise OutputError(
+                f"{path}: exists", hint="--overwrite replaces it; or choose another name"
+            )
         with partial.open("xb") as out:
             done = out.write(beginning)
             for data in _values(ordered, seed, architecture.sample.get("spread", {})):
@@ -132,7 +135,8 @@ def write_sample(
             f"{path}: cannot be written: {error.strerror}", hint="choose another place"
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the name can be too long for a file to be there
+            partial.unlink(missing_ok=True)
     return total
 
 

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +20,26 @@ from .errors import FileRefused
 from .header import DTYPE_BITS, Header, TensorInfo, encode_header
 from .plan import Slot, Step
 
-__all__ = ["Piece", "WeightFile", "lay_out", "pieces", "write"]
+__all__ = [
+    "Files",
+    "Piece",
+    "WeightFile",
+    "joined",
+    "lay_out",
+    "pieces",
+    "read_exactly",
+    "refuse_short",
+    "transposed_bytes",
+    "write",
+]
 
 THREADS = 2
 CHUNK = 32 << 20
 """Bytes that one call moves: large enough to cost nothing, small enough for a smooth bar."""
 CAST_CHUNK = 4 << 20
 """Elements that are cast at a time."""
+CANNOT_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+"""Another file system, one that cannot copy, or a sandbox that forbids it: a buffer can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +123,8 @@ def pieces(
             yield from _matched(froms, tos)
         else:
             ((path, info),), ((to_path, to_info),) = froms, tos
+            if info.numel == 0:
+                continue
             yield Piece(
                 (path, info.start),
                 (to_path, to_info.start),
@@ -161,51 +176,83 @@ def write(
 
     Raises:
         OSError: from the system, such as a full disk.
-        FileRefused: a source became shorter meanwhile.
+        FileRefused: a source became shorter meanwhile, or cannot be read any more.
     """
     for file in files:
         with file.path.open("xb") as out:
             _reserve(out.fileno(), file.size)
-    warnings: list[str] = []
-    with _Files() as opened, ThreadPoolExecutor(THREADS) as pool:
+    jobs: list[tuple[Piece, Future[int]]] = []
+    with Files() as opened, ThreadPoolExecutor(THREADS) as pool:
         stop = threading.Event()
 
-        def run(piece: Piece) -> None:
-            if not stop.is_set():
-                _move(piece, opened, progress, warnings)
+        def run(piece: Piece) -> int:
+            if stop.is_set():
+                return 0
+            try:
+                return _move(piece, opened, progress)
+            except BaseException:
+                stop.set()
+                raise
 
-        jobs = [pool.submit(run, part) for piece in _joined(todo) for part in _cut(piece)]
         try:
-            for job in jobs:
-                job.result()
+            for piece in joined(todo):
+                jobs += [(part, pool.submit(run, part)) for part in _cut(piece)]
+            overflows = [(part.target, count) for part, job in jobs if (count := job.result())]
         except BaseException:
             stop.set()
             raise
     for file in files:
         with file.path.open("r+b") as whole:
             whole.write(file.beginning)
-    return warnings
+    return [*_overflowed(files, overflows)] if overflows else []
 
 
-class _Files:
+class Files:
     """Open file descriptors, shared by the threads: all access names its offset."""
 
     def __init__(self) -> None:
         self._open: dict[tuple[Path, int], int] = {}
         self._lock = threading.Lock()
 
-    def __enter__(self) -> _Files:
+    def __enter__(self) -> Files:
         return self
 
     def __exit__(self, *_: object) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
 
-    def get(self, path: Path, flags: int) -> int:
+    def source(self, path: Path) -> int:
+        """Returns the descriptor of a file to read."""
+        try:
+            return self._get(path, os.O_RDONLY)
+        except OSError as error:
+            raise FileRefused(
+                f"{path}: the file cannot be read any more: {error.strerror}",
+                hint="another program removed it or changed its rights: put it back",
+            ) from error
+
+    def target(self, path: Path) -> int:
+        """Returns the descriptor of a file to write."""
+        return self._get(path, os.O_WRONLY)
+
+    def _get(self, path: Path, flags: int) -> int:
         with self._lock:
             if (path, flags) not in self._open:
                 self._open[path, flags] = os.open(path, flags)
             return self._open[path, flags]
+
+
+def _overflowed(
+    files: Iterable[WeightFile], overflows: Sequence[tuple[tuple[Path, int], int]]
+) -> Iterator[str]:
+    """Yields a sentence for every tensor that holds values which a cast made infinite."""
+    for file in files:
+        for key, info in file.tensors.items():
+            inside = range(info.start, info.end)
+            count = sum(n for (path, at), n in overflows if path == file.path and at in inside)
+            if count:
+                name = f"{file.path.parent.name}/{key}"
+                yield f"{name}: {count:,} values are too large for {info.dtype}: infinite now"
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -220,7 +267,7 @@ def _nbytes(count: int, dtype: str) -> int:
     return count * DTYPE_BITS[dtype] // 8
 
 
-def _joined(todo: Iterable[Piece]) -> Iterator[Piece]:
+def joined(todo: Iterable[Piece]) -> Iterator[Piece]:
     """Joins copies that follow each other in the source and in the target."""
     last: Piece | None = None
     for piece in todo:
@@ -256,29 +303,25 @@ def _cut(piece: Piece) -> Iterator[Piece]:
         )
 
 
-def _move(
-    piece: Piece, files: _Files, progress: Callable[[int], None], warnings: list[str]
-) -> None:
-    source = files.get(piece.source[0], os.O_RDONLY)
-    target = files.get(piece.target[0], os.O_WRONLY)
+def _move(piece: Piece, files: Files, progress: Callable[[int], None]) -> int:
+    """Moves one piece; returns how many values became infinite."""
+    source, target = files.source(piece.source[0]), files.target(piece.target[0])
     if piece.is_copy:
         _copy(source, piece.source, target, piece.target[1], piece.nbytes, progress)
-        return
-    data = _read(source, piece.source, _nbytes(piece.count, piece.dtypes[0]))
+        return 0
+    data = read_exactly(source, piece.source, _nbytes(piece.count, piece.dtypes[0]))
     if piece.transposed is not None:
-        data = _transposed(data, piece.transposed)
-    view = memoryview(data)
+        data = transposed_bytes(data, piece.transposed)
+    view, overflows = memoryview(data), 0
     if piece.dtypes[0] != piece.dtypes[1]:
         from .cast import cast
 
         view, overflows = cast(data, *piece.dtypes)
-        if overflows:
-            name = f"{piece.source[0].name}, byte {piece.source[1]:,}"
-            warnings.append(f"{name}: {overflows:,} values are too large for {piece.dtypes[1]}")
     done = 0
     while done < len(view):
         done += os.pwrite(target, view[done:], piece.target[1] + done)
     progress(piece.nbytes)
+    return overflows
 
 
 def _copy(
@@ -295,7 +338,7 @@ def _copy(
     while done < nbytes:
         moved = _copy_some(source, position + done, target, offset + done, nbytes - done)
         if moved == 0:
-            _refuse_short(path)
+            refuse_short(path)
         done += moved
         progress(moved)
 
@@ -305,33 +348,40 @@ def _copy_some(source: int, start: int, target: int, offset: int, nbytes: int) -
         try:
             return os.copy_file_range(source, target, nbytes, start, offset)
         except OSError as error:
-            # Another file system, or one that cannot: the buffer can.
-            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+            if error.errno not in CANNOT_COPY:
                 raise
     data = os.pread(source, min(nbytes, 1 << 20), start)
     return os.pwrite(target, data, offset) if data else 0
 
 
-def _read(source: int, start: tuple[Path, int], nbytes: int) -> bytearray:
+def read_exactly(source: int, start: tuple[Path, int], nbytes: int) -> bytearray:
+    """Returns bytes of an open file, from an offset on; FileRefused if it has fewer."""
     path, position = start
     data = bytearray(nbytes)
     view, done = memoryview(data), 0
     while done < nbytes:
         got = os.preadv(source, [view[done:]], position + done)
         if got == 0:
-            _refuse_short(path)
+            refuse_short(path)
         done += got
     return data
 
 
-def _refuse_short(path: Path) -> None:
+def refuse_short(path: Path) -> None:
+    """Raises FileRefused: the file has fewer bytes than its header says."""
     raise FileRefused(
         f"{path}: the file became shorter while it was read",
         hint="another program is writing to it: wait until it is done",
     )
 
 
-def _transposed(data: bytearray, shape: tuple[int, ...]) -> bytearray:
+def transposed_bytes(data: bytearray, shape: tuple[int, ...]) -> bytearray:
+    """Returns the bytes of a matrix, transposed.
+
+    Args:
+        data: the elements, row by row.
+        shape: rows and columns.
+    """
     import numpy as np
 
     rows, columns = shape

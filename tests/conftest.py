@@ -13,6 +13,7 @@ from ckptconv.architecture import bundled
 from ckptconv.header import Header, TensorInfo, header_from_json
 from ckptconv.sample import layout_of, write_sample
 from tests.checkpoints import midget
+from tests.mutations import linked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -104,3 +105,19 @@ def folder(small: Path, sample: Sample, tmp_path_factory: pytest.TempPathFactory
         return converted[name]
 
     return convert
+
+
+class Copy(Protocol):
+    """The fixture `copy`: `copy(architecture)`."""
+
+    def __call__(self, name: str) -> Path: ...
+
+
+@pytest.fixture
+def copy(folder: Folder, tmp_path: Path) -> Copy:
+    """Gives a copy of what `folder` gives, to alter: its files are links, so replace them whole."""
+
+    def link(name: str) -> Path:
+        return linked(folder(name), tmp_path / "copy")
+
+    return link

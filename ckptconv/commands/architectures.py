@@ -6,8 +6,7 @@ from typing import Any
 
 import click
 
-from ..architecture import bundled
-from .shared import console, echo_json, json_option
+from .shared import console, echo_json, json_option, key_maps
 
 
 @click.command("architectures")
@@ -21,7 +20,7 @@ def command(*, as_json: bool) -> None:
             "tasks": {t.name: t.pipeline for t in a.tasks.values()},
             "components": [c.name for c in a.models],
         }
-        for a in bundled().architectures.values()
+        for a in key_maps().architectures.values()
     ]
     if as_json:
         echo_json(rows)

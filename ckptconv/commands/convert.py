@@ -9,7 +9,8 @@ import click
 
 from ..convert import convert
 from ..execute import Layout, Report, parse_size
-from .shared import FILE, choices_of, echo_json, json_option, plan_options, progress, size
+from ..numbers import size
+from .shared import FILE, choices_of, echo_json, json_option, plan_options, progress
 
 
 @click.command("convert")

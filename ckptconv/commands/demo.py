@@ -7,13 +7,12 @@ from pathlib import Path
 
 import click
 
-from ..architecture import bundled
 from ..convert import convert
 from ..detect import inspect
-from ..errors import UsageError
+from ..errors import OutputError, UsageError
 from ..report import inspection
 from ..sample import layout_of, write_sample
-from .shared import FILE
+from .shared import FILE, key_maps
 
 STEPS = 2
 SIDE = 64
@@ -29,13 +28,18 @@ def command(folder: Path, *, arch: str) -> None:
     The weights are random, so the image is noise: what it shows is that stock diffusers runs the
     folder. Nothing is downloaded.
     """
-    known = bundled().architectures
+    known = key_maps().architectures
     if arch not in known:
         raise UsageError(
             f"architecture {arch!r} is unknown", hint=f"it is one of {', '.join(known)}"
         )
     started = time.monotonic()
-    folder.mkdir(exist_ok=True, parents=True)
+    try:
+        folder.mkdir(exist_ok=True, parents=True)
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: no folder can be made: {error.strerror}", hint="choose another place"
+        ) from error
     sample = folder / f"{arch}.safetensors"
     write_sample(known[arch], sample, layout_of(known[arch], dtype="fp32"), overwrite=True)
     click.echo(f"sample:   {sample}")
@@ -52,8 +56,10 @@ def command(folder: Path, *, arch: str) -> None:
 def _draw(model: Path, image: Path) -> Path:
     """Runs stock diffusers on the converted folder."""
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
     from PIL import Image
 
+    logging.disable_progress_bar()
     pipeline = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
         str(model), local_files_only=True
     )

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..detect import Detection, inspect
+from ..numbers import millions, size
 from ..plan import build_plan
 from ..report import hashes, inspection
-from .shared import FILE, console, echo_json, json_option, size
+from .shared import FILE, console, echo_json, json_option, key_maps
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -21,19 +22,37 @@ if TYPE_CHECKING:
 @click.option("--tree", is_flag=True, help="Draw the network block by block.")
 @click.option("--verdicts", is_flag=True, help="Show what every architecture says of the file.")
 @click.option("--hash", "hashed", is_flag=True, help="Compute the hashes (reads the whole file).")
+@click.option("--html", type=FILE, help="Write a page about the file, with its drawing.")
+@click.option("--overwrite", is_flag=True, help="Replace a page that is there.")
 @json_option
 @click.pass_context
 def command(
-    ctx: click.Context, /, file: Path, *, tree: bool, verdicts: bool, hashed: bool, as_json: bool
+    ctx: click.Context,
+    /,
+    file: Path,
+    *,
+    tree: bool,
+    verdicts: bool,
+    hashed: bool,
+    html: Path | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Say what FILE is: architecture, task, components, and the evidence.
 
     Exits with 1 if FILE is not a checkpoint that can be converted as it is.
     """
-    detection = inspect(file)
+    if html:
+        from ..html import check_page, page, write_page  # a tenth of the time of an inspection
+
+        check_page(html, overwrite=overwrite)
+    detection = inspect(file, maps=key_maps())
     data = inspection(detection)
     if hashed:
         data["hashes"] = hashes(detection.header)
+    if html:
+        write_page(html, page(detection, hashes=data.get("hashes")), overwrite=overwrite)
+        click.echo(f"page: {html}", err=True)
     if as_json:
         echo_json(data)
     else:
@@ -106,7 +125,7 @@ def _components(components: dict[str, dict[str, Any]]) -> RenderableType:
             name,
             row["class"],
             f"{row['tensors']:,}",
-            f"{row['parameters'] / 1e6:,.1f} M",
+            millions(row["parameters"]),
             size(row["bytes"]),
             dtypes,
         )
@@ -126,7 +145,7 @@ def _tree(detection: Detection) -> RenderableType:
         if not members:
             continue
         total = sum(block.parameters for block in members)
-        branch = root.add(f"{component.name}: {total / 1e6:,.1f} M parameters")
+        branch = root.add(f"{component.name}: {total:,} parameters")
         for block in members:
             words = [f"{block.channels} channels" if block.channels else ""]
             words.append(f"{block.resnets} resnets" if block.resnets else "")
@@ -135,6 +154,6 @@ def _tree(detection: Detection) -> RenderableType:
             elif block.attention:
                 words.append(f"{len(block.attention)} attention")
             words.append(f"{block.resamples}sample" if block.resamples else "")
-            words.append(f"{block.parameters / 1e6:,.2f} M")
+            words.append(f"{block.parameters:,} parameters")
             branch.add(f"{block.name}: {', '.join(word for word in words if word)}")
     return root

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from ..architecture import bundled
 from ..errors import UsageError
+from ..numbers import size
 from ..sample import layout_of, write_sample
-from .shared import FILE, progress, size
+from .shared import FILE, key_maps, progress
 
 
 @click.command("sample")
@@ -19,7 +19,13 @@ from .shared import FILE, progress, size
 @click.option("--task", help="Such as inpainting; sets the UNet's input channels.")
 @click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), help="Of the weights.")
 @click.option("--ema", is_flag=True, help="Add an EMA copy of the UNet.")
-@click.option("--seed", default=0, show_default=True, help="Of the random weights.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of the random weights.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
 def command(
     architecture: str,
@@ -33,7 +39,7 @@ def command(
     overwrite: bool,
 ) -> None:
     """Write FILE, a checkpoint of ARCHITECTURE in the original layout with random weights."""
-    known = bundled().architectures
+    known = key_maps().architectures
     if architecture not in known:
         raise UsageError(
             f"architecture {architecture!r} is unknown", hint=f"it is one of {', '.join(known)}"

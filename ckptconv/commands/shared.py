@@ -12,35 +12,34 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..architecture import KeyMaps, bundled
 from ..convert import Choices
+from ..errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
-    "Names",
     "choices_of",
     "console",
     "echo_json",
     "json_option",
+    "key_maps",
     "plan_options",
     "progress",
-    "size",
 ]
 
 FILE = click.Path(path_type=Path)
 """Not checked by click: a missing file is refused with exit code 1 and our own sentence."""
 
 
-class Names(click.ParamType[list[str]]):
-    """Names separated by commas."""
-
-    name = "NAMES"
-
-    def convert(self, value: Any, param: object, ctx: object) -> list[str]:  # noqa: D102
-        if isinstance(value, list):
-            return value
-        return [name.strip() for name in str(value).split(",") if name.strip()]
+def _names(_ctx: click.Context, _option: click.Parameter, value: str | None) -> list[str] | None:
+    """Splits names at commas."""
+    if value is None:
+        return None
+    if not (names := [name.strip() for name in value.split(",") if name.strip()]):
+        raise click.BadParameter("names no component")
+    return names
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
@@ -52,7 +51,9 @@ _PLAN_OPTIONS = (
         help="Cast the weights; as stored by default.",
     ),
     click.option("--ema", is_flag=True, help="Take the EMA copy of the UNet."),
-    click.option("--only", type=Names(), help="Components to write, such as unet,vae."),
+    click.option(
+        "--only", callback=_names, metavar="NAMES", help="Components to write, such as unet,vae."
+    ),
     click.option("--vae", type=FILE, help="Take the VAE from another file or folder."),
     click.option("--text-encoder", type=FILE, help="Take the text encoder from elsewhere."),
     click.option(
@@ -80,7 +81,29 @@ def plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def choices_of(options: dict[str, Any]) -> Choices:
     """Returns the choices among a command's options."""
     chosen: Any = {key: options[key] for key in Choices.__annotations__ if key in options}
+    chosen["maps"] = key_maps()
     return chosen  # type: ignore[no-any-return]
+
+
+def key_maps(folder: Path | None = None) -> KeyMaps:
+    """Returns the key maps to use: a folder before those that come with ckptconv.
+
+    Args:
+        folder: given to the command; the one that `ckptconv --key-maps` names by default.
+
+    Raises:
+        UsageError: it is no folder, or holds no YAML file.
+    """
+    context = click.get_current_context(silent=True)
+    folder = folder or (context.find_root().obj if context else None)
+    if folder is None:
+        return bundled()
+    if not folder.is_dir() or next(folder.rglob("*.yaml"), None) is None:
+        raise UsageError(
+            f"{folder}: is no folder of key maps: it holds no YAML file",
+            hint="give the folder that holds NAME/arch.yaml; docs/key-maps.md describes it",
+        )
+    return KeyMaps([folder, *bundled().folders])
 
 
 def echo_json(data: Any) -> None:
@@ -94,19 +117,6 @@ def console() -> Console:
 
     width = None if sys.stdout.isatty() else 160
     return Console(width=width, highlight=False, soft_wrap=True)
-
-
-def size(nbytes: float) -> str:
-    """Returns a number of bytes for people.
-
-    >>> size(6938078334)
-    '6.94 GB'
-    """
-    for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""The checks of `ckptconv verify`: one module for each thing that can be wrong."""

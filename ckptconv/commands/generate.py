@@ -1,0 +1,165 @@
+"""`ckptconv generate`: images straight from a checkpoint."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..adapt import add_loras, find_scheduler, read_loras, set_scheduler
+from ..device import pick_device
+from ..generation import (
+    Settings,
+    call_arguments,
+    check,
+    check_outputs,
+    described,
+    generate,
+    open_images,
+    parse_pixels,
+    save_png,
+)
+from ..libraries import quiet
+from ..pipeline import OFFLOADS, TASKS, load_pipeline, pipeline_class
+from .shared import FILE, choices_of, echo_json, json_option, plan_options, progress
+
+DTYPE_ON_CPU = "fp32"
+"""Unless another is asked for: a convolution in fp16 takes a thousand times longer on most CPUs."""
+
+
+@click.command("generate")
+@click.argument("file", type=FILE)
+@click.argument("prompt")
+@click.option("-o", "--out", type=FILE, required=True, help="The PNG to write.")
+@click.option("--negative", metavar="TEXT", help="What not to show.")
+@click.option("--steps", type=click.IntRange(min=1), default=30, show_default=True)
+@click.option("--guidance", type=float, help="How strongly the prompt guides.")
+@click.option(
+    "--guidance-rescale",
+    type=click.FloatRange(0, 1),
+    help="Scale guidance back; 0.7 for a model of zero terminal SNR.",
+)
+@click.option("--image-guidance", type=float, help="How strongly the image guides.")
+@click.option("--size", metavar="WxH", help="In pixels, multiples of 8: 768x512, or 512.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), help="Of the noise; drawn and printed by default."
+)
+@click.option(
+    "--count",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Images to make, the seed one higher for each.",
+)
+@click.option("--scheduler", metavar="CLASS", help="Such as EulerAncestralDiscreteScheduler.")
+@click.option("--task", type=click.Choice(TASKS), help="What the weights are made for by default.")
+@click.option("--image", type=FILE, help="The image to change.")
+@click.option("--mask", type=FILE, help="Where to change it: white is painted anew.")
+@click.option("--strength", type=float, help="How far the image may change, above 0 to 1.")
+@click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="May be repeated.")
+@click.option("--device", default="auto", show_default=True, help="cuda, cuda:1, mps, cpu or auto.")
+@click.option(
+    "--offload", type=click.Choice(list(OFFLOADS)), help="Let weights wait in main memory."
+)
+@click.option(
+    "--device-map", type=click.Choice(["balanced"]), help="Spread a model over several GPUs."
+)
+@click.option(
+    "--compile", "compiled", is_flag=True, help="Compile the UNet: slow start, fast steps."
+)
+@plan_options
+@click.option("--ignore-unclaimed", is_flag=True, help="Leave out keys that no key map knows.")
+@click.option("--overwrite", is_flag=True, help="Replace images that are there.")
+@json_option
+def command(
+    file: Path,
+    prompt: str,
+    *,
+    out: Path,
+    size: str | None,
+    seed: int | None,
+    count: int,
+    scheduler: str | None,
+    task: str | None,
+    loras: tuple[str, ...],
+    device: str,
+    offload: str | None,
+    device_map: str | None,
+    compiled: bool,
+    ignore_unclaimed: bool,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Make images of PROMPT with the checkpoint (or the diffusers folder) FILE.
+
+    What is not given is the default of the pipeline in diffusers, and the size that of the
+    training. On a CPU the weights become fp32 by default. The PNG carries its parameters in a text
+    chunk; the same seed gives the same image.
+    """
+    settings = Settings(
+        prompt,
+        size=parse_pixels(size) if size else None,
+        **{name: options[name] for name in Settings.__annotations__ if name in options},
+    )
+    paths = check_outputs(out, count, overwrite=overwrite)
+    cls, task = pipeline_class(file, task)
+    check(cls, task, settings)
+    images, adapters = open_images(settings), read_loras(loras)
+    chosen = find_scheduler(scheduler) if scheduler else None
+    place, reason = pick_device(device)
+    choices = choices_of(options)
+    if place.type == "cpu" and choices.get("dtype") is None:
+        choices["dtype"] = DTYPE_ON_CPU
+    click.echo(f"device {place}: {reason}", err=True)
+    started = time.monotonic()
+    with progress("loading") as show:
+        pipe = load_pipeline(
+            file,
+            device=str(place),
+            task=task,
+            offload=offload,
+            device_map=device_map,
+            ignore_unclaimed=ignore_unclaimed,
+            progress=show,
+            **choices,
+        )
+    loaded = time.monotonic()
+    with quiet():
+        if chosen:
+            for warning in set_scheduler(pipe, chosen):
+                click.echo(f"warning: {warning}", err=True)
+        add_loras(pipe, adapters)
+        if compiled:
+            pipe.unet.compile()
+        pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+        arguments = call_arguments(pipe, settings, images)
+        first = secrets.randbelow(2**32) if seed is None else seed
+        made = []
+        for number, path in enumerate(paths):
+            image = generate(pipe, arguments, first + number)
+            values = described(pipe, settings, arguments) | {
+                "seed": first + number,
+                "width": image.width,
+                "height": image.height,
+                "task": task,
+                "model": file.name,
+                "loras": [{"file": lora.path.name, "scale": lora.scale} for lora in adapters],
+                "device": str(place),
+            }
+            save_png(image, path, values)
+            made.append({"file": str(path), **values})
+            click.echo(f"{path}: seed {first + number}", err=True)
+            if not as_json:
+                click.echo(path)
+    if as_json:
+        seconds = {"load": loaded - started, "generate": time.monotonic() - loaded}
+        echo_json({"images": made, "seconds": {k: round(v, 3) for k, v in seconds.items()}})
+
+
+# A pipeline needs all of its components, so there is no choice among them.
+command.params = [option for option in command.params if option.name != "only"]

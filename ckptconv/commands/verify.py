@@ -1,0 +1,134 @@
+"""`ckptconv verify`: is this folder that file, converted?"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..detect import inspect
+from ..errors import SHOWN, OutputError, UsageError
+from ..html import check_page, page, write_page
+from ..junit import junit
+from ..markdown import markdown
+from ..numbers import size
+from ..verification import Check, Verification
+from ..verify import verify
+from .shared import (
+    FILE,
+    choices_of,
+    echo_json,
+    json_option,
+    key_maps,
+    plan_options,
+    progress,
+)
+
+
+@click.command("verify")
+@click.argument("paths", nargs=-1, type=FILE, required=True, metavar="[FILE] DIR")
+@click.option("--finite", is_flag=True, help="Look for NaN and infinities as well.")
+@click.option("--ignore-unclaimed", is_flag=True, help="Keys that no key map knows are fine.")
+@click.option("--junit", "report", type=FILE, help="Write a JUnit XML report to this file.")
+@click.option("--html", type=FILE, help="Write a page with the checks and the file's drawing.")
+@click.option("--markdown", "summary", type=FILE, help="Append a summary to this file.")
+@click.option("--overwrite", is_flag=True, help="Replace a page that is there.")
+@plan_options
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    paths: tuple[Path, ...],
+    *,
+    finite: bool,
+    ignore_unclaimed: bool,
+    report: Path | None,
+    html: Path | None,
+    summary: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Prove that the diffusers folder DIR is the checkpoint FILE, converted.
+
+    Whichever program made DIR: every key of FILE is accounted for, the tensors are those that the
+    classes of diffusers and transformers expect, every value is equal bit for bit (or rounded
+    exactly, where the dtype differs), and configurations and tokenizers are right. DIR alone is
+    checked as far as that goes. Options of the conversion that DIR does not note are given again.
+
+    Exits with 1 if anything is wrong.
+    """
+    if len(paths) > 2:
+        raise UsageError(f"{len(paths)} paths are given", hint="verify takes [FILE] DIR")
+    source, folder = (None, *paths)[-2:]
+    if html:
+        check_page(html, overwrite=overwrite)
+    with progress("verifying") as show:
+        found = verify(
+            source,
+            folder,  # type: ignore[arg-type]  # the last of at least one path
+            finite=finite,
+            ignore_unclaimed=ignore_unclaimed,
+            progress=show,
+            **choices_of(options),
+        )
+    detection = inspect(source, maps=key_maps()) if source and (html or summary) else None
+    if report:
+        with _writing(report):
+            report.write_bytes(junit(found))
+    if summary:
+        with _writing(summary), summary.open("a", encoding="utf-8") as file:
+            file.write(markdown(found, detection))
+    if html:
+        write_page(html, page(detection, found), overwrite=overwrite)
+        click.echo(f"page: {html}", err=True)
+    if as_json:
+        echo_json(found.as_data())
+    else:
+        click.echo(as_text(found))
+    if not found.passed:
+        ctx.exit(1)
+
+
+@contextlib.contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """Says which report could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{file}: cannot be written: {error.strerror}", hint="choose another place"
+        ) from error
+
+
+def as_text(found: Verification) -> str:
+    """Returns a verification for a terminal: every check, and the first problems."""
+    what = f"{found.folder} is " + (f"{found.source}, converted" if found.source else "consistent")
+    if not found.passed:
+        what = f"{found.folder}: {_problems(len(found.problems))}"
+    compared = f"{size(found.nbytes)} compared in " if found.source else ""
+    state = "passed" if found.passed else "FAILED"
+    return f"{checks_as_text(found.checks)}\n{state}: {what} ({compared}{found.seconds:.1f} s)"
+
+
+def checks_as_text(checks: Sequence[Check]) -> str:
+    """Returns checks for a terminal: each of them, and the first problems."""
+    lines, left = [], SHOWN
+    width = max(len(check.component) for check in checks)
+    for check in checks:
+        state = _problems(len(check.problems)) if check.problems else "ok"
+        line = f"{check.component:{width}}  {check.kind:12}  {state}"
+        lines.append(f"{line}: {check.extent}" if check.extent else line)
+        lines += [f"    note: {note}" for note in check.notes]
+        lines += [f"  - {problem}" for problem in check.problems[:left]]
+        left -= min(left, len(check.problems))
+    hidden = sum(len(check.problems) for check in checks) - SHOWN
+    return "\n".join([*lines, *([f"  ... and {hidden:,} more (--json shows all)"] * (hidden > 0))])
+
+
+def _problems(count: int) -> str:
+    return f"{count:,} problem{'s' if count > 1 else ''}"

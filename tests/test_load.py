@@ -1,0 +1,202 @@
+"""Stock diffusers and transformers take a converted folder without a word of complaint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+
+import ckptconv
+from ckptconv import Layout
+from ckptconv.architecture import bundled
+from tests.checkpoints import raw
+from tests.conftest import Folder, Sample
+
+TASKS = [
+    (name, task.name)
+    for name, architecture in bundled().architectures.items()
+    for task in architecture.tasks.values()
+]
+MODELS = {
+    "unet": diffusers.UNet2DConditionModel,
+    "vae": diffusers.AutoencoderKL,
+    "text_encoder": transformers.CLIPTextModel,
+    "text_encoder_2": transformers.CLIPTextModelWithProjection,
+}
+ELSEWHERE = {"depth-to-image": {"depth_estimator": None, "feature_extractor": None}}
+"""What a pipeline wants to be given, for no checkpoint holds it."""
+
+
+class _Complaints(logging.Handler):
+    """Collects what the libraries warn of, but for what this installation lacks."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "requires torchvision" not in record.getMessage():
+            self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def complaints() -> Iterator[list[str]]:
+    handler = _Complaints()
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield handler.lines
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+def _load(folder: Path, **options: Any) -> Any:
+    return DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]  # theirs is untyped
+        folder, local_files_only=True, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, dict[str, Any]]:
+    """What the first pipeline of an architecture has loaded, for those of its other tasks."""
+    return {}
+
+
+@pytest.mark.parametrize(("name", "task"), TASKS)
+def test_the_pipeline_of_every_task_loads_without_a_complaint(
+    name: str,
+    task: str,
+    sample: Sample,
+    complaints: list[str],
+    loaded: dict[str, dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    report = ckptconv.convert(sample(name, task=task, dtype="fp16"), tmp_path / "out")
+    pipeline = _load(tmp_path / "out", **ELSEWHERE.get(task, {}), **loaded.get(name, {}))
+    assert complaints == []
+    same = [part for part in MODELS if part != "unet" and getattr(pipeline, part, None)]
+    loaded.setdefault(name, {part: getattr(pipeline, part) for part in same})
+    assert type(pipeline).__name__ == report.plan.detection.require()[1].pipeline
+    channels = pipeline.unet.config.in_channels
+    assert bundled().architectures[name].tasks[channels].name == task
+
+
+def test_a_complaint_would_have_been_heard(
+    folder: Folder, complaints: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(folder("sd1"), tmp_path / "out")
+    index = tmp_path / "out" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "bogus": True}))
+    _load(tmp_path / "out")
+    assert any("bogus" in line for line in complaints)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "sdxl-refiner"])
+def test_every_model_loads_with_no_missing_and_no_unexpected_key(name: str, folder: Folder) -> None:
+    out = folder(name)
+    found = [component for component in MODELS if (out / component).is_dir()]
+    assert found == [c.name for c in bundled().architectures[name].models]
+    for component in found:
+        model, info = MODELS[component].from_pretrained(
+            out / component, local_files_only=True, output_loading_info=True
+        )
+        assert {kind: list(keys) for kind, keys in info.items() if keys} == {}
+        stored = raw(next((out / component).glob("*.safetensors")))
+        # transformers 5 leaves `text_model.` out of a CLIPTextModel's names
+        held = {key.removeprefix("text_model."): value for key, value in model.state_dict().items()}
+        for key, (_, shape, data) in stored.items():
+            value = held[key.removeprefix("text_model.")].contiguous()
+            assert tuple(value.shape) == shape
+            wanted = torch.frombuffer(bytearray(data), dtype=_TORCH[stored[key][0]])
+            assert torch.equal(value.flatten(), wanted.to(value.dtype))
+
+
+_TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_the_configs_serve_from_single_file_offline_and_it_reads_the_same_weights(
+    name: str, sample: Sample, folder: Folder, tmp_path: Path
+) -> None:
+    configs = tmp_path / "configs"
+    ckptconv.convert(sample(name), configs, layout=Layout(weights=False))
+    classes = {
+        "sd1": diffusers.StableDiffusionPipeline,
+        "sdxl": diffusers.StableDiffusionXLPipeline,
+    }
+    theirs = classes[name].from_single_file(
+        str(sample(name)), config=str(configs), local_files_only=True
+    )
+    ours = _load(folder(name))
+    for component in bundled().architectures[name].models:
+        mine = getattr(ours, component.name).state_dict()
+        other = getattr(theirs, component.name).state_dict()
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[key].float(), other[key].float()) for key in mine)
+
+
+@pytest.mark.filterwarnings("ignore:.torch_dtype. is deprecated")  # the name that old ones know
+@pytest.mark.parametrize("shard", [0, 3_000_000])
+@pytest.mark.parametrize("variant", ["", "fp16"])
+def test_variants_and_shards_load(
+    shard: int, variant: str, sample: Sample, complaints: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    layout = Layout(variant=variant, max_shard=shard)
+    report = ckptconv.convert(sample("sd1", dtype="fp16"), out, layout=layout)
+    shards = [name for name in report.files if "-of-" in name]
+    assert bool(shards) == bool(shard)
+    assert all((".fp16-" in name) == bool(variant) for name in shards)
+    pipeline = _load(out, variant=variant or None, torch_dtype=torch.float16)
+    assert complaints == []
+    for component in ("unet", "vae", "text_encoder"):
+        model, info = MODELS[component].from_pretrained(
+            out / component,
+            variant=variant or None,
+            torch_dtype=torch.float16,
+            output_loading_info=True,
+        )
+        assert {kind: list(keys) for kind, keys in info.items() if keys} == {}
+        assert model.dtype == getattr(pipeline, component).dtype == torch.float16
+
+
+def test_an_image_is_drawn_from_a_sharded_cast_inpainting_model(
+    sample: Sample, complaints: list[str], tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    out = tmp_path / "out"
+    ckptconv.convert(
+        sample("sd1", task="inpainting", dtype="fp16"),
+        out,
+        dtype="fp32",
+        layout=Layout(max_shard=10_000_000),
+    )
+    pipeline = _load(out)
+    pipeline.set_progress_bar_config(disable=True)
+    images = [
+        pipeline(
+            prompt="a test",
+            image=Image.new("RGB", (64, 64), "gray"),
+            mask_image=Image.new("L", (64, 64), 255),
+            num_inference_steps=2,
+            height=64,
+            width=64,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="np",
+        ).images[0]
+        for seed in (0, 1)
+    ]
+    assert images[0].shape == (64, 64, 3)
+    assert images[0].std() > 0.01
+    assert abs(images[0] - images[1]).max() > 0.01
+    assert complaints == []

@@ -1,0 +1,468 @@
+"""A pipeline loaded from the file is that of the converted folder, bit for bit."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import ckptconv
+from ckptconv import CkptconvError, load_pipeline
+from ckptconv.architecture import bundled
+from ckptconv.config import configs
+from ckptconv.errors import FileRefused, Incomplete, MapError, UsageError
+from ckptconv.header import read_header
+from ckptconv.libraries import CHATTER, quiet
+from ckptconv.pipeline import OTHER_TASKS, pipeline_class
+from ckptconv.weights import empty_module, fill
+from tests.checkpoints import rewritten
+from tests.conftest import Folder, Sample
+
+TASKS = [
+    (architecture.name, task.name)
+    for architecture in bundled().architectures.values()
+    for task in architecture.tasks.values()
+    if task.name != "depth-to-image"  # it needs a depth estimator, which no file holds yet
+]
+OF_LIBRARIES = {"_name_or_path", "_diffusers_version", "transformers_version"}
+CPU = torch.device("cpu")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+OLD_NAMES = {
+    ".to_q.": ".query.",
+    ".to_k.": ".key.",
+    ".to_v.": ".value.",
+    ".to_out.0.": ".proj_attn.",
+}
+"""Of the attention in a VAE, before release 0.17 of diffusers: many donors still have them."""
+
+
+def modules(pipe: Any) -> dict[str, nn.Module]:
+    return {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """Returns a configuration of either library without what tells who wrote it."""
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return {name: value for name, value in values.items() if name not in OF_LIBRARIES}
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields parameters and buffers, those that are not saved included."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """Compares two pipelines in everything that decides what they compute."""
+    assert type(ours) is type(theirs)
+    assert ours.components.keys() == theirs.components.keys()
+    assert modules(ours).keys() == modules(theirs).keys()
+    for name, module in modules(ours).items():
+        other = modules(theirs)[name]
+        assert type(module) is type(other)
+        assert not module.training
+        assert settings(module.config) == settings(other.config)
+        pairs = zip(tensors(module), tensors(other), strict=True)
+        for (key, mine), (their_key, their) in pairs:
+            assert (key, mine.dtype, mine.shape) == (their_key, their.dtype, their.shape)
+            assert (mine.stride(), mine.device) == (their.stride(), their.device), key
+            assert mine.requires_grad == their.requires_grad
+            assert torch.equal(bits(mine), bits(their)), key
+    assert settings(ours.scheduler.config) == settings(theirs.scheduler.config)
+    assert type(ours.scheduler) is type(theirs.scheduler)
+    for name in ("tokenizer", "tokenizer_2"):
+        if mine := ours.components.get(name):
+            assert_same_tokenizer(mine, theirs.components[name])
+    plain = {k: v for k, v in settings(ours.config).items() if not isinstance(v, list | tuple)}
+    assert {key: theirs.config.get(key) for key in plain} == plain
+
+
+def assert_same_tokenizer(mine: Any, their: Any) -> None:
+    assert type(mine) is type(their)
+    assert mine.get_vocab() == their.get_vocab()
+    said = [
+        tokenizer(
+            ["A photo of a CAT, 3 naïve 猫!!", ""], padding="max_length", truncation=True
+        ).input_ids
+        for tokenizer in (mine, their)
+    ]
+    assert said[0] == said[1]
+    assert [len(ids) for ids in said[0]] == [77, 77]
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """Gives what the libraries warn of; their loggers pass nothing on by themselves."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "accelerate")]
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield messages
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize(("architecture", "task"), TASKS)
+def test_every_task_is_bit_identical_to_the_converted_folder(
+    architecture: str, task: str, sample: Sample, tmp_path: Path, said: list[str]
+) -> None:
+    file = sample(architecture, task=task)
+    ckptconv.convert(file, tmp_path / "out")
+    ours = load_pipeline(file, device="cpu")
+    assert_same(ours, load_pipeline(tmp_path / "out", device="cpu"))
+    assert said == [], "a library found something wrong with a configuration"
+    known = {t.name: t.pipeline for t in bundled().architectures[architecture].tasks.values()}
+    assert type(ours).__name__ == known[task]
+    assert {
+        tensor.device for module in modules(ours).values() for _, tensor in tensors(module)
+    } == {CPU}
+
+
+@pytest.mark.filterwarnings("ignore:.torch_dtype. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [("sd1", "fp16"), ("sdxl", "fp32"), ("sdxl-refiner", "bf16")]
+)
+def test_a_cast_is_bit_identical_to_the_converted_folder(
+    architecture: str, dtype: str, sample: Sample, tmp_path: Path
+) -> None:
+    file = sample(architecture)
+    ckptconv.convert(file, tmp_path / "out", dtype=dtype)
+    kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    ours = load_pipeline(file, device="cpu", dtype=dtype)
+    assert {p.dtype for m in modules(ours).values() for p in m.parameters()} == {kind}
+    # Not through `load_pipeline`, so that no fault of ours can hide on both sides.
+    theirs = type(ours).from_pretrained(tmp_path / "out", torch_dtype=kind, local_files_only=True)
+    assert_same(ours, theirs)
+
+
+def test_the_ema_copy_is_loaded_if_asked(sample: Sample, tmp_path: Path) -> None:
+    file = sample("sd1", ema=True)
+    ckptconv.convert(file, tmp_path / "out", ema=True)
+    ours = load_pipeline(file, device="cpu", ema=True)
+    assert_same(ours, load_pipeline(tmp_path / "out", device="cpu"))
+    plain = load_pipeline(file, device="cpu")
+    assert not torch.equal(ours.unet.conv_in.weight, plain.unet.conv_in.weight)
+
+
+def test_weights_that_keep_their_dtype_take_no_memory_of_their_own(
+    sample: Sample, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(sample("sd1").read_bytes())
+    before = file.read_bytes()
+    pipe = load_pipeline(file, device="cpu")
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.fill_(1)
+    assert file.read_bytes() == before, "a write to a weight reached the file"
+    info = read_header(file).tensors["model.diffusion_model.input_blocks.0.0.weight"]
+    with file.open("r+b") as raw:
+        raw.seek(info.start)
+        raw.write(b"\0" * info.nbytes)
+    assert not pipe.unet.conv_in.weight.any(), "the weight is not a view of the file"
+
+
+def test_unaligned_tensors_load_the_same(sample: Sample, tmp_path: Path) -> None:
+    source = sample("sd1")
+    data = source.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    odd = tmp_path / "odd.safetensors"
+    odd.write_bytes(
+        (length + 1).to_bytes(8, "little") + data[8 : 8 + length] + b" " + data[8 + length :]
+    )
+    assert read_header(odd).data_start % 2 == 1
+    pipe = load_pipeline(odd, device="cpu")
+    assert_same(pipe, load_pipeline(source, device="cpu"))
+    parameters = [p for module in modules(pipe).values() for p in module.parameters()]
+    assert all(p.data_ptr() % p.itemsize == 0 for p in parameters)
+
+
+def test_several_dtypes_become_one_that_holds_all_values(sample: Sample, tmp_path: Path) -> None:
+    file = tmp_path / "mixed.safetensors"
+    state = load_file(sample("sdxl"))
+    save_file(
+        {k: v.float() if k.startswith("first_stage_model.") else v for k, v in state.items()}, file
+    )
+    pipe = load_pipeline(file, device="cpu")
+    assert {p.dtype for m in modules(pipe).values() for p in m.parameters()} == {torch.float32}
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    assert torch.equal(pipe.unet.conv_in.weight, state[key].float())
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_becomes_fp16_exactly(kind: torch.dtype, sample: Sample, tmp_path: Path) -> None:
+    file = tmp_path / "fp8.safetensors"
+    state = {
+        k: v.to(kind) if k.startswith("model.diffusion_model.") else v
+        for k, v in load_file(sample("sdxl")).items()
+    }
+    save_file(state, file)
+    pipe = load_pipeline(file, device="cpu")
+    assert {p.dtype for m in modules(pipe).values() for p in m.parameters()} == {torch.float16}
+    stored = state["model.diffusion_model.input_blocks.0.0.weight"]
+    assert torch.equal(pipe.unet.conv_in.weight.float(), stored.float())
+    assert pipe.unet.conv_in.weight.unique().numel() > 50
+
+
+def test_values_too_large_for_the_dtype_are_reported(
+    sample: Sample, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "large.safetensors"
+    state = load_file(sample("sd1"))
+    state["model.diffusion_model.input_blocks.0.0.weight"].view(-1)[:3] = 1e6
+    save_file(state, file)
+    pipe = load_pipeline(file, device="cpu", dtype="fp16")
+    assert int(pipe.unet.conv_in.weight.isinf().sum()) == 3
+    assert "unet/conv_in.weight: 3 values are too large for F16" in caplog.text
+    caplog.clear()
+    load_pipeline(file, device="cpu", dtype="bf16")
+    assert "too large" not in caplog.text
+
+
+@pytest.mark.parametrize("own", OTHER_TASKS)
+def test_the_same_weights_do_other_tasks(own: str, sample: Sample) -> None:
+    architecture = next(
+        a for a in bundled().architectures.values() if own == next(iter(a.tasks.values())).pipeline
+    )
+    plain = load_pipeline(sample(architecture.name), device="cpu")
+    for task, name in OTHER_TASKS[own].items():
+        pipe = load_pipeline(sample(architecture.name), device="cpu", task=task)
+        assert type(pipe).__name__ == name
+        assert torch.equal(pipe.unet.conv_in.weight, plain.unet.conv_in.weight)
+        assert pipe.config.get("requires_safety_checker") in (None, False)
+        for key in ("force_zeros_for_empty_prompt", "requires_aesthetics_score"):
+            if key in architecture.index and key in pipe.config:
+                assert pipe.config[key] == architecture.index[key]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "made", "asked"),
+    [
+        ("sd1", "inpainting", "text-to-image"),
+        ("sdxl", "instruct-pix2pix", "inpainting"),
+        ("sdxl-refiner", "image-to-image", "text-to-image"),
+    ],
+)
+def test_a_task_that_the_weights_cannot_do_is_refused(
+    architecture: str, made: str, asked: str, sample: Sample
+) -> None:
+    with pytest.raises(UsageError, match=f"made for {made}, and cannot do {asked}") as caught:
+        load_pipeline(sample(architecture, task=made), device="cpu", task=asked)
+    assert caught.value.hint.startswith(f"they can do {made}")
+
+
+def test_depth_to_image_is_refused_until_there_is_a_depth_estimator(sample: Sample) -> None:
+    file = sample("sd2", task="depth-to-image")
+    with pytest.raises(UsageError, match="needs depth_estimator, which ckptconv cannot build"):
+        load_pipeline(file, device="cpu")
+    assert pipeline_class(file)[1] == "depth-to-image"
+
+
+def test_a_missing_component_is_named_with_what_to_do(sample: Sample, tmp_path: Path) -> None:
+    file = rewritten(
+        sample("sd1"), tmp_path / "a.safetensors", lambda k: None if k.startswith("first_") else k
+    )
+    with pytest.raises(Incomplete) as caught:
+        load_pipeline(file, device="cpu")
+    assert "has no vae, which its pipeline needs" in str(caught.value)
+    assert "--vae FILE" in caught.value.hint
+    assert load_pipeline(file, device="cpu", components={"vae": None}).vae is None
+    donor = tmp_path / "donor.safetensors"
+    prefix = "first_stage_model."
+    given = {k: 2 * v for k, v in load_file(sample("sd1")).items() if k.startswith(prefix)}
+    save_file(given, donor)
+    vae = load_pipeline(file, device="cpu", vae=donor).vae
+    assert torch.equal(vae.decoder.conv_in.weight, given[f"{prefix}decoder.conv_in.weight"])
+
+
+def test_ready_components_take_the_place_of_the_files(sample: Sample) -> None:
+    base = load_pipeline(sample("sdxl"), device="cpu")
+    shared = {"vae": base.vae, "text_encoder_2": base.text_encoder_2, "scheduler": base.scheduler}
+    refiner = load_pipeline(sample("sdxl-refiner"), device="cpu", components=shared)
+    assert {name: refiner.components[name] for name in shared} == shared
+    with pytest.raises(UsageError, match="has no component tokeniser"):
+        load_pipeline(sample("sdxl-refiner"), device="cpu", components={"tokeniser": None})
+
+
+def test_only_some_components(sample: Sample) -> None:
+    pipe = load_pipeline(sample("sd1"), device="cpu", only=["unet", "scheduler"])
+    held = {name for name, value in pipe.components.items() if value is not None}
+    assert held == {"unet", "scheduler"}
+
+
+def test_a_donor_folder_with_old_names_loads_as_diffusers_does(
+    sample: Sample, folder: Folder, tmp_path: Path
+) -> None:
+    donor = tmp_path / "vae"
+    donor.mkdir()
+    (donor / "config.json").write_bytes((folder("sd1") / "vae" / "config.json").read_bytes())
+    new = {k: 2 * v for k, v in load_file(folder("sd1") / "vae" / WEIGHTS).items()}
+    old = dict(new)
+    for name, old_name in OLD_NAMES.items():
+        old = {key.replace(name, old_name): value for key, value in old.items()}
+    assert len(old.keys() & new.keys()) == len(new) - 16
+    save_file(old, donor / "diffusion_pytorch_model.fp16.safetensors")
+    vae = load_pipeline(sample("sd1"), device="cpu", vae=donor).vae
+    assert vae.state_dict().keys() == new.keys()
+    assert all(torch.equal(tensor, new[key]) for key, tensor in vae.state_dict().items())
+    assert not vae.training
+
+
+def test_the_original_configuration_wins_and_is_reported(
+    sample: Sample, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    yaml = tmp_path / "v1.yaml"
+    yaml.write_text("model: {params: {scale_factor: 0.5, parameterization: v}}")
+    pipe = load_pipeline(sample("sd1"), device="cpu", original_config=yaml)
+    assert pipe.vae.config.scaling_factor == 0.5
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    assert "v1.yaml says vae.scaling_factor = 0.5, not 0.18215" in caplog.text
+
+
+def test_choices_reach_the_scheduler(sample: Sample) -> None:
+    pipe = load_pipeline(
+        sample("sdxl"), device="cpu", prediction_type="v_prediction", zero_terminal_snr=True
+    )
+    config = pipe.scheduler.config
+    assert config["prediction_type"] == "v_prediction"
+    assert config["rescale_betas_zero_snr"] is True
+    assert config["timestep_spacing"] == "trailing"
+
+
+def test_progress_ends_at_the_whole(sample: Sample) -> None:
+    for dtype in (None, "bf16"):
+        calls: list[tuple[int, int]] = []
+        pipe = load_pipeline(
+            sample("sd1"),
+            device="cpu",
+            dtype=dtype,
+            progress=lambda done, total, calls=calls: calls.append((done, total)),  # type: ignore[misc]
+        )
+        size = sum(p.nbytes for m in modules(pipe).values() for p in m.parameters())
+        assert calls == sorted(calls)
+        assert calls[-1] == (size, size)
+
+
+def test_unclaimed_keys_are_refused_unless_asked(sample: Sample, tmp_path: Path) -> None:
+    file = tmp_path / "more.safetensors"
+    save_file({**load_file(sample("sd1")), "extra.weight": torch.ones(2)}, file)
+    with pytest.raises(Incomplete, match="no key map knows 1 of the keys"):
+        load_pipeline(file, device="cpu")
+    assert load_pipeline(file, device="cpu", ignore_unclaimed=True).unet is not None
+
+
+def test_a_file_that_becomes_shorter_is_refused(sample: Sample, tmp_path: Path) -> None:
+    file = tmp_path / "short.safetensors"
+    file.write_bytes(sample("sd1").read_bytes())
+    made = ckptconv.plan(file, dtype="fp16")
+    unet = {"unet": empty_module(configs(made)["unet"])}
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(FileRefused, match="became shorter while it was read"):
+        fill(unet, made, {"unet": {"": CPU}})
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"cross_attention_dim": 32}, "attn2.to_k.weight: has shape [64, 64], needed [64, 32]"),
+        ({"layers_per_block": 1}, "resnets.1.conv1.weight: the module has no such parameter"),
+        ({"layers_per_block": 3}, "unet: down_blocks.0.resnets.2.conv1.weight is missing"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_the_weights_is_our_fault(
+    values: Mapping[str, Any], problem: str, sample: Sample
+) -> None:
+    made = ckptconv.plan(sample("sd1"))
+    config = configs(made)["unet"]
+    unet = empty_module(replace(config, values={**config.values, **values}))
+    with pytest.raises(MapError, match="do not agree") as caught:
+        fill({"unet": unet}, made, {"unet": {"": CPU}})
+    assert any(problem in line for line in caught.value.problems)
+
+
+def test_a_folder_loads_in_its_own_dtype_and_variant(
+    folder: Folder, sample: Sample, tmp_path: Path
+) -> None:
+    plain = load_pipeline(folder("sdxl"), device="cpu")
+    assert {p.dtype for m in modules(plain).values() for p in m.parameters()} == {torch.float16}
+    out = tmp_path / "variant"
+    ckptconv.convert(sample("sdxl"), out, layout=ckptconv.Layout(variant="fp16"))
+    assert_same(load_pipeline(out, device="cpu"), plain)
+    pipe = load_pipeline(out, device="cpu", task="inpainting", components={"vae": None})
+    assert type(pipe).__name__ == "StableDiffusionXLInpaintPipeline"
+    assert pipe.vae is None
+
+
+def test_a_folder_takes_no_choices_of_a_conversion(folder: Folder, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="zero_terminal_snr: for a checkpoint only"):
+        load_pipeline(folder("sd1"), device="cpu", zero_terminal_snr=False)
+    with pytest.raises(FileRefused, match=r"holds no model_index\.json"):
+        load_pipeline(tmp_path, device="cpu")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
+    with pytest.raises(FileRefused, match="has no pipeline NoSuchPipeline"):
+        load_pipeline(broken, device="cpu")
+    (broken / "model_index.json").write_text(
+        '{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}'
+    )
+    with pytest.raises(FileRefused, match="diffusers cannot load the folder"):
+        load_pipeline(broken, device="cpu")
+
+
+def test_what_is_no_checkpoint_is_refused_as_ever(tmp_path: Path) -> None:
+    lora = tmp_path / "lora.safetensors"
+    save_file({"lora_unet_a.lora_down.weight": torch.ones(1, 1)}, lora)
+    with pytest.raises(CkptconvError, match="this is a LoRA"):
+        load_pipeline(lora, device="cpu")
+
+
+def test_why_a_device_was_taken_is_logged(
+    sample: Sample, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckptconv.device._counts", lambda: {"cuda": 0, "mps": 0, "cpu": 1})
+    with caplog.at_level(logging.INFO, "ckptconv"):
+        load_pipeline(sample("sd1"))
+    assert "device cpu: CUDA and MPS find no GPU" in caplog.text
+
+
+def test_loading_leaves_the_process_as_it_was(sample: Sample) -> None:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    def state() -> list[Any]:
+        bars: list[Any] = [diffusers_logging, transformers_logging]
+        filters = [f for name in CHATTER for f in logging.getLogger(name).filters]
+        return [
+            gc.isenabled(),
+            *(bar.is_progress_bar_enabled() for bar in bars),
+            [f for f in filters if getattr(f, "__module__", "") == quiet.__module__],
+            list(warnings.filters),
+        ]
+
+    load_pipeline(sample("sd1"), device="cpu")  # what the libraries do once, when imported
+    before = state()
+    assert before[:4] == [True, True, True, []]
+    seen: list[Any] = []
+    load_pipeline(
+        sample("sd1"), device="cpu", progress=lambda _done, _total: seen.append(gc.isenabled())
+    )
+    assert set(seen) == {False}
+    with pytest.raises(UsageError):
+        load_pipeline(sample("sd1"), device="cpu", task="nothing")
+    assert state() == before

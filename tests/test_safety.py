@@ -1,0 +1,257 @@
+"""A run that fails, is stopped or is killed leaves no folder that looks finished."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ckptconv
+from ckptconv import execute, stream
+from ckptconv.errors import FileRefused, OutputError
+from tests.checkpoints import raw_folder
+from tests.conftest import Folder, Sample
+from tests.kill import Killer
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_parent_that_cannot_be_written_is_refused(small: Path, tmp_path: Path) -> None:
+    parent = tmp_path
+    if os.geteuid() == 0:  # may write everywhere, but not here
+        parent = Path("/sys")
+        if not parent.is_dir():
+            pytest.skip("root may write every folder of this system")
+    else:
+        parent.chmod(0o555)
+    before = _names(parent)
+    with pytest.raises(OutputError, match="cannot be written") as caught:
+        ckptconv.convert(small, parent / "ckptconv-out")
+    assert "nothing was left behind" in caught.value.hint
+    assert _names(parent) == before
+
+
+def test_too_small_a_disk_is_said_before_anything_is_written(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(execute, "write", lambda *_: pytest.fail("it began to write"))
+    with pytest.raises(OutputError) as caught:
+        ckptconv.convert(small, tmp_path / "out")
+    assert "the disk has 1,000 bytes free, and the folder needs" in caught.value.message
+    assert "choose another disk" in caught.value.hint
+    assert _names(tmp_path) == []
+
+
+def test_room_for_exactly_the_folder_is_enough(
+    small: Path, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = sum(p.stat().st_size for p in folder("small").rglob("*") if p.is_file())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=need))
+    assert sum(ckptconv.convert(small, tmp_path / "out").files.values()) == need
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=need - 1))
+    with pytest.raises(OutputError, match="free 1 bytes, or choose") as caught:
+        ckptconv.convert(small, tmp_path / "again")
+    assert f"needs {need:,}" in str(caught.value)
+
+
+def _lie_about_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the check before the first byte pass, as if another program filled the disk then."""
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 60))
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 kB, where this process may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount, umount = shutil.which("mount"), shutil.which("umount")
+    if os.geteuid() != 0 or not mount or not umount:
+        pytest.skip("only root can mount a small disk")
+    made = subprocess.run(  # noqa: S603  (no shell)
+        [mount, "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {made.stderr.strip()}")
+    yield disk
+    subprocess.run([umount, disk], check=True)  # noqa: S603  (no shell)
+
+
+def test_a_disk_that_is_too_small_is_left_as_it_was(small: Path, tiny_disk: Path) -> None:
+    with pytest.raises(OutputError, match=r"the disk has .* bytes free, and the folder needs"):
+        ckptconv.convert(small, tiny_disk / "out")
+    assert _names(tiny_disk) == []
+
+
+def test_a_disk_that_fills_up_is_left_as_it_was(
+    small: Path, tiny_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _lie_about_room(monkeypatch)
+    with pytest.raises(OutputError) as caught:
+        ckptconv.convert(small, tiny_disk / "out")
+    assert caught.value.message == f"{tiny_disk / 'out'}: cannot be written: the disk is full"
+    assert "nothing was left behind" in caught.value.hint
+    assert _names(tiny_disk) == []
+
+
+def test_files_that_may_not_grow_are_refused_and_leave_nothing(small: Path, tmp_path: Path) -> None:
+    code = "import sys; from ckptconv.cli import main; main(sys.argv[1:])"
+    run = subprocess.run(  # noqa: S603  (no shell)
+        [sys.executable, "-c", code, "convert", small, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"error: {tmp_path / 'out'}: cannot be written: File too large\n")
+    assert "Traceback" not in run.stderr
+    assert _names(tmp_path) == []
+
+
+def test_another_file_system_takes_the_same_bytes(small: Path, folder: Folder) -> None:
+    if not os.access("/dev/shm", os.W_OK):  # noqa: S108  (asked for on purpose)
+        pytest.skip("this system has no file system in memory")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        ckptconv.convert(small, Path(memory) / "out")
+        assert raw_folder(Path(memory) / "out") == raw_folder(folder("small"))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+def test_a_failure_midway_leaves_nothing_and_the_old_folder_as_it_was(
+    error: BaseException,
+    small: Path,
+    folder: Folder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(folder("small"), tmp_path / "out")
+    calls = []
+
+    def fail(*_: Any) -> int:
+        calls.append(1)
+        raise error
+
+    monkeypatch.setattr(stream, "_copy_some", fail)
+    for name in ("out", "new"):
+        with pytest.raises((OutputError, KeyboardInterrupt)):
+            ckptconv.convert(small, tmp_path / name, overwrite=True)
+    assert calls
+    assert _names(tmp_path) == ["out"]
+    assert raw_folder(tmp_path / "out") == raw_folder(folder("small"))
+
+
+def test_a_rename_that_fails_puts_the_old_folder_back(
+    small: Path, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder("small"), tmp_path / "out")
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EACCES, "Permission denied")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OutputError, match="cannot be written: Permission denied"):
+        ckptconv.convert(small, tmp_path / "out", only=["vae"], overwrite=True)
+    assert _names(tmp_path) == ["out"]
+    assert raw_folder(tmp_path / "out") == raw_folder(folder("small"))
+
+
+def test_a_source_that_shrinks_midway_is_refused_and_leaves_nothing(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source.safetensors"
+    shutil.copyfile(small, source)
+
+    def shrink_first(*args: Any) -> list[str]:
+        os.truncate(source, source.stat().st_size // 2)
+        return stream.write(*args)
+
+    monkeypatch.setattr(execute, "write", shrink_first)
+    with pytest.raises(FileRefused, match="became shorter while it was read"):
+        ckptconv.convert(source, tmp_path / "out")
+    assert _names(tmp_path) == ["source.safetensors"]
+
+
+SLOW = """
+import signal, sys, time
+from ckptconv import stream
+from ckptconv.cli import main
+
+def slow(*args, copy=stream._copy_some):
+    print("copying", flush=True)
+    time.sleep(0.02)
+    return copy(*args)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+stream._copy_some, stream.CHUNK = slow, 10_000
+main(sys.argv[1:])
+"""
+"""Converts in about a second, and says when the first byte is copied."""
+
+
+def _stopped(number: int, small: Path, out: Path) -> tuple[int, str]:
+    """Sends a signal to a conversion midway; returns its exit code and what it said."""
+    command = [sys.executable, "-c", SLOW, "convert", str(small), str(out)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as run:  # noqa: S603
+        assert run.stdout is not None
+        assert run.stdout.readline() == "copying\n"
+        assert [name for name in _names(out.parent) if name.endswith(".partial")]
+        run.send_signal(number)
+        _, said = run.communicate(timeout=30)
+    return run.returncode, said
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 1, "Aborted!"), (signal.SIGTERM, 128 + signal.SIGTERM, "")],
+)
+def test_a_conversion_that_is_stopped_leaves_nothing(
+    number: int, code: int, said: str, small: Path, tmp_path: Path
+) -> None:
+    assert _stopped(number, small, tmp_path / "out") == (code, f"\n{said}\n" if said else "")
+    assert _names(tmp_path) == []
+
+
+def test_a_conversion_that_is_killed_leaves_nothing_that_looks_finished(
+    small: Path, folder: Folder, tmp_path: Path
+) -> None:
+    assert _stopped(signal.SIGKILL, small, tmp_path / "out")[0] == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.")
+    assert not list(left.rglob("*.json"))
+    for weights in left.rglob("*.safetensors"):
+        assert weights.read_bytes()[:8] == b"\0" * 8  # the header is not there yet
+    ckptconv.convert(small, tmp_path / "out")
+    assert raw_folder(tmp_path / "out") == raw_folder(folder("small"))
+
+
+def test_three_kills_leave_nothing_that_loads_without_being_whole(
+    sample: Sample, tmp_path: Path
+) -> None:
+    """`python -m tests.kill --kills 50` does the same more often."""
+    killer = Killer(sample("sd1", dtype="fp16"), tmp_path)
+    killer.by_clock(killer.seconds / 2)
+    killer.by_call(killer.calls * 5 // 8)  # while weights are moved
+    assert killer.tally.weights["refused"] > 0
+    killer.by_call(killer.calls - 10)  # while the configurations are written
+    assert killer.tally.weights["taken"] > 0
+    assert killer.tally.left.total() == 3
+    assert killer.tally.faults == []
