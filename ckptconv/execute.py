@@ -28,7 +28,7 @@ from .plan import ASIDE, Plan, Slot
 from .stream import WeightFile, lay_out, pieces, write
 from .tokenizer import tokenizer_files
 
-__all__ = ["Layout", "Report", "execute", "parse_size", "sibling"]
+__all__ = ["Layout", "Report", "execute", "layout_text", "parse_size", "sibling"]
 
 INDEX = "model_index.json"
 RECORD = "source.json"

@@ -38,7 +38,7 @@ class Tally:
     """What was found.
 
     Attributes:
-        left: kills by what they left: `nothing`, `a partial folder`, `the whole folder`.
+        left: kills by what they left: `nothing`, `a part`, `the whole folder`.
         weights: files of weights that were left, by whether a reader takes them.
         models: folders with a configuration that were left, by whether they load.
         faults: what loads without being whole, or does not convert afterwards.
@@ -64,12 +64,12 @@ class Killer:
         self.place = work / "place"
         self.tally = Tally()
         self.place.mkdir()
-        self.calls = next(n for n in itertools.count(8, 8) if self._run(self.place, call=n) == 0)
+        self.calls = self._count()
         self._clear()
 
     def by_clock(self, seconds: float) -> None:
         """Kills a conversion after a time, and judges what is left."""
-        pid = self._start(self.place, None)
+        pid = self._start()
         time.sleep(seconds)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -77,27 +77,32 @@ class Killer:
 
     def by_call(self, number: int) -> None:
         """Kills a conversion before its n-th call, and judges what is left."""
-        self._run(self.place, call=number)
-        self._judge()
-
-    def _start(self, place: Path, call: int | None) -> int:
-        pid = os.fork()
-        if pid:
-            return pid
-        try:  # the child, which never comes back
-            if call is not None:
-                _kill_before(call)
-            ckptconv.convert(self.source, place / "out", overwrite=True)
-            os._exit(0)
-        finally:
-            os._exit(3)
-
-    def _run(self, place: Path, call: int) -> int:
-        _, status = os.waitpid(self._start(place, call), 0)
+        _, status = os.waitpid(self._start(call=number), 0)
         code = os.waitstatus_to_exitcode(status)
         if code not in (0, -signal.SIGKILL):
             raise RuntimeError(f"the conversion failed by itself: {code}")
-        return code
+        self._judge()
+
+    def _count(self) -> int:
+        """Returns the number of calls that a conversion makes."""
+        read, write = os.pipe()
+        os.waitpid(self._start(call=0, tell=write), 0)
+        os.close(write)
+        with os.fdopen(read) as said:
+            return int(said.read())
+
+    def _start(self, *, call: int | None = None, tell: int | None = None) -> int:
+        """Converts in another process, which is to kill itself, or to tell how it went."""
+        if pid := os.fork():
+            return pid
+        try:  # the child, which never comes back
+            count = itertools.count(1) if call is None else _kill_before(call)
+            ckptconv.convert(self.source, self.place / "out", overwrite=True)
+            if tell is not None:
+                os.write(tell, str(next(count) - 1).encode())
+            os._exit(0)
+        finally:
+            os._exit(3)
 
     def _judge(self) -> None:
         left = sorted(self.place.iterdir())
@@ -135,8 +140,11 @@ class Killer:
         self.place.mkdir()
 
 
-def _kill_before(call: int) -> None:
-    """Lets this process kill itself before its n-th call that touches a name on the disk."""
+def _kill_before(call: int) -> Iterator[int]:
+    """Lets this process kill itself before its n-th call that touches a name on the disk.
+
+    Returns the counter of these calls.
+    """
     count = itertools.count(1)
 
     def hook(event: str, _: Any) -> None:
@@ -144,6 +152,7 @@ def _kill_before(call: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+    return count
 
 
 def _classes() -> dict[str, Any]:
@@ -205,7 +214,7 @@ def main(kills: int, arch: str, full: bool, seed: int) -> None:
         source = Path(folder) / "source.safetensors"
         size = write_sample(architecture, source, layout_of(architecture, full=full, dtype="fp16"))
         killer = Killer(source, Path(folder))
-        click.echo(f"{size / 1e6:,.0f} MB in {killer.seconds:.2f} s and about {killer.calls} calls")
+        click.echo(f"{size / 1e6:,.0f} MB in {killer.seconds:.2f} s and {killer.calls} calls")
         tally = kill_often(killer, kills, seed)
     click.echo(f"{kills} kills left {dict(tally.left)}")
     click.echo(f"weights: {dict(tally.weights)}; models: {dict(tally.models)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+from functools import partial
 
 from tests.pickles import MARK, STOP, checkpoint, name, numbers, table, tensor, text, zipped
 
@@ -126,38 +127,45 @@ PICKLES: dict[str, tuple[bytes, str]] = {
 
 
 WHOLE = checkpoint(table(a=tensor()), _0=bytes(16))
-ENTRY, END = b"PK\x01\x02", b"PK\x05\x06"
+END = b"PK\x05\x06"
 
 
-def entry(index: int, **fields: int) -> bytes:
-    """Returns WHOLE with other fields in an entry of its directory: offset and width, by name."""
-    places = {
+FIELDS = {
+    b"PK\x03\x04": {"mark": (0, 4), "method": (8, 2), "extra": (28, 2)},
+    b"PK\x01\x02": {
         "flags": (8, 2),
         "method": (10, 2),
         "taken": (20, 4),
         "size": (24, 4),
         "disk": (34, 2),
         "offset": (42, 4),
-    }
+    },
+    b"PK\x05\x06": {
+        "disk": (4, 2),
+        "here": (8, 2),
+        "count": (10, 2),
+        "nbytes": (12, 4),
+        "start": (16, 4),
+    },
+}
+"""Offset and width of fields: of a member's own header, of its entry, of the directory's end."""
+
+
+def changed(signature: bytes, index: int = 0, **fields: int) -> bytes:
+    """Returns WHOLE with other fields in one of its records."""
     content = bytearray(WHOLE)
     at = -1
     for _ in range(index + 1):
-        at = content.index(ENTRY, at + 1)
+        at = content.index(signature, at + 1)
     for field, value in fields.items():
-        start, width = places[field]
+        start, width = FIELDS[signature][field]
         content[at + start : at + start + width] = value.to_bytes(width, "little")
     return bytes(content)
 
 
-def end(**fields: int) -> bytes:
-    """Returns WHOLE with other fields in the end of its directory."""
-    places = {"disk": (4, 2), "here": (8, 2), "count": (10, 2), "nbytes": (12, 4), "start": (16, 4)}
-    content = bytearray(WHOLE)
-    at = content.index(END)
-    for field, value in fields.items():
-        start, width = places[field]
-        content[at + start : at + start + width] = value.to_bytes(width, "little")
-    return bytes(content)
+local = partial(changed, b"PK\x03\x04")
+entry = partial(changed, b"PK\x01\x02")
+end = partial(changed, b"PK\x05\x06")
 
 
 def renamed(old: bytes, new: bytes, *, times: int) -> bytes:
@@ -213,6 +221,9 @@ ZIPS: dict[str, tuple[bytes, str]] = {
         renamed(b"x/data.pkl", b"y/data.pkl", times=1),
         "not as the dir",
     ),
+    "extra field past the data": (local(1, extra=60), "is not as the directory says"),
+    "packed inside": (local(1, method=8), "is not as the directory says"),
+    "no header": (local(1, mark=0), "is not as the directory says"),
     "same name": (
         WHOLE.replace(b"x/data/0", b"x/data.p").replace(b"x/data.pkl", b"x/data.p\0\0"),
         "this is a zip file, but not a PyTorch checkpoint",

@@ -7,7 +7,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,16 @@ import click
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ckptconv.adapt import Lora, find_scheduler, read_loras
 from ckptconv.architecture import bundled
 from ckptconv.cli import main
 from ckptconv.errors import UsageError
 from ckptconv.generation import Settings, check, parse_pixels
 from ckptconv.pipeline import OTHER_TASKS, load_pipeline, pipeline_class
 from tests.conftest import Folder, Sample
+from tests.pipelines import SMALL, Run, parameters, pixels, runner
 
 CASES = [
     (architecture.name, own.name, task)
@@ -40,25 +39,11 @@ NEEDS = {
     "instruct-pix2pix": ("image",),
     "inpainting": ("image", "mask"),
 }
-SMALL = ("--size", "64", "--steps", "2", "--seed", "7", "--device", "cpu")
-"""Two steps at 64 x 64 pixels: a tiny model takes a tenth of a second."""
-
-Run = Callable[..., Result]
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Runs `ckptconv generate FILE "a cat" -o out.png ...` in this process."""
-
-    def run(file: Path, *options: str | Path, out: str = "out.png", code: int = 0) -> Result:
-        arguments = ["generate", str(file), "a cat", "-o", str(tmp_path / out), *map(str, options)]
-        result = CliRunner().invoke(main, arguments)
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        assert result.exit_code == code, result.stderr
-        return result
-
-    return run
+    return runner(tmp_path)
 
 
 @pytest.fixture
@@ -76,16 +61,6 @@ def mask(tmp_path: Path) -> Path:
     path = tmp_path / "mask.png"
     Image.fromarray(pixels).save(path)
     return path
-
-
-def parameters(path: Path) -> dict[str, Any]:
-    with Image.open(path) as file:
-        return dict(json.loads(file.text["ckptconv"]))  # type: ignore[attr-defined]
-
-
-def pixels(path: Path) -> Any:
-    with Image.open(path) as file:
-        return np.asarray(file.convert("RGB")).astype(int)
 
 
 @pytest.mark.parametrize(("architecture", "own", "task"), CASES)
@@ -164,7 +139,6 @@ def test_what_is_asked_for_changes_the_image(sample: Sample, run: Run, tmp_path:
         ["--negative", "dog"],
         ["--guidance", "1.5"],
         ["--guidance-rescale", "1"],
-        ["--steps", "3"],
         ["--scheduler", "EulerAncestralDiscreteScheduler"],
         ["--prediction-type", "v_prediction"],
     ]
@@ -242,113 +216,6 @@ def test_what_diffusers_refuses_is_no_traceback(
     monkeypatch.setattr("diffusers.StableDiffusionPipeline.__call__", refusing)
     result = run(sample("sd1"), *SMALL, code=2)
     assert "error: diffusers refuses these options: `callback_steps` has to be" in result.stderr
-
-
-def test_the_scheduler_keeps_its_configuration(sample: Sample) -> None:
-    from ckptconv.adapt import set_scheduler
-
-    pipe = load_pipeline(sample("sdxl"), device="cpu", prediction_type="v_prediction")
-    before = pipe.scheduler.config
-    assert set_scheduler(pipe, find_scheduler("DPMSolverMultistepScheduler")) == []
-    kept = ("prediction_type", "beta_start", "beta_end", "beta_schedule", "timestep_spacing")
-    assert {key: pipe.scheduler.config[key] for key in kept} == {key: before[key] for key in kept}
-    assert before["prediction_type"] == "v_prediction"
-    assert find_scheduler("LCMScheduler").__name__ == "LCMScheduler"
-
-
-@pytest.mark.parametrize(
-    ("name", "message", "hint"),
-    [
-        ("Euler", "diffusers has no scheduler Euler", "EulerDiscreteScheduler"),
-        ("UNet2DConditionModel", "no scheduler UNet2DConditionModel", "PNDMScheduler"),
-        ("FlowMatchEulerDiscreteScheduler", "for these models", "PNDMScheduler"),
-    ],
-)
-def test_an_unknown_scheduler(name: str, message: str, hint: str) -> None:
-    with pytest.raises(UsageError, match=message) as caught:
-        find_scheduler(name)
-    assert hint in caught.value.hint
-
-
-def test_a_scheduler_that_lacks_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    import diffusers
-
-    class Lacking:
-        _backends = ("torch", "torchsde")
-
-    monkeypatch.setattr(diffusers, "DPMSolverSDEScheduler", Lacking, raising=False)
-    with pytest.raises(UsageError, match="needs torchsde") as caught:
-        find_scheduler("DPMSolverSDEScheduler")
-    assert caught.value.hint == "pip install torchsde"
-
-
-def kohya(unet: torch.nn.Module, encoder: bool) -> dict[str, torch.Tensor]:
-    """Returns a LoRA as the kohya trainer names it, for the attention of a UNet."""
-    generator = torch.Generator().manual_seed(3)
-    shapes = {
-        f"lora_unet_{name.replace('.', '_')}": (module.in_features, module.out_features)
-        for name, module in unet.named_modules()
-        if isinstance(module, torch.nn.Linear) and name.endswith(("to_q", "to_k", "to_v", "out.0"))
-    }
-    if encoder:
-        names = ("q_proj", "k_proj", "v_proj", "out_proj")
-        prefix = "lora_te_text_model_encoder_layers_0_self_attn_"
-        shapes |= {f"{prefix}{name}": (64, 64) for name in names}
-    state = {}
-    for name, (before, after) in shapes.items():
-        state[f"{name}.lora_down.weight"] = torch.randn(2, before, generator=generator)
-        state[f"{name}.lora_up.weight"] = torch.randn(after, 2, generator=generator) / 4
-        state[f"{name}.alpha"] = torch.tensor(2.0)
-    return state
-
-
-@pytest.mark.parametrize("encoder", [False, True])
-def test_a_lora_of_kohya_applies_with_its_scale(
-    encoder: bool, sample: Sample, run: Run, tmp_path: Path
-) -> None:
-    lora = tmp_path / "style.safetensors"
-    save_file(kohya(load_pipeline(sample("sd1"), device="cpu").unet, encoder), lora)
-    made = {}
-    for scale in ("", ":0", ":0.5"):
-        options = ("--lora", f"{lora}{scale}", "--overwrite")
-        result = run(sample("sd1"), *SMALL, *options)
-        assert result.stderr.splitlines()[1:] == [f"{tmp_path / 'out.png'}: seed 7"]
-        made[scale] = pixels(tmp_path / "out.png")
-        number = float(scale[1:] or 1)
-        assert parameters(tmp_path / "out.png")["loras"] == [{"file": lora.name, "scale": number}]
-    run(sample("sd1"), *SMALL, out="plain.png")
-    plain = pixels(tmp_path / "plain.png")
-    assert np.abs(made[":0"] - plain).max() <= 1
-    assert 0 < np.abs(made[":0.5"] - plain).mean() != np.abs(made[""] - plain).mean() > 0
-    two = ("--lora", f"{lora}:0.25", "--lora", f"{lora}:0.25", "--overwrite")
-    run(sample("sd1"), *SMALL, *two)
-    assert np.abs(pixels(tmp_path / "out.png") - made[":0.5"]).max() <= 1
-
-
-def test_a_lora_that_does_not_fit_is_refused(sample: Sample, run: Run, tmp_path: Path) -> None:
-    lora = tmp_path / "style.safetensors"
-    save_file(kohya(load_pipeline(sample("sd1"), device="cpu").unet, encoder=False), lora)
-    result = run(sample("sdxl"), *SMALL, "--lora", lora, code=1)
-    assert "diffusers cannot load it as a LoRA of StableDiffusionXLPipeline" in result.stderr
-    assert "size mismatch" in result.stderr
-    save_file({"lora_unet_nowhere.alpha": torch.tensor(1.0)}, lora)
-    assert "cannot load it as a LoRA" in run(sample("sd1"), *SMALL, "--lora", lora, code=1).stderr
-    result = run(sample("sd1"), *SMALL, "--lora", sample("sd1"), code=1)
-    assert "cannot load it as a LoRA" in result.stderr
-    assert "no such file" in run(sample("sd1"), "--lora", "nowhere", code=1).stderr.lower()
-
-
-def test_a_lora_needs_peft(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(UsageError, match="PEFT") as caught:
-        read_loras([str(sample("sd1"))])
-    assert caught.value.hint == "pip install peft"
-
-
-def test_how_the_scale_of_a_lora_is_written(tmp_path: Path) -> None:
-    odd = tmp_path / "a:b.safetensors"
-    save_file({"x": torch.ones(1)}, odd)
-    assert read_loras([f"{odd}:-0.5", str(odd)]) == [Lora(odd, -0.5), Lora(odd, 1.0)]
 
 
 def test_compile_compiles_the_unet(

@@ -21,7 +21,7 @@ from ckptconv.device import DeviceError
 from ckptconv.generation import generate
 from ckptconv.sample import layout_of, write_sample
 from tests.conftest import Sample
-from tests.test_pipeline import assert_same, bits, modules, tensors
+from tests.pipelines import assert_same, bits, modules, tensors
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is false"

@@ -45,6 +45,16 @@ ARCHITECTURES: dict[str, tuple[unet.UNetConfig, dict[str, str]]] = {
 UNETS = {
     "sd1-inpainting": unet.TINY_SD1_INPAINT,
     "sd1-lcm": unet.TINY_LCM,
+    "ssd-1b": unet.TINY_SSD1B,
+    "vega": replace(
+        unet.TINY_SSD1B,
+        input_depth=((0, 0), (1, 1), (2, 2)),
+        output_depth=((2, 2, 2), (1, 1, 1), (0, 0, 0)),
+    ),
+    "koala-700m": unet.TINY_KOALA,
+    "koala-1b": replace(
+        unet.TINY_KOALA, has_middle=True, middle_depth=unet.TINY_KOALA.input_depth[-1][0]
+    ),
 }
 """Files that hold a UNet and nothing else."""
 
@@ -123,7 +133,7 @@ def compare_unets(pair: Pair) -> None:
     if config.adm_channels:
         # Original networks take pooled text and embedded sizes as one vector; diffusers embeds the
         # sizes itself, 256 wide each, as it does the timestep.
-        ids = torch.randint(0, 1024, (2, 6 if pair.config is unet.TINY_SDXL else 5))
+        ids = torch.randint(0, 1024, (2, (config.adm_channels - OPENCLIP.projection) // 256))
         pooled = torch.randn(2, OPENCLIP.projection, dtype=torch.float64)
         sizes = unet.timestep_embedding(ids.flatten().double(), 256).reshape(2, -1).double()
         y = torch.cat([pooled, sizes], dim=1)

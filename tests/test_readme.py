@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from ckptconv.architecture import bundled
 from ckptconv.cli import main
+from ckptconv.header import header_from_json, read_header
 from ckptconv.sample import layout_of, write_sample
 
 ROOT = Path(__file__).parent.parent
@@ -46,3 +47,29 @@ def test_ci_runs_the_command_that_the_readme_promises() -> None:
     promised = re.search(r"^(pip install -e .*pytest)\b", README, flags=re.MULTILINE)
     assert promised
     assert promised[1] in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+def test_contributing_shows_the_architecture_as_it_is() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = re.search(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    assert shown
+    assert shown[1] == (ROOT / "key_maps" / "ssd-1b" / "arch.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("workplace")
+def test_the_commands_of_contributing_run() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\$ ckptconv (.*)$", text, flags=re.MULTILINE)
+    assert len(lines) == 4
+    for line in lines:
+        result = CliRunner().invoke(main, shlex.split(line))
+        assert result.exit_code == 0, (line, result.output)
+
+
+def test_a_header_becomes_a_layout(workplace: Path) -> None:
+    result = CliRunner().invoke(main, ["maps", "header", "model.safetensors"])
+    layout = workplace / "layout.json"
+    layout.write_text(result.output, encoding="utf-8")
+    assert {k: (i.dtype, i.shape) for k, i in header_from_json(layout).tensors.items()} == {
+        k: (i.dtype, i.shape) for k, i in read_header("model.safetensors").tensors.items()
+    }
