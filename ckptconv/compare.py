@@ -118,9 +118,7 @@ def look_for_nonfinite(
     def run(part: Piece, files: Files) -> None:
         import numpy as np
 
-        source = files.source(part.target[0])
-        _announce(source, part.target[1], part.nbytes)
-        data = read_exactly(source, part.target, part.nbytes)
+        data = read_exactly(files.source(part.target[0]), part.target, part.nbytes)
         bad = ~_finite(np.frombuffer(data, np.uint8), part.dtypes[1])
         if bad.any():
             found.add(part.target, np.flatnonzero(bad))
@@ -208,8 +206,6 @@ def _compare_bytes(
     part: Piece, files: Files, found: _Findings, progress: Callable[[int], None]
 ) -> None:
     source, target = files.source(part.source[0]), files.source(part.target[0])
-    _announce(source, part.source[1], part.nbytes)
-    _announce(target, part.target[1], part.nbytes)
     done, ours, theirs = 0, bytearray(), bytearray()
     while done < part.nbytes:
         count = min(BUFFER, part.nbytes - done)
@@ -221,12 +217,6 @@ def _compare_bytes(
             _add_different(ours, theirs, part, done, found)
         done += count
         progress(count)
-
-
-def _announce(descriptor: int, start: int, nbytes: int) -> None:
-    """Tells the kernel what comes: threads that share a file hide that they read in order."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def _read_into(buffer: bytearray, descriptor: int, path: Path, position: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +18,9 @@ from tests.mutations import linked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+# The suite runs in two processes: threads of torch on top of them would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 HEADERS = Path(__file__).parent / "headers"
 PUBLISHED = sorted(path.stem for path in HEADERS.glob("*.json"))

@@ -13,7 +13,20 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from torch import nn
 
+from ckptconv.architecture import bundled
 from ckptconv.cli import main
+
+WHOLE = ("sd1", "sd2", "sdxl", "sdxl-refiner")
+"""Architectures whose every task is run; of their relatives, with the same pipelines, the first."""
+
+TASKS = [
+    (architecture.name, task)
+    for architecture in bundled().architectures.values()
+    for n, task in enumerate(architecture.tasks.values())
+    if n == 0 or architecture.name in WHOLE
+    if task.name != "depth-to-image"  # it needs a depth estimator, which no file holds yet
+]
+"""Architectures and tasks that a small checkpoint can show."""
 
 OF_LIBRARIES = {"_name_or_path", "_diffusers_version", "transformers_version"}
 

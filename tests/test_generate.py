@@ -18,20 +18,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ckptconv.architecture import bundled
 from ckptconv.cli import main
 from ckptconv.errors import UsageError
 from ckptconv.generation import Settings, check, parse_pixels
 from ckptconv.pipeline import OTHER_TASKS, load_pipeline, pipeline_class
 from tests.conftest import Folder, Sample
-from tests.pipelines import SMALL, Run, parameters, pixels, runner
+from tests.pipelines import SMALL, TASKS, WHOLE, Run, parameters, pixels, runner
 
 CASES = [
-    (architecture.name, own.name, task)
-    for architecture in bundled().architectures.values()
-    for own in architecture.tasks.values()
-    if own.name != "depth-to-image"  # it needs a depth estimator, which no file holds yet
-    for task in (own.name, *OTHER_TASKS.get(own.pipeline, {}))
+    (name, own.name, task)
+    for name, own in TASKS
+    for task in (own.name, *(OTHER_TASKS.get(own.pipeline, {}) if name in WHOLE else ()))
 ]
 NEEDS = {
     "text-to-image": (),

@@ -8,9 +8,13 @@ from typing import Any
 import click
 
 from ..convert import convert
+from ..errors import UsageError
 from ..execute import Layout, Report, parse_size
 from ..numbers import size
+from ..verification import Verification
+from ..verify import verify
 from .shared import FILE, choices_of, echo_json, json_option, plan_options, progress
+from .verify import as_text
 
 
 @click.command("convert")
@@ -23,9 +27,13 @@ from .shared import FILE, choices_of, echo_json, json_option, plan_options, prog
 @click.option("--max-shard-size", help="Split the weights into files of at most this size: 5GB.")
 @click.option("--configs-only", is_flag=True, help="Write no weights.")
 @click.option("--ignore-unclaimed", is_flag=True, help="Leave out keys that no key map knows.")
+@click.option("--verify", "verified", is_flag=True, help="Prove the folder once it is written.")
 @click.option("--overwrite", is_flag=True, help="Replace a converted folder that is there.")
 @json_option
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     file: Path,
     out: Path,
     *,
@@ -33,6 +41,7 @@ def command(
     max_shard_size: str | None,
     configs_only: bool,
     ignore_unclaimed: bool,
+    verified: bool,
     overwrite: bool,
     as_json: bool,
     **options: Any,
@@ -40,8 +49,10 @@ def command(
     """Convert the checkpoint FILE into the diffusers folder OUT.
 
     The weights stay as they are, bit for bit, unless --dtype is given. OUT appears when it is
-    complete, or not at all.
+    complete, or not at all. With --verify, exits with 1 if the proof fails.
     """
+    if verified and configs_only:
+        raise UsageError("--verify compares weights, and --configs-only writes none")
     layout = Layout(
         variant=variant,
         max_shard=parse_size(max_shard_size) if max_shard_size else 0,
@@ -57,9 +68,25 @@ def command(
             progress=show,
             **choices_of(options),
         )
+    found = None
+    if verified:
+        with progress("verifying") as show:
+            found = verify(
+                file,
+                out,
+                ignore_unclaimed=ignore_unclaimed,
+                progress=show,
+                **choices_of(options),
+            )
     if as_json:
-        echo_json(as_data(report))
-        return
+        echo_json(as_data(report) | ({"verification": found.as_data()} if found else {}))
+    else:
+        _print(report, found)
+    if found and not found.passed:
+        ctx.exit(1)
+
+
+def _print(report: Report, found: Verification | None) -> None:
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)
     architecture, task = report.plan.detection.require()
@@ -69,7 +96,9 @@ def command(
         if fact.source == "assumed":
             click.echo(f"assumed {fact.name} = {fact.value}: {fact.detail}", err=True)
     click.echo(f"{total} in {report.seconds:.1f} s", err=True)
-    click.echo(out)
+    if found:
+        click.echo(as_text(found), err=True)
+    click.echo(report.out)
 
 
 def as_data(report: Report) -> dict[str, Any]:
