@@ -169,20 +169,19 @@ def storage_of(identity: tuple[Any, ...]) -> Storage:
         ValueError: it is none of a storage.
     """
     match identity:
-        case ("storage", Global(kind), str(key), _, numel, *_) if len(
-            key
-        ) <= MAX_KEY and _are_sizes(numel):
-            return Storage(kind, key, numel)
+        case ("storage", Global(kind), str(key), _, numel, *_):
+            if len(key) <= MAX_KEY and _are_sizes(numel):
+                return Storage(kind, key, numel)
     raise ValueError("a persistent id is not that of a storage")
 
 
 def _tensor(arguments: tuple[Any, ...]) -> Tensor:
     """Returns what `_rebuild_tensor` and `_rebuild_tensor_v2` say."""
     match arguments:
-        case (Storage() as storage, offset, tuple(shape), tuple(stride), *more) if len(
-            shape
-        ) == len(stride) <= MAX_AXES and _are_sizes(offset, *shape, *stride):
-            return Tensor(storage, offset, shape, stride, lazy=bool(more[2:] and more[2]))
+        case (Storage() as storage, offset, tuple(shape), tuple(stride), *more):
+            sizes = (offset, *shape, *stride)
+            if len(shape) == len(stride) <= MAX_AXES and _are_sizes(*sizes):
+                return Tensor(storage, offset, shape, stride, lazy=bool(more[2:] and more[2]))
     raise ValueError("a tensor has no storage, or its offset, shape or strides are not sizes")
 
 

@@ -225,8 +225,8 @@ ZIPS: dict[str, tuple[bytes, str]] = {
     "packed inside": (local(1, method=8), "is not as the directory says"),
     "no header": (local(1, mark=0), "is not as the directory says"),
     "same name": (
-        WHOLE.replace(b"x/data/0", b"x/data.p").replace(b"x/data.pkl", b"x/data.p\0\0"),
-        "this is a zip file, but not a PyTorch checkpoint",
+        checkpoint(table(a=tensor()), _0=bytes(16), _1=bytes(16)).replace(b"data/1", b"data/0"),
+        "it has several members 'x/data/0'",
     ),
     "part of several": (end(disk=1), "it is one part of several"),
     "member of another part": (entry(0, disk=1), "it is one part of several"),

@@ -89,7 +89,6 @@ def test_loras_of_kohya_apply_with_their_scale(sample: Sample, run: Run, tmp_pat
         "none": [],
         "whole": [f"{whole}"],
         "unet": [f"{unet}"],
-        "zero": [f"{whole}:0"],
         "half": [f"{whole}:0.5"],
         "quarters": [f"{whole}:0.25", f"{whole}:0.25"],
     }
@@ -102,7 +101,6 @@ def test_loras_of_kohya_apply_with_their_scale(sample: Sample, run: Run, tmp_pat
     assert (
         parameters(tmp_path / "quarters.png")["loras"] == [{"file": whole.name, "scale": 0.25}] * 2
     )
-    assert np.abs(made["zero"] - made["none"]).max() <= 1
     assert np.abs(made["quarters"] - made["half"]).max() <= 1
     for one, other in itertools.combinations(["none", "whole", "unet", "half"], 2):
         assert np.abs(made[one] - made[other]).mean() > 0.5, (one, other)

@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from ckptconv.cli import main
 from ckptconv.errors import UsageError
-from ckptconv.generation import Settings, check, parse_pixels
+from ckptconv.generation import Settings, call_arguments, check, generate, parse_pixels
 from ckptconv.pipeline import OTHER_TASKS, load_pipeline, pipeline_class
 from tests.conftest import Folder, Sample
 from tests.pipelines import SMALL, TASKS, WHOLE, Run, parameters, pixels, runner
@@ -129,21 +130,23 @@ def test_the_png_carries_its_parameters(sample: Sample, run: Run, tmp_path: Path
     }
 
 
-def test_what_is_asked_for_changes_the_image(sample: Sample, run: Run, tmp_path: Path) -> None:
-    changes: list[list[str]] = [
-        [],
-        ["--seed", "8"],
-        ["--negative", "dog"],
-        ["--guidance", "1.5"],
-        ["--guidance-rescale", "1"],
-        ["--scheduler", "EulerAncestralDiscreteScheduler"],
-        ["--prediction-type", "v_prediction"],
-    ]
-    made = set()
-    for change in changes:
-        run(sample("sd1"), *SMALL, *change, "--overwrite")
-        made.add(pixels(tmp_path / "out.png").tobytes())
-    assert len(made) == len(changes)
+def test_every_setting_changes_the_image(sample: Sample) -> None:
+    pipe = load_pipeline(sample("sd1"), device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    plain = Settings("a cat", steps=2, size=(64, 64))
+    changes: dict[str, Any] = {
+        "prompt": "a dog",
+        "negative": "a dog",
+        "guidance": 1.5,
+        "guidance_rescale": 1.0,
+        "steps": 3,
+        "size": (64, 72),
+    }
+    asked = [plain, *(replace(plain, **{name: value}) for name, value in changes.items())]
+    made = [generate(pipe, call_arguments(pipe, settings, {}), 7) for settings in asked]
+    made.append(generate(pipe, call_arguments(pipe, plain, {}), 8))
+    assert len({image.tobytes() for image in made}) == len(changes) + 2
+    assert made[-2].size == (64, 72)
 
 
 def test_several_images_have_seeds_of_their_own(sample: Sample, run: Run, tmp_path: Path) -> None:
