@@ -190,7 +190,10 @@ def _judge(architecture: Architecture, tensors: Mapping[str, TensorInfo]) -> Ver
         lines = [_channels(architecture, tensors.get(prefix + CONV_IN))]
         lines += [_test(condition, prefix, tensors) for condition in architecture.conditions]
         verdicts.append(Verdict(architecture.name, prefix, tuple(lines)))
-    return max(verdicts, key=lambda v: sum(line.holds for line in v.lines))
+    # Where there is no UNet, conditions that ask for less than there is hold for no reason.
+    return max(
+        verdicts, key=lambda v: (v.prefix + CONV_IN in tensors, sum(line.holds for line in v.lines))
+    )
 
 
 def _channels(architecture: Architecture, conv_in: TensorInfo | None) -> Line:
@@ -224,6 +227,7 @@ def _test(condition: Condition, prefix: str, tensors: Mapping[str, TensorInfo]) 
         return Line(said + because, True)
     expected = condition.expected
     needed = ", ".join(map(str, expected)) if isinstance(expected, tuple) else str(expected)
+    needed = needed or "nothing"
     return Line(f"{said}, needed {needed}{because}", False)
 
 
@@ -273,11 +277,9 @@ def _disagreements(header: Header, architecture: Architecture, maps: KeyMaps) ->
     """Yields where the metadata names another architecture; names and shapes win."""
     for key in ("modelspec.architecture", "ss_base_model_version"):
         said = header.metadata.get(key, "")
-        for other in maps.architectures.values():
-            if said.startswith(tuple(other.aliases)) and not said.startswith(
-                tuple(architecture.aliases)
-            ):
-                yield f"the metadata says {key} = {said}, the keys are those of {architecture.name}"
+        known = tuple(alias for other in maps.architectures.values() for alias in other.aliases)
+        if said.startswith(known) and not said.startswith(tuple(architecture.aliases)):
+            yield f"the metadata says {key} = {said}, the keys are those of {architecture.name}"
 
 
 def _overruled(found: Fact, used: Fact) -> str:

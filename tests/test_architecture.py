@@ -33,10 +33,13 @@ def own(folder: Path, *edits: tuple[str, str], name: str = "sd1") -> KeyMaps:
 
 def test_the_bundled_architectures() -> None:
     assert {a.name: a.title for a in bundled().architectures.values()} == {
+        "koala-1b": "Stable Diffusion XL, distilled (KOALA-1B)",
+        "koala-700m": "Stable Diffusion XL, distilled (KOALA-700M)",
         "sd1": "Stable Diffusion 1.x",
         "sd2": "Stable Diffusion 2.x",
         "sdxl": "Stable Diffusion XL",
         "sdxl-refiner": "Stable Diffusion XL refiner",
+        "ssd-1b": "Stable Diffusion XL, pruned (Segmind SSD-1B, Vega)",
     }
 
 
@@ -80,11 +83,11 @@ def test_key_maps_are_found_without_their_checkout(tmp_path: Path) -> None:
 def test_a_folder_of_ones_own_adds_and_replaces(tmp_path: Path) -> None:
     maps = own(tmp_path, ("title: Stable Diffusion 1.x", "title: Mine"))
     assert maps.architectures["sd1"].title == "Mine"
-    assert list(maps.architectures) == ["sd1", "sd2", "sdxl", "sdxl-refiner"]
+    assert list(maps.architectures) == list(bundled().architectures)
     added = own(
         tmp_path, ("is: 4,", "is: 3,"), ("title: Stable Diffusion 1.x", "title: New"), name="new"
     )
-    assert list(added.architectures) == ["new", "sd1", "sd2", "sdxl", "sdxl-refiner"]
+    assert list(added.architectures) == sorted(["new", *bundled().architectures])
     header = published("sd15-emaonly-fp32")
     assert detect(header, maps=added).require()[0].title == "Mine"
     (verdict,) = (v for v in detect(header, maps=added).verdicts if v.architecture == "new")

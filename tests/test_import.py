@@ -26,9 +26,12 @@ MODULES = {
 }
 
 LAYERS = (
-    {"errors", "ops", "formats", "strict_json", "tokenizer"},
-    {"header", "cast", "step"},
-    {"keymap"},
+    {"errors", "ops", "formats", "strict_json", "tokenizer", "numbers"},
+    {"files", "unpickle", "cast", "step"},
+    {"header"},
+    {"zipped", "rebuild", "keymap"},
+    {"pickled"},
+    {"source"},
     {"architecture"},
     {"facts", "claim"},
     {"detect"},

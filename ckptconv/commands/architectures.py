@@ -27,7 +27,9 @@ def command(*, as_json: bool) -> None:
         return
     from rich.table import Table
 
-    table = Table("architecture", "title", "task", "pipeline", "components")
+    table = Table("architecture", "title", "task")
+    table.add_column("pipeline", no_wrap=True)
+    table.add_column("components")
     for row in rows:
         first: tuple[str, ...] = (str(row["architecture"]), str(row["title"]))
         parts = ", ".join(row["components"])
