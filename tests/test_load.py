@@ -52,11 +52,14 @@ class _Complaints(logging.Handler):
 def complaints() -> Iterator[list[str]]:
     handler = _Complaints()
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    for logger in loggers:
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:  # another test of this process may have made the library quiet
         logger.addHandler(handler)
+        logger.setLevel(logging.WARNING)
     yield handler.lines
-    for logger in loggers:
+    for logger, level in zip(loggers, levels, strict=True):
         logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _load(folder: Path, **options: Any) -> Any:
