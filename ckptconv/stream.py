@@ -1,13 +1,12 @@
 """Moves tensors from file to file without holding one in memory.
 
 A step lays the elements of its sources, in order, over its targets. Where the dtype stays, that is
-a copy of byte ranges, which the kernel does; neighbouring ranges become one copy. A cast goes
+a copy of byte ranges; neighbouring ranges become one copy. A cast goes
 through torch in small chunks. Only a transposition holds a whole tensor, one matrix at a time.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import threading
@@ -34,12 +33,12 @@ __all__ = [
 ]
 
 THREADS = 2
-CHUNK = 32 << 20
-"""Bytes that one call moves: large enough to cost nothing, small enough for a smooth bar."""
-CAST_CHUNK = 4 << 20
-"""Elements that are cast at a time."""
-CANNOT_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
-"""Another file system, one that cannot copy, or a sandbox that forbids it: a buffer can."""
+CHUNK = 8 << 20
+"""Bytes that a thread copies at a time: enough to cost nothing, few enough for a smooth bar."""
+BUFFER = 256 << 10
+"""Bytes of the buffer of a copy: they stay in a processor's second-level cache."""
+CAST_CHUNK = 256 << 10
+"""Elements that are cast at a time, for the same reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +306,8 @@ def _move(piece: Piece, files: Files, progress: Callable[[int], None]) -> int:
     """Moves one piece; returns how many values became infinite."""
     source, target = files.source(piece.source[0]), files.target(piece.target[0])
     if piece.is_copy:
-        _copy(source, piece.source, target, piece.target[1], piece.nbytes, progress)
+        _copy(source, piece.source, target, piece.target[1], piece.nbytes)
+        progress(piece.nbytes)
         return 0
     data = read_exactly(source, piece.source, _nbytes(piece.count, piece.dtypes[0]))
     if piece.transposed is not None:
@@ -324,34 +324,25 @@ def _move(piece: Piece, files: Files, progress: Callable[[int], None]) -> int:
     return overflows
 
 
-def _copy(
-    source: int,
-    start: tuple[Path, int],
-    target: int,
-    offset: int,
-    nbytes: int,
-    progress: Callable[[int], None],
-) -> None:
-    """Copies bytes inside the kernel where it can, and through a small buffer where not."""
+def _copy(source: int, start: tuple[Path, int], target: int, offset: int, nbytes: int) -> None:
+    """Copies bytes through a buffer that stays in the processor's cache.
+
+    Into a file whose room is reserved, that takes two thirds of the time of `copy_file_range`,
+    which moves page by page; and it works on every file system.
+    """
     path, position = start
-    done = 0
+    view, done = memoryview(bytearray(min(nbytes, BUFFER))), 0
     while done < nbytes:
-        moved = _copy_some(source, position + done, target, offset + done, nbytes - done)
-        if moved == 0:
+        got = _copy_some(source, position + done, target, offset + done, view[: nbytes - done])
+        if got == 0:
             refuse_short(path)
-        done += moved
-        progress(moved)
+        done += got
 
 
-def _copy_some(source: int, start: int, target: int, offset: int, nbytes: int) -> int:
-    if hasattr(os, "copy_file_range"):
-        try:
-            return os.copy_file_range(source, target, nbytes, start, offset)
-        except OSError as error:
-            if error.errno not in CANNOT_COPY:
-                raise
-    data = os.pread(source, min(nbytes, 1 << 20), start)
-    return os.pwrite(target, data, offset) if data else 0
+def _copy_some(source: int, start: int, target: int, offset: int, buffer: memoryview) -> int:
+    """Copies at most a buffer of bytes; returns how many, 0 at the end of the source."""
+    got = os.preadv(source, [buffer], start)
+    return os.pwrite(target, buffer[:got], offset) if got else 0
 
 
 def read_exactly(source: int, start: tuple[Path, int], nbytes: int) -> bytearray:

@@ -130,54 +130,31 @@ def test_a_large_piece_is_cut_into_chunks(
         assert sorted(piece.count for piece in moved) == [*[100] * 5, *[300] * 15]
 
 
-@pytest.mark.parametrize(
-    "number", [errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM]
-)
-def test_where_the_kernel_cannot_copy_a_buffer_does(
-    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["preadv", "pwrite"])
+def test_a_call_that_moves_less_than_asked_is_gone_on_with(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
+    real = getattr(os, name)
 
-    def refuse(*_: object) -> int:
-        calls.append(1)
-        raise OSError(number, os.strerror(number))
+    def shortened(file: int, data: Any, offset: int) -> int:
+        part = [data[0][:777]] if name == "preadv" else data[:777]
+        return int(real(file, part, offset))
 
-    monkeypatch.setattr(os, "copy_file_range", refuse)
-    run = Run(tmp_path, copies(3))
-    run.write()
-    assert calls
-    _check_copied(run)
-
-
-def test_a_system_without_copies_in_the_kernel_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(os, "copy_file_range")
-    run = Run(tmp_path, copies(3))
-    run.write()
-    _check_copied(run)
-
-
-def test_a_copy_that_the_kernel_shortens_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = os.copy_file_range
-    monkeypatch.setattr(
-        os, "copy_file_range", lambda a, b, n, *offsets: real(a, b, min(n, 777), *offsets)
-    )
+    monkeypatch.setattr(os, name, shortened)
     run = Run(tmp_path, copies(3))
     _, progress = run.write()
     assert progress == 12_000
     _check_copied(run)
 
 
-def test_another_error_of_the_kernel_is_not_swallowed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["preadv", "pwrite"])
+def test_an_error_of_the_system_is_not_swallowed(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(os, "copy_file_range", fail)
+    monkeypatch.setattr(os, name, fail)
     with pytest.raises(OSError, match="Input/output error"):
         Run(tmp_path, copies(3)).write()
 
@@ -189,12 +166,7 @@ def _check_copied(run: Run) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16"])
-@pytest.mark.parametrize("kernel", [True, False])
-def test_a_source_that_became_shorter_is_refused(
-    tmp_path: Path, dtype: str, kernel: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not kernel:
-        monkeypatch.delattr(os, "copy_file_range")
+def test_a_source_that_became_shorter_is_refused(tmp_path: Path, dtype: str) -> None:
     run = Run(tmp_path, cast_to(dtype, copies(1)))
     path = run.headers["a"].path
     os.truncate(path, path.stat().st_size - 1)
@@ -228,12 +200,12 @@ def test_an_error_in_one_thread_stops_the_others_and_comes_out(
     lock = threading.Lock()
     real = stream._copy_some
 
-    def fail_once(source: int, start: int, target: int, offset: int, nbytes: int) -> int:
+    def fail_once(source: int, start: int, target: int, offset: int, part: memoryview) -> int:
         with lock:
             begun.append(start)
             if len(begun) == 5:
                 raise OSError(errno.ENOSPC, "No space left on device")
-        return real(source, start, target, offset, nbytes)
+        return real(source, start, target, offset, part)
 
     monkeypatch.setattr(stream, "_copy_some", fail_once)
     run = Run(tmp_path, copies(20, size=1600))  # 2,000 chunks
