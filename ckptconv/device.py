@@ -6,14 +6,13 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from .errors import CkptconvError, UsageError
+from .errors import DeviceError, UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 __all__ = [
-    "DeviceError",
     "check_dtype",
     "free_memory",
     "memory_errors",
@@ -23,10 +22,6 @@ __all__ = [
 
 SPARE = 0.15
 """The part of a GPU's free memory that stays free for activations when a model is spread."""
-
-
-class DeviceError(CkptconvError):
-    """The device is not there, its memory is too small, or it cannot compute in the dtype."""
 
 
 def pick_device(name: str) -> tuple[torch.device, str]:

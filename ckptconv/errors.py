@@ -9,7 +9,8 @@ CkptconvError                what a caller catches
 │   └── Incomplete           keys are missing, unknown or of the wrong shape
 ├── MapError                 a key map or an architecture file breaks a law of the format
 ├── UsageError               the options contradict each other or the file
-└── OutputError              the destination cannot be written
+├── OutputError              the destination cannot be written
+└── DeviceError              the device is not there, too small, or cannot do what was asked
 
 An error lists all problems that were found, not only the first, and carries a hint: the next
 thing to do. `str(error)` is the text that the command line prints.
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 __all__ = [
     "Ambiguous",
     "CkptconvError",
+    "DeviceError",
     "FileRefused",
     "HeaderError",
     "Incomplete",
@@ -88,3 +90,7 @@ class UsageError(CkptconvError):
 
 class OutputError(CkptconvError):
     """The destination cannot be written, or must not be."""
+
+
+class DeviceError(CkptconvError):
+    """The device is not there, its memory is too small, or it cannot compute in the dtype."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .device import DeviceError, memory_errors
-from .errors import FileRefused, OutputError, UsageError
+from .device import memory_errors
+from .errors import DeviceError, FileRefused, OutputError, UsageError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -18,8 +18,8 @@ from .cast import torch_dtype
 from .config import Config, model_index, read_json
 from .convert import Choices, configured, plan
 from .detect import inspect
-from .device import DeviceError, check_dtype, free_memory, memory_errors, pick_device, spread
-from .errors import FileRefused, Incomplete, UsageError
+from .device import check_dtype, free_memory, memory_errors, pick_device, spread
+from .errors import DeviceError, FileRefused, Incomplete, UsageError
 from .execute import INDEX
 from .folder import component_headers
 from .header import FLOATS

@@ -1,8 +1,8 @@
 """Moves tensors from file to file without holding one in memory.
 
 A step lays the elements of its sources, in order, over its targets. Where the dtype stays, that is
-a copy of byte ranges; neighbouring ranges become one copy. A cast goes
-through torch in small chunks. Only a transposition holds a whole tensor, one matrix at a time.
+a copy of byte ranges; neighbouring ranges become one copy. A cast goes through small chunks. Only a
+transposition holds a whole tensor, one matrix at a time.
 """
 
 from __future__ import annotations

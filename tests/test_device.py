@@ -13,8 +13,8 @@ from ckptconv import CkptconvError, load_pipeline
 from ckptconv.architecture import bundled
 from ckptconv.config import configs
 from ckptconv.detect import detect
-from ckptconv.device import DeviceError, check_dtype, memory_errors, pick_device, spread
-from ckptconv.errors import UsageError
+from ckptconv.device import check_dtype, memory_errors, pick_device, spread
+from ckptconv.errors import DeviceError, UsageError
 from ckptconv.plan import build_plan
 from ckptconv.weights import empty_module
 from tests.conftest import Sample

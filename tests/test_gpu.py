@@ -17,7 +17,7 @@ import torch
 import ckptconv
 from ckptconv import load_pipeline
 from ckptconv.architecture import bundled
-from ckptconv.device import DeviceError
+from ckptconv.errors import DeviceError
 from ckptconv.generation import generate
 from ckptconv.sample import layout_of, write_sample
 from tests.conftest import Sample
