@@ -1,18 +1,19 @@
-"""Opens the files that a reader of weights is given, and says why one cannot be read."""
+"""Opens the files that are read, and puts in place those that are written, or says why not."""
 
 from __future__ import annotations
 
 import contextlib
+import secrets
 import stat
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
-from .errors import HeaderError
+from .errors import HeaderError, OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["opened", "refuse_unreadable"]
+__all__ = ["opened", "refuse_unreadable", "whole"]
 
 
 @contextlib.contextmanager
@@ -46,3 +47,23 @@ def refuse_unreadable(path: Path, error: OSError | ValueError) -> NoReturn:
     reason = getattr(error, "strerror", None) or error
     hint = "check the spelling of the path, and that you may read the file"
     raise HeaderError(f"{path}: the file cannot be read: {reason}", hint=hint) from error
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Gives a name beside `path` to write to; what is there at the end becomes `path`.
+
+    Raises:
+        OutputError: the system cannot write the file; nothing is left behind.
+    """
+    partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written: {error.strerror or error}", hint="choose another place"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # the name can be too long for a file to be there
+            partial.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import inspect as python_inspect
 import json
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .device import memory_errors
 from .errors import DeviceError, FileRefused, OutputError, UsageError
+from .files import whole
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -280,16 +280,8 @@ def save_png(image: Image.Image, path: Path, values: Mapping[str, Any]) -> None:
 
     info = PngInfo()
     info.add_itxt(CHUNK, json.dumps(values, ensure_ascii=False))
-    partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
-    try:
+    with whole(path) as partial:
         image.save(partial, format="PNG", pnginfo=info)
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written: {error.strerror or error}", hint="choose another place"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _opened(path: Path, mode: str) -> Image.Image:

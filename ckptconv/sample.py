@@ -7,9 +7,7 @@ are random, of a scale at which a forward pass stays finite; noise schedules are
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import secrets
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .architecture import Architecture
 from .errors import OutputError, UsageError
+from .files import whole
 from .header import DTYPE_BITS, FLOATS, encode_header
 from .plan import DTYPES
 
@@ -118,8 +117,7 @@ def write_sample(
     ordered = sorted(tensors, key=lambda t: -DTYPE_BITS[t[1]])
     beginning, infos = encode_header(ordered, architecture.sample["metadata"])
     total = max([len(beginning), *(info.end for info in infos.values())])
-    partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
-    try:
+    with whole(path) as partial:
         if path.exists() and not overwrite:
             raise OutputError(
                 f"{path}: exists", hint="--overwrite replaces it; or choose another name"
@@ -129,14 +127,6 @@ def write_sample(
             for data in _values(ordered, seed, architecture.sample.get("spread", {})):
                 done += out.write(data)
                 progress(done, total)
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written: {error.strerror}", hint="choose another place"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # the name can be too long for a file to be there
-            partial.unlink(missing_ok=True)
     return total
 
 

@@ -27,6 +27,7 @@ from ckptconv.header import (
 from tests.attacks import (
     ATTACKS,
     LENIENT,
+    NUMPY_DTYPES,
     ONE,
     check_laws,
     check_like_library,
@@ -39,21 +40,6 @@ from tests.attacks import (
 )
 
 FIXTURES = sorted((Path(__file__).parent / "headers").glob("*.json"))
-NUMPY_DTYPES = {
-    "BOOL": np.bool_,
-    "U8": np.uint8,
-    "I8": np.int8,
-    "I16": np.int16,
-    "U16": np.uint16,
-    "F16": np.float16,
-    "I32": np.int32,
-    "U32": np.uint32,
-    "F32": np.float32,
-    "I64": np.int64,
-    "U64": np.uint64,
-    "F64": np.float64,
-    "C64": np.complex64,
-}
 
 
 @pytest.fixture(scope="module")

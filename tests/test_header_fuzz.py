@@ -20,23 +20,8 @@ from ckptconv.header import (
     encode_header,
     read_header,
 )
-from tests.attacks import check_laws, check_like_library, entry, pack
+from tests.attacks import NUMPY_DTYPES, check_laws, check_like_library, entry, pack
 
-NUMPY_DTYPES = {
-    "BOOL": np.bool_,
-    "U8": np.uint8,
-    "I8": np.int8,
-    "I16": np.int16,
-    "U16": np.uint16,
-    "F16": np.float16,
-    "I32": np.int32,
-    "U32": np.uint32,
-    "F32": np.float32,
-    "I64": np.int64,
-    "U64": np.uint64,
-    "F64": np.float64,
-    "C64": np.complex64,
-}
 FUZZ = settings(max_examples=250, deadline=None, database=None)
 
 

@@ -8,16 +8,15 @@ with a file. It is whole without the script, which only searches the table of th
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import importlib.resources
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
 from .. import __version__
 from ..detect import Detection
 from ..errors import OutputError
+from ..files import whole
 from ..plan import build_plan
 from ..report import inspection
 from ..verification import Verification
@@ -76,17 +75,8 @@ def write_page(path: Path, content: str, *, overwrite: bool = False) -> None:
         OutputError: the file exists and may not be replaced, or cannot be written.
     """
     check_page(path, overwrite=overwrite)
-    partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
-    try:
+    with whole(path) as partial:
         partial.write_text(content, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written: {error.strerror}", hint="choose another place"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # the name can be too long for a file to be there
-            partial.unlink(missing_ok=True)
 
 
 def check_page(path: Path, *, overwrite: bool = False) -> None:
