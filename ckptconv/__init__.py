@@ -14,12 +14,12 @@ __version__ = "0.1.0"
 from .convert import convert, plan
 from .detect import Detection, inspect
 from .errors import CkptconvError
-from .execute import Layout, Report
-from .export import Exported, export
-from .pipeline import load_pipeline
-from .plan import Plan
-from .verification import Verification
-from .verify import verify
+from .inference.pipeline import load_pipeline
+from .planning.plan import Plan
+from .proof.verification import Verification
+from .proof.verify import verify
+from .writing.execute import Layout, Report
+from .writing.export import Exported, export
 
 __all__ = [
     "CkptconvError",

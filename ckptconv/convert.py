@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from . import __version__
-from .architecture import KeyMaps, bundled
-from .config import Config, configs, read_json
+from .configs.config import Config, configs
+from .configs.original_config import OriginalConfig, read_original_config
 from .detect import detect, option_fact
 from .errors import FileRefused
-from .execute import Layout, Report, check_destination, execute
 from .facts import Fact
-from .folder import component_headers
-from .original_config import OriginalConfig, read_original_config
-from .plan import Donor, Plan, build_plan
-from .source import open_header
+from .files import read_json
+from .maps.architecture import KeyMaps, bundled
+from .planning.plan import Donor, Plan, build_plan
+from .reading.folder import component_headers
+from .reading.source import open_header
+from .writing.execute import Layout, Report, check_destination, execute
 
 __all__ = ["Choices", "convert", "plan"]
 

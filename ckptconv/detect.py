@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .architecture import Architecture, Condition, KeyMaps, Task, bundled
 from .errors import Ambiguous, NotACheckpoint, UsageError
 from .facts import Fact, find_fact
-from .header import Header, TensorInfo
-from .source import open_header
+from .maps.architecture import Architecture, Condition, KeyMaps, Task, bundled
+from .reading.header import Header, TensorInfo
+from .reading.source import open_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

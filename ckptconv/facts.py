@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import MapError
-from .header import DTYPE_BITS, Header
+from .reading.header import DTYPE_BITS, Header
 
 __all__ = ["Fact", "find_fact"]
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import secrets
 import stat
-from typing import TYPE_CHECKING, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
-from .errors import HeaderError, OutputError
+from .errors import FileRefused, HeaderError, OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["opened", "refuse_unreadable", "whole"]
+__all__ = ["opened", "read_json", "refuse_unreadable", "whole"]
 
 
 @contextlib.contextmanager
@@ -67,3 +68,20 @@ def whole(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # the name can be too long for a file to be there
             partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the content of a JSON file that holds an object.
+
+    Raises:
+        FileRefused: it cannot be read, or is something else.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileRefused(
+            f"{path}: cannot be read as JSON: {error}", hint="check the file"
+        ) from error
+    if not isinstance(values, dict):
+        raise FileRefused(f"{path}: holds no JSON object", hint="check the file")
+    return values

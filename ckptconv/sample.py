@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .architecture import Architecture
 from .errors import OutputError, UsageError
 from .files import whole
-from .header import DTYPE_BITS, FLOATS, encode_header
-from .plan import DTYPES
+from .maps.architecture import Architecture
+from .planning.plan import DTYPES
+from .reading.header import DTYPE_BITS, FLOATS, encode_header
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ckptconv.verification import Problem, Verification
+from ckptconv.proof.verification import Problem, Verification
 from tests.checkpoints import raw, save
 from tests.mutations import replace
 

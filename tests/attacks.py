@@ -12,7 +12,7 @@ import safetensors
 import safetensors.numpy
 
 from ckptconv.errors import HeaderError
-from ckptconv.header import (
+from ckptconv.reading.header import (
     DTYPE_BITS,
     Header,
     read_header,

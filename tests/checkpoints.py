@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import deserialize, safe_open
 
-from ckptconv.architecture import bundled
+from ckptconv.maps.architecture import bundled
 from ckptconv.sample import layout_of, write_sample
 
 Value = tuple[str, tuple[int, ...], bytes]

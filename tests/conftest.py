@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 import pytest
 
 import ckptconv
-from ckptconv.architecture import bundled
-from ckptconv.header import Header, TensorInfo, header_from_json
+from ckptconv.maps.architecture import bundled
+from ckptconv.reading.header import Header, TensorInfo, header_from_json
 from ckptconv.sample import layout_of, write_sample
 from tests.checkpoints import midget
 from tests.mutations import linked

@@ -29,7 +29,7 @@ import click
 from safetensors import SafetensorError, safe_open
 
 import ckptconv
-from ckptconv.architecture import bundled
+from ckptconv.maps.architecture import bundled
 from ckptconv.sample import layout_of, write_sample
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 import ckptconv
-from ckptconv.architecture import bundled
+from ckptconv.maps.architecture import bundled
 from ckptconv.sample import layout_of, write_sample
 
 Entry = dict[str, Any]

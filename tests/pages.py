@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from ckptconv.detect import detect
-from ckptconv.html import page
-from ckptconv.verification import Check, Verification
+from ckptconv.proof.verification import Check, Verification
+from ckptconv.showing.html import page
 from tests.conftest import published
 
 EVIL = '<script>document.title="owned";fetch("http://127.0.0.1:9/x")</script>'

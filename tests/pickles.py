@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ckptconv.header import DTYPE_BITS, Header
+from ckptconv.reading.header import DTYPE_BITS, Header
 
 MARK, STOP, REDUCE, EMPTY_DICT = b"(", b".", b"R", b"}"
 

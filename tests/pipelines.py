@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from torch import nn
 
-from ckptconv.architecture import bundled
 from ckptconv.cli import main
+from ckptconv.maps.architecture import bundled
 
 WHOLE = ("sd1", "sd2", "sdxl", "sdxl-refiner")
 """Architectures whose every task is run; of their relatives, with the same pipelines, the first."""

@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 from hypothesis import strategies as st
 
-from ckptconv.header import DTYPE_BITS, Header, TensorInfo, encode_header, read_header
-from ckptconv.ops import OPS
-from ckptconv.plan import Slot, Step
-from ckptconv.stream import Piece, lay_out, pieces, write
+from ckptconv.maps.ops import OPS
+from ckptconv.planning.plan import Slot, Step
+from ckptconv.reading.header import DTYPE_BITS, Header, TensorInfo, encode_header, read_header
+from ckptconv.writing.stream import Piece, lay_out, pieces, write
 
 NUMPY = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I64": "<i8", "U8": "u1"}
 Values = npt.NDArray[Any]

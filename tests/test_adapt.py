@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckptconv.adapt import Lora, find_scheduler, read_loras
 from ckptconv.errors import UsageError
-from ckptconv.pipeline import load_pipeline
+from ckptconv.inference.adapt import Lora, find_scheduler, read_loras
+from ckptconv.inference.pipeline import load_pipeline
 from tests.conftest import Sample
 from tests.pipelines import SMALL, Run, parameters, pixels, runner
 
@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_the_scheduler_keeps_its_configuration(sample: Sample) -> None:
-    from ckptconv.adapt import set_scheduler
+    from ckptconv.inference.adapt import set_scheduler
 
     pipe = load_pipeline(sample("sdxl"), device="cpu", prediction_type="v_prediction")
     before = pipe.scheduler.config

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ckptconv.architecture import Architecture, Component, Condition, KeyMaps, Task, bundled
 from ckptconv.detect import detect
 from ckptconv.errors import HeaderError, MapError
-from ckptconv.plan import build_plan
+from ckptconv.maps.architecture import Architecture, Component, Condition, KeyMaps, Task, bundled
+from ckptconv.planning.plan import build_plan
 from tests.conftest import published
 
 if TYPE_CHECKING:

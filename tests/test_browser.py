@@ -20,8 +20,8 @@ import pytest
 
 from ckptconv import inspect
 from ckptconv.detect import detect
-from ckptconv.html import page, write_page
-from ckptconv.verification import Check, Problem
+from ckptconv.proof.verification import Check, Problem
+from ckptconv.showing.html import page, write_page
 from tests.conftest import published
 from tests.pages import HOSTILE, hostile_file, verification
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptconv.cast import cast, torch_dtype
 from ckptconv.errors import UsageError
+from ckptconv.writing.cast import cast, torch_dtype
 
 SPECIAL = np.array(
     [

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 import ckptconv
-from ckptconv.markdown import markdown
-from ckptconv.verification import Check, Problem
+from ckptconv.proof.verification import Check, Problem
+from ckptconv.showing.markdown import markdown
 from tests.conftest import Sample
 from tests.pages import EVIL, HOSTILE, hostile_file, verification
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptconv.architecture import bundled
+from ckptconv.maps.architecture import bundled
 from tests.checkpoints import midget, raw, raw_folder, rewritten, save
 from tests.conftest import Sample
 from tests.shell import run

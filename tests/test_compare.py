@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckptconv import compare as module
-from ckptconv.cast import torch_dtype
-from ckptconv.compare import Found, compare, look_for_nonfinite
-from ckptconv.header import Header, read_header
-from ckptconv.ops import RENAME, TRANSPOSE
-from ckptconv.step import Slot, Step
-from ckptconv.stream import pieces
+from ckptconv.maps.ops import RENAME, TRANSPOSE
+from ckptconv.planning.step import Slot, Step
+from ckptconv.proof import compare as module
+from ckptconv.proof.compare import Found, compare, look_for_nonfinite
+from ckptconv.reading.header import Header, read_header
+from ckptconv.writing.cast import torch_dtype
+from ckptconv.writing.stream import pieces
 
 DTYPES = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "U8"]
 

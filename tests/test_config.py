@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ckptconv.architecture import KeyMaps, bundled
-from ckptconv.config import Config, class_of, configs, model_index, read_json, versioned
+from ckptconv.configs.config import Config, class_of, configs, model_index, versioned
 from ckptconv.detect import detect, option_fact
 from ckptconv.errors import FileRefused, MapError
-from ckptconv.plan import Donor, Plan, build_plan
+from ckptconv.files import read_json
+from ckptconv.maps.architecture import KeyMaps, bundled
+from ckptconv.planning.plan import Donor, Plan, build_plan
 from tests.conftest import made, published, shapes
 from tests.published import FOLDERS, meaning
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ckptconv.header import Header
+    from ckptconv.reading.header import Header
 
 HEADERS = {
     "sd15": published("sd15-emaonly-fp32"),

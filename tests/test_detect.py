@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptconv import inspect
-from ckptconv.architecture import KeyMaps, bundled
 from ckptconv.detect import detect, option_fact
 from ckptconv.errors import Ambiguous, NotACheckpoint
 from ckptconv.facts import Fact
+from ckptconv.maps.architecture import KeyMaps, bundled
 from tests.conftest import PUBLISHED, Sample, made, published, shapes
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ckptconv.header import Header
+    from ckptconv.reading.header import Header
 
 UNET = "model.diffusion_model."
 CONV_IN = f"{UNET}input_blocks.0.0.weight"

@@ -10,20 +10,20 @@ import pytest
 import torch
 
 from ckptconv import CkptconvError, load_pipeline
-from ckptconv.architecture import bundled
-from ckptconv.config import configs
+from ckptconv.configs.config import configs
 from ckptconv.detect import detect
-from ckptconv.device import check_dtype, memory_errors, pick_device, spread
 from ckptconv.errors import DeviceError, UsageError
-from ckptconv.plan import build_plan
-from ckptconv.weights import empty_module
+from ckptconv.inference.device import check_dtype, memory_errors, pick_device, spread
+from ckptconv.inference.weights import empty_module
+from ckptconv.maps.architecture import bundled
+from ckptconv.planning.plan import build_plan
 from tests.conftest import Sample
 
 NOTHING = {"cuda": 0, "mps": 0, "cpu": 1}
 
 
 def having(monkeypatch: pytest.MonkeyPatch, **counts: int) -> None:
-    monkeypatch.setattr("ckptconv.device._counts", lambda: {**NOTHING, **counts})
+    monkeypatch.setattr("ckptconv.inference.device._counts", lambda: {**NOTHING, **counts})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Test GPU")
 
 
@@ -88,8 +88,8 @@ def test_a_dtype_is_checked_before_anything_is_read(
         asked.append((device.type, dtype))
         raise DeviceError("the CPU does not compute in it")
 
-    monkeypatch.setattr("ckptconv.pipeline.check_dtype", lacking)
-    monkeypatch.setattr("ckptconv.pipeline.fill", None)
+    monkeypatch.setattr("ckptconv.inference.pipeline.check_dtype", lacking)
+    monkeypatch.setattr("ckptconv.inference.pipeline.fill", None)
     for dtype in (None, "bf16"):
         with pytest.raises(DeviceError, match="does not compute"):
             load_pipeline(sample("sdxl"), device="cpu", dtype=dtype)
@@ -165,7 +165,7 @@ def test_a_lack_of_memory_while_loading(sample: Sample, monkeypatch: pytest.Monk
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("ckptconv.pipeline.fill", full)
+    monkeypatch.setattr("ckptconv.inference.pipeline.fill", full)
     with pytest.raises(DeviceError, match="out of memory while loading") as caught:
         load_pipeline(sample("sd1"), device="cpu")
     assert "--offload model" in caught.value.hint

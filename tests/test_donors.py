@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import ckptconv
-from ckptconv.config import read_json
 from ckptconv.errors import FileRefused, Incomplete
+from ckptconv.files import read_json
 from tests.checkpoints import raw, rewritten
 from tests.conftest import Folder, Sample
 

@@ -9,9 +9,9 @@ from collections import Counter
 import pytest
 
 from ckptconv import inspect
-from ckptconv.html import page
-from ckptconv.html.drawing import draw, places
-from ckptconv.network import Block
+from ckptconv.showing.html import page
+from ckptconv.showing.html.drawing import draw, places
+from ckptconv.showing.network import Block
 from tests.conftest import PUBLISHED, Sample
 from tests.pages import Parsed, drawn, published_page
 

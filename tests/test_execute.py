@@ -12,7 +12,7 @@ import pytest
 import ckptconv
 from ckptconv import Layout
 from ckptconv.errors import OutputError, UsageError
-from ckptconv.execute import parse_size
+from ckptconv.writing.execute import parse_size
 from tests.checkpoints import raw, raw_folder
 from tests.conftest import Folder
 

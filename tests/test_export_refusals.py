@@ -58,7 +58,7 @@ def test_a_failure_half_way_leaves_nothing(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ckptconv.stream._copy", fail)
+    monkeypatch.setattr("ckptconv.writing.stream._copy", fail)
     with pytest.raises(OutputError, match="the disk is full"):
         ckptconv.export(folder("sd1"), tmp_path / "x.safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from ckptconv import inspect
-from ckptconv.architecture import bundled
 from ckptconv.detect import option_fact
 from ckptconv.errors import MapError, UsageError
 from ckptconv.facts import FEW, Fact, find_fact
-from ckptconv.header import Header, encode_header, read_header
+from ckptconv.maps.architecture import bundled
+from ckptconv.reading.header import Header, encode_header, read_header
 from ckptconv.sample import layout_of, write_sample
 from tests.conftest import Sample, made
 

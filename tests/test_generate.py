@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from ckptconv.cli import main
 from ckptconv.errors import UsageError
-from ckptconv.generation import Settings, call_arguments, check, generate, parse_pixels
-from ckptconv.pipeline import OTHER_TASKS, load_pipeline, pipeline_class
+from ckptconv.inference.generation import Settings, call_arguments, check, generate, parse_pixels
+from ckptconv.inference.pipeline import OTHER_TASKS, load_pipeline, pipeline_class
 from tests.conftest import Folder, Sample
 from tests.pipelines import SMALL, TASKS, WHOLE, Run, parameters, pixels, runner
 

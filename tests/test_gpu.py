@@ -16,9 +16,9 @@ import torch
 
 import ckptconv
 from ckptconv import load_pipeline
-from ckptconv.architecture import bundled
 from ckptconv.errors import DeviceError
-from ckptconv.generation import generate
+from ckptconv.inference.generation import generate
+from ckptconv.maps.architecture import bundled
 from ckptconv.sample import layout_of, write_sample
 from tests.conftest import Sample
 from tests.pipelines import assert_same, bits, modules, tensors
@@ -119,7 +119,9 @@ def test_a_model_spread_over_gpus_makes_the_same_image(
     size = sample("sdxl").stat().st_size
     count = torch.cuda.device_count()
     # As if each of them were nearly too small, so that the UNet must be split.
-    monkeypatch.setattr("ckptconv.pipeline.free_memory", lambda: dict.fromkeys(range(count), size))
+    monkeypatch.setattr(
+        "ckptconv.inference.pipeline.free_memory", lambda: dict.fromkeys(range(count), size)
+    )
     pipe = load_pipeline(sample("sdxl"), device="cuda", dtype="fp16", device_map="balanced")
     assert len({p.device for p in pipe.unet.parameters()}) > 1
     assert np.abs(image(pipe) - whole).mean() < 2
@@ -178,9 +180,9 @@ def test_moved_bytes_are_the_bytes_of_the_file(
 ) -> None:
     """The way through the buffers, which the CPU takes only for a cast, cut into small pieces."""
     if device == "cpu":
-        monkeypatch.setattr("ckptconv.weights._view", nothing)
+        monkeypatch.setattr("ckptconv.inference.weights._view", nothing)
     whole = load_pipeline(sample("sdxl"), device="cpu")
-    monkeypatch.setattr("ckptconv.weights.CHUNK", 4096)
+    monkeypatch.setattr("ckptconv.inference.weights.CHUNK", 4096)
     moved = load_pipeline(sample("sdxl"), device=device)
     for name, module in modules(moved).items():
         pairs = zip(tensors(module), tensors(modules(whole)[name]), strict=True)

@@ -13,9 +13,9 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from ckptconv import header as module
 from ckptconv.errors import HeaderError
-from ckptconv.header import (
+from ckptconv.reading import header as module
+from ckptconv.reading.header import (
     DTYPE_BITS,
     FLOATS,
     Header,

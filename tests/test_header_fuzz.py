@@ -14,7 +14,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptconv.header import (
+from ckptconv.reading.header import (
     DTYPE_BITS,
     TensorInfo,
     encode_header,

@@ -19,12 +19,12 @@ from ckptconv import inspect
 from ckptconv.cli import main
 from ckptconv.detect import detect
 from ckptconv.errors import OutputError
-from ckptconv.header import Header, TensorInfo
-from ckptconv.html import page, write_page
-from ckptconv.html.markup import element, text
-from ckptconv.network import blocks
-from ckptconv.plan import build_plan
-from ckptconv.verification import Check, Problem
+from ckptconv.planning.plan import build_plan
+from ckptconv.proof.verification import Check, Problem
+from ckptconv.reading.header import Header, TensorInfo
+from ckptconv.showing.html import page, write_page
+from ckptconv.showing.html.markup import element, text
+from ckptconv.showing.network import blocks
 from tests.conftest import PUBLISHED, Sample, published
 from tests.pages import EVIL, HOSTILE, Parsed, drawn, hostile_file, published_page, verification
 

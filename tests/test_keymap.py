@@ -10,11 +10,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ckptconv.architecture import KeyMaps, bundled
 from ckptconv.errors import MapError
-from ckptconv.header import header_from_json
-from ckptconv.keymap import KeyMap, Match, Origin, Rule
-from ckptconv.ops import DROP, OPS, RENAME
+from ckptconv.maps.architecture import KeyMaps, bundled
+from ckptconv.maps.keymap import KeyMap, Match, Origin, Rule
+from ckptconv.maps.ops import DROP, OPS, RENAME
+from ckptconv.reading.header import header_from_json
 
 FIXTURES = sorted((Path(__file__).parent / "headers").glob("*.json"))
 MAPS = [

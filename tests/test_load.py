@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 
 import ckptconv
 from ckptconv import Layout
-from ckptconv.architecture import bundled
+from ckptconv.maps.architecture import bundled
 from tests.checkpoints import raw_folder
 from tests.conftest import Folder, Sample
 

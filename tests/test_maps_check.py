@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner
 
 import ckptconv
-from ckptconv.architecture import KeyMaps, bundled
 from ckptconv.cli import main
-from ckptconv.header import header_from_json
-from ckptconv.maps_check import check_maps
-from ckptconv.verification import CHECKS, Check
+from ckptconv.maps.architecture import KeyMaps, bundled
+from ckptconv.maps.check import check_maps
+from ckptconv.proof.verification import CHECKS, Check
+from ckptconv.reading.header import header_from_json
 from tests.checkpoints import metadata, raw
 from tests.conftest import Folder, Sample
 

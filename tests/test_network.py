@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ckptconv.architecture import bundled
 from ckptconv.detect import detect
-from ckptconv.network import Block, blocks
-from ckptconv.plan import build_plan
+from ckptconv.maps.architecture import bundled
+from ckptconv.planning.plan import build_plan
+from ckptconv.showing.network import Block, blocks
 
 PARAMETERS = {
     "sd1": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},

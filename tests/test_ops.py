@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from ckptconv.ops import DROP, OPS, RENAME, TRANSPOSE, Shape
+from ckptconv.maps.ops import DROP, OPS, RENAME, TRANSPOSE, Shape
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import ckptconv
-from ckptconv.architecture import bundled
-from ckptconv.config import Config, configs
+from ckptconv.configs.config import Config, configs
+from ckptconv.configs.original_config import OriginalConfig, read_original_config
 from ckptconv.convert import plan
 from ckptconv.detect import detect
 from ckptconv.errors import FileRefused
-from ckptconv.original_config import OriginalConfig, read_original_config
-from ckptconv.plan import build_plan
+from ckptconv.maps.architecture import bundled
+from ckptconv.planning.plan import build_plan
 from tests.conftest import Sample, published
 
 if TYPE_CHECKING:

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import ckptconv
-from ckptconv.cast import _NAMES
-from ckptconv.config import read_json
 from ckptconv.errors import HeaderError, NotACheckpoint
-from ckptconv.header import Header
-from ckptconv.report import hashes
-from ckptconv.source import open_header
+from ckptconv.files import read_json
+from ckptconv.reading.header import Header
+from ckptconv.reading.source import open_header
+from ckptconv.showing.report import hashes
+from ckptconv.writing.cast import _NAMES
 from tests.checkpoints import raw, rewritten
 from tests.conftest import Sample
 from tests.pickles import check_laws, saved, zipped

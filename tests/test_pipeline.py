@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import ckptconv
 from ckptconv import CkptconvError, load_pipeline
-from ckptconv.architecture import bundled
 from ckptconv.errors import FileRefused, Incomplete, UsageError
-from ckptconv.pipeline import OTHER_TASKS, pipeline_class
+from ckptconv.inference.pipeline import OTHER_TASKS, pipeline_class
+from ckptconv.maps.architecture import bundled
 from tests.checkpoints import rewritten
 from tests.conftest import Folder, Sample
 from tests.pipelines import TASKS, assert_same, modules, tensors
@@ -244,7 +244,9 @@ def test_what_is_no_checkpoint_is_refused_as_ever(tmp_path: Path) -> None:
 def test_why_a_device_was_taken_is_logged(
     sample: Sample, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ckptconv.device._counts", lambda: {"cuda": 0, "mps": 0, "cpu": 1})
+    monkeypatch.setattr(
+        "ckptconv.inference.device._counts", lambda: {"cuda": 0, "mps": 0, "cpu": 1}
+    )
     with caplog.at_level(logging.INFO, "ckptconv"):
         load_pipeline(sample("sd1"))
     assert "device cpu: CUDA and MPS find no GPU" in caplog.text

@@ -10,11 +10,11 @@ import pytest
 
 from ckptconv.detect import detect
 from ckptconv.errors import Incomplete, NotACheckpoint
-from ckptconv.plan import ASIDE, Plan, Step, build_plan
+from ckptconv.planning.plan import ASIDE, Plan, Step, build_plan
 from tests.conftest import PUBLISHED, made, published, shapes
 
 if TYPE_CHECKING:
-    from ckptconv.header import Header
+    from ckptconv.reading.header import Header
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from ckptconv.errors import UsageError
-from ckptconv.header import TensorInfo
-from ckptconv.plan import Donor, Plan
+from ckptconv.planning.plan import Donor, Plan
+from ckptconv.reading.header import TensorInfo
 from tests.conftest import made, published, shapes
 from tests.test_plan import (
     CLIP,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from ckptconv.architecture import bundled
 from ckptconv.cli import main
-from ckptconv.header import header_from_json, read_header
+from ckptconv.maps.architecture import bundled
+from ckptconv.reading.header import header_from_json, read_header
 from ckptconv.sample import layout_of, write_sample
 
 ROOT = Path(__file__).parent.parent

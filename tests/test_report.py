@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import ckptconv
-from ckptconv.architecture import bundled
-from ckptconv.header import read_header
-from ckptconv.report import hashes, inspection, plan_rows
+from ckptconv.maps.architecture import bundled
+from ckptconv.reading.header import read_header
+from ckptconv.showing.report import hashes, inspection, plan_rows
 from tests.checkpoints import midget, raw, rewritten, save
 from tests.conftest import Sample
 

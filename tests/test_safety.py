@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 import ckptconv
-from ckptconv import execute, stream
 from ckptconv.errors import FileRefused, OutputError
+from ckptconv.writing import execute, stream
 from tests.checkpoints import raw_folder
 from tests.conftest import Folder, Sample
 from tests.kill import Killer
@@ -191,7 +191,7 @@ def test_a_source_that_shrinks_midway_is_refused_and_leaves_nothing(
 
 SLOW = """
 import signal, sys, time
-from ckptconv import stream
+from ckptconv.writing import stream
 from ckptconv.cli import main
 
 def slow(*args, copy=stream._copy_some):

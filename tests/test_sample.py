@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ckptconv.architecture import Architecture, bundled
 from ckptconv.detect import inspect
 from ckptconv.errors import OutputError, UsageError
-from ckptconv.header import FLOATS, read_header
-from ckptconv.plan import build_plan
+from ckptconv.maps.architecture import Architecture, bundled
+from ckptconv.planning.plan import build_plan
+from ckptconv.reading.header import FLOATS, read_header
 from ckptconv.sample import Tensor, _encoded, layout_of, write_sample
 from tests.checkpoints import metadata, raw
 from tests.conftest import Sample

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
-from ckptconv import stream
 from ckptconv.convert import plan
 from ckptconv.errors import FileRefused
-from ckptconv.header import DTYPE_BITS, TensorInfo, read_header
-from ckptconv.plan import Slot, Step
-from ckptconv.stream import Piece, joined, lay_out, pieces, write
+from ckptconv.planning.plan import Slot, Step
+from ckptconv.reading.header import DTYPE_BITS, TensorInfo, read_header
+from ckptconv.writing import stream
+from ckptconv.writing.stream import Piece, joined, lay_out, pieces, write
 from tests.conftest import Sample
 from tests.steps import DIM, Run, cast_to, copies, in_turns, naive, steps_of_all_kinds
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ckptconv.config import configs
+from ckptconv.configs.config import configs
+from ckptconv.configs.tokenizer import merges_text, tokenizer_files, vocabulary
 from ckptconv.detect import detect
-from ckptconv.plan import build_plan
-from ckptconv.tokenizer import merges_text, tokenizer_files, vocabulary
+from ckptconv.planning.plan import build_plan
 from tests.conftest import published
 
 if TYPE_CHECKING:

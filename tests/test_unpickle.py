@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ckptconv
-from ckptconv import pickled, unpickle
-from ckptconv import zipped as zip_reader
 from ckptconv.errors import CkptconvError, FileRefused, HeaderError, UnsafePickle
-from ckptconv.source import open_header
+from ckptconv.reading import pickled, unpickle
+from ckptconv.reading import zipped as zip_reader
+from ckptconv.reading.source import open_header
 from tests.pickle_attacks import DOUBLED, PICKLES, WHOLE, ZIPS
 from tests.pickles import (
     EMPTY_DICT,

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import ckptconv
-from ckptconv.checks.config import check_config, check_index
-from ckptconv.config import configs, model_index
+from ckptconv.configs.config import configs, model_index
 from ckptconv.detect import detect
 from ckptconv.errors import FileRefused
-from ckptconv.plan import build_plan
-from ckptconv.saved import Part
-from ckptconv.verification import Problem
+from ckptconv.planning.plan import build_plan
+from ckptconv.proof.checks.config import check_config, check_index
+from ckptconv.proof.saved import Part
+from ckptconv.proof.verification import Problem
 from tests.altering import alter, kinds, resave
 from tests.checkpoints import raw, save
 from tests.conftest import Copy, Folder, Sample, published

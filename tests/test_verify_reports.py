@@ -15,8 +15,8 @@ from click.testing import CliRunner
 import ckptconv
 from ckptconv.cli import main
 from ckptconv.errors import FileRefused, UsageError
-from ckptconv.junit import junit
-from ckptconv.verification import CHECKS, Check, Problem, Verification
+from ckptconv.proof.verification import CHECKS, Check, Problem, Verification
+from ckptconv.showing.junit import junit
 from tests.altering import resave
 from tests.checkpoints import raw
 from tests.conftest import Copy, Folder, Sample
@@ -25,8 +25,8 @@ from tests.conftest import Copy, Folder, Sample
 
 
 def test_comparing_and_looking_take_little_memory(sample: Sample, folder: Folder) -> None:
-    from ckptconv.checks.data import Bytes
-    from ckptconv.saved import read_saved
+    from ckptconv.proof.checks.data import Bytes
+    from ckptconv.proof.saved import read_saved
 
     saved = read_saved(folder("sd2"), {"unet", "vae", "text_encoder"})
     read = Bytes.of(saved, ckptconv.plan(sample("sd2")), finite=True)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import ckptconv
-from ckptconv.checks.config import same
-from ckptconv.junit import junit
-from ckptconv.verification import Problem
+from ckptconv.proof.checks.config import same
+from ckptconv.proof.verification import Problem
+from ckptconv.showing.junit import junit
 from tests.altering import alter, kinds, resave
 from tests.checkpoints import raw, save
 from tests.conftest import Copy, Folder, Sample

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import ckptconv
 from ckptconv import load_pipeline
-from ckptconv.config import configs
+from ckptconv.configs.config import configs
 from ckptconv.errors import FileRefused, MapError, UsageError
-from ckptconv.header import read_header
-from ckptconv.libraries import CHATTER, quiet
-from ckptconv.weights import empty_module, fill
+from ckptconv.inference.libraries import CHATTER, quiet
+from ckptconv.inference.weights import empty_module, fill
+from ckptconv.reading.header import read_header
 from tests.conftest import Sample
 from tests.pipelines import assert_same, modules
 

@@ -9,10 +9,10 @@ import click
 
 from ..convert import convert
 from ..errors import UsageError
-from ..execute import Layout, Report, parse_size
-from ..numbers import size
-from ..verification import Verification
-from ..verify import verify
+from ..proof.verification import Verification
+from ..proof.verify import verify
+from ..showing.numbers import size
+from ..writing.execute import Layout, Report, parse_size
 from .shared import FILE, choices_of, echo_json, json_option, plan_options, progress
 from .verify import as_text
 

@@ -10,9 +10,9 @@ import click
 from ..convert import convert
 from ..detect import inspect
 from ..errors import OutputError, UsageError
-from ..libraries import quiet
-from ..report import inspection
+from ..inference.libraries import quiet
 from ..sample import layout_of, write_sample
+from ..showing.report import inspection
 from .shared import FILE, key_maps
 
 STEPS = 2

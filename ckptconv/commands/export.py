@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from ..export import Exported, export
-from ..numbers import size
-from ..plan import DTYPES
+from ..planning.plan import DTYPES
+from ..showing.numbers import size
+from ..writing.export import Exported, export
 from .shared import FILE, echo_json, json_option, key_maps, progress
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from ..adapt import add_loras, find_scheduler, read_loras, set_scheduler
-from ..device import pick_device
-from ..generation import (
+from ..inference.adapt import add_loras, find_scheduler, read_loras, set_scheduler
+from ..inference.device import pick_device
+from ..inference.generation import (
     Settings,
     call_arguments,
     check,
@@ -23,8 +23,8 @@ from ..generation import (
     parse_pixels,
     save_png,
 )
-from ..libraries import quiet
-from ..pipeline import OFFLOADS, TASKS, load_pipeline, pipeline_class
+from ..inference.libraries import quiet
+from ..inference.pipeline import OFFLOADS, TASKS, load_pipeline, pipeline_class
 from .shared import FILE, choices_of, echo_json, json_option, plan_options, progress
 
 DTYPE_ON_CPU = "fp32"

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..detect import Detection, inspect
-from ..numbers import millions, size
-from ..plan import build_plan
-from ..report import hashes, inspection
+from ..planning.plan import build_plan
+from ..showing.numbers import millions, size
+from ..showing.report import hashes, inspection
 from .shared import FILE, console, echo_json, json_option, key_maps
 
 if TYPE_CHECKING:
@@ -43,7 +43,11 @@ def command(
     Exits with 1 if FILE is not a checkpoint that can be converted as it is.
     """
     if html:
-        from ..html import check_page, page, write_page  # a tenth of the time of an inspection
+        from ..showing.html import (  # a tenth of the time of an inspection
+            check_page,
+            page,
+            write_page,
+        )
 
         check_page(html, overwrite=overwrite)
     detection = inspect(file, maps=key_maps())
@@ -135,7 +139,7 @@ def _components(components: dict[str, dict[str, Any]]) -> RenderableType:
 def _tree(detection: Detection) -> RenderableType:
     from rich.tree import Tree
 
-    from ..network import blocks
+    from ..showing.network import blocks
 
     plan = build_plan(detection)
     architecture, task = detection.require()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from ..execute import layout_text
-from ..maps_check import check_maps
-from ..source import open_header
+from ..maps.check import check_maps
+from ..reading.source import open_header
+from ..writing.execute import layout_text
 from .shared import FILE, echo_json, json_option, key_maps
 from .verify import checks_as_text
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..convert import plan
-from ..report import plan_rows
+from ..showing.report import plan_rows
 from .shared import FILE, choices_of, echo_json, json_option, plan_options
 
 

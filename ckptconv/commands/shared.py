@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..architecture import KeyMaps, bundled
 from ..convert import Choices
 from ..errors import UsageError
+from ..maps.architecture import KeyMaps, bundled
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,12 +11,12 @@ import click
 
 from ..detect import inspect
 from ..errors import SHOWN, OutputError, UsageError
-from ..html import check_page, page, write_page
-from ..junit import junit
-from ..markdown import markdown
-from ..numbers import size
-from ..verification import Check, Verification
-from ..verify import verify
+from ..proof.verification import Check, Verification
+from ..proof.verify import verify
+from ..showing.html import check_page, page, write_page
+from ..showing.junit import junit
+from ..showing.markdown import markdown
+from ..showing.numbers import size
 from .shared import (
     FILE,
     choices_of,

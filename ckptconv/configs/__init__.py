@@ -1,0 +1,1 @@
+"""The configuration, scheduler and tokenizer files of a folder."""

@@ -1,0 +1,1 @@
+"""The running pipeline: modules, weights, devices, images."""

@@ -1,0 +1,131 @@
+"""Changes to a loaded pipeline: another scheduler, and LoRA files."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect as python_inspect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileRefused, UsageError
+from ..reading.header import read_header
+from .generation import Pipeline
+
+__all__ = ["Lora", "add_loras", "find_scheduler", "read_loras", "set_scheduler"]
+
+
+PUBLISHED = {"skip_prk_steps": True}
+"""What the published configurations of these models say, where a scheduler's default is another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA file, and how strongly it applies."""
+
+    path: Path
+    scale: float = 1.0
+
+
+def read_loras(texts: Iterable[str]) -> list[Lora]:
+    """Returns what `FILE` or `FILE:SCALE` mean, once their headers are read.
+
+    Raises:
+        HeaderError: a file is not a whole, well-formed safetensors file.
+        UsageError: PEFT is missing.
+    """
+    loras = [_parsed(text) for text in texts]
+    if loras and not importlib.util.find_spec("peft"):
+        raise UsageError("a LoRA needs the library PEFT", hint="pip install peft")
+    for lora in loras:
+        read_header(lora.path)
+    return loras
+
+
+def _parsed(text: str) -> Lora:
+    """Splits the scale off.
+
+    >>> _parsed("style.safetensors:0.8").scale
+    0.8
+    """
+    name, colon, scale = text.rpartition(":")
+    try:
+        return Lora(Path(name), float(scale)) if colon and name else Lora(Path(text))
+    except ValueError:  # a colon in the name of the file
+        return Lora(Path(text))
+
+
+def add_loras(pipe: Pipeline, loras: Sequence[Lora]) -> None:
+    """Loads LoRA files into a pipeline, by diffusers, each with its scale.
+
+    Raises:
+        FileRefused: a file is no LoRA, or one for another architecture.
+    """
+    names = [f"lora_{n}" for n in range(len(loras))]
+    for name, lora in zip(names, loras, strict=True):
+        problems = ["none of its keys is one of the pipeline's layers"]
+        cause: Exception | None = None
+        try:
+            pipe.load_lora_weights(
+                str(lora.path.parent),
+                weight_name=lora.path.name,
+                adapter_name=name,
+                local_files_only=True,
+            )
+        except (ValueError, KeyError, RuntimeError, OSError) as error:
+            problems, cause = [line.strip() for line in str(error).splitlines()], error
+        if cause or not any(name in there for there in pipe.get_list_adapters().values()):
+            raise FileRefused(
+                f"{lora.path}: diffusers cannot load it as a LoRA of {type(pipe).__name__}",
+                problems=problems,
+                hint="give a LoRA that was trained on this architecture",
+            ) from cause
+    if loras:
+        pipe.set_adapters(names, [lora.scale for lora in loras])
+
+
+def find_scheduler(name: str) -> Any:
+    """Returns the class of a scheduler that has the noise schedules of these models.
+
+    Raises:
+        UsageError: diffusers has no such scheduler, or it lacks a library.
+    """
+    import diffusers
+
+    found: Any = getattr(diffusers, name, None)
+    if backends := [b for b in getattr(found, "_backends", ()) if b != "torch"]:
+        missing = " ".join(backends)
+        raise UsageError(f"{name} needs {missing}", hint=f"pip install {missing}")
+    known = isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)
+    if not known or not {"beta_schedule", "prediction_type"} <= _takes(found):
+        from diffusers.schedulers import scheduling_utils
+
+        names = ", ".join(sorted(s.name for s in scheduling_utils.KarrasDiffusionSchedulers))
+        raise UsageError(
+            f"diffusers has no scheduler {name} for these models", hint=f"it has {names}"
+        )
+    return found
+
+
+def set_scheduler(pipe: Pipeline, scheduler: Any) -> list[str]:
+    """Puts another scheduler into a pipeline, with the configuration of the one it has.
+
+    Args:
+        pipe: to change.
+        scheduler: from `find_scheduler`.
+
+    Returns:
+        Sentences on what it cannot carry over.
+    """
+    config, takes = pipe.scheduler.config, _takes(scheduler)
+    unsaid = {k: v for k, v in PUBLISHED.items() if k in takes and k not in config}
+    pipe.scheduler = scheduler.from_config(config, **unsaid)
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in takes:
+        name = scheduler.__name__
+        return [f"{name} knows no zero terminal SNR, which the model was trained with"]
+    return []
+
+
+def _takes(scheduler: Any) -> set[str]:
+    return set(python_inspect.signature(scheduler).parameters)

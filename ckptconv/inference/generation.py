@@ -1,0 +1,297 @@
+"""From settings to images: what a pipeline is called with, and the PNG that comes out.
+
+Which settings a task takes is read off the pipeline's own `__call__`, so that a setting that does
+not fit is found before the weights are loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect as python_inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..errors import DeviceError, FileRefused, OutputError, UsageError
+from ..files import whole
+from .device import memory_errors
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+__all__ = [
+    "Pipeline",
+    "Settings",
+    "call_arguments",
+    "check",
+    "check_outputs",
+    "described",
+    "generate",
+    "open_images",
+    "parse_pixels",
+    "save_png",
+]
+
+Pipeline = Any
+"""A pipeline of diffusers, whose attributes depend on its class."""
+
+CHUNK = "ckptconv"
+"""Keyword of the text chunk of a PNG that holds the parameters, as JSON."""
+
+KEYWORDS = {
+    "negative": "negative_prompt",
+    "guidance": "guidance_scale",
+    "guidance_rescale": "guidance_rescale",
+    "image_guidance": "image_guidance_scale",
+    "strength": "strength",
+    "image": "image",
+    "mask": "mask_image",
+}
+"""By setting, what the pipelines of diffusers call it."""
+
+NEEDED = ("image", "mask")
+"""Settings that a task needs if it takes them."""
+
+RESCALE = 0.7
+"""Guidance rescale for a model of zero terminal SNR: https://arxiv.org/abs/2305.08891, 3.4."""
+
+SMALLER = (
+    "take a smaller --size, --offload model, or --offload sequential for the least memory; "
+    "--dtype fp16 or bf16 halves the weights of an fp32 file"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an image is made of; None leaves a value to the pipeline's own default.
+
+    Attributes:
+        prompt: what to show.
+        negative: what not to show.
+        steps: number of denoising steps.
+        guidance: how strongly the prompt guides (classifier-free guidance).
+        guidance_rescale: how far guidance is scaled back to the spread of the prediction, 0 to 1.
+        image_guidance: how strongly the image guides, in instruct-pix2pix.
+        strength: how far an image may change, 0 to 1.
+        size: width and height in pixels; that of the image, or of the training, by default.
+        image: the image to change.
+        mask: where to change it: white is painted anew.
+    """
+
+    prompt: str
+    negative: str | None = None
+    steps: int = 30
+    guidance: float | None = None
+    guidance_rescale: float | None = None
+    image_guidance: float | None = None
+    strength: float | None = None
+    size: tuple[int, int] | None = None
+    image: Path | None = None
+    mask: Path | None = None
+
+
+def parse_pixels(text: str) -> tuple[int, int]:
+    """Returns the width and height that a size means.
+
+    Raises:
+        UsageError: it is no size, or not a multiple of 8.
+
+    >>> parse_pixels("768x512"), parse_pixels("512")
+    ((768, 512), (512, 512))
+    """
+    numbers = text.lower().split("x")
+    if len(numbers) > 2 or not all(n.isascii() and n.isdigit() and int(n[:9]) for n in numbers):
+        raise UsageError(f"{text!r} is no size", hint="write width x height, such as 768x512")
+    width, height = int(numbers[0][:9]), int(numbers[-1][:9])
+    if width % 8 or height % 8:
+        near = "x".join(str(max(8, round(n / 8) * 8)) for n in (width, height))
+        raise UsageError(
+            f"size {text} does not divide by 8, the pixels that one latent value stands for",
+            hint=f"take {near}",
+        )
+    return width, height
+
+
+def check(cls: type[DiffusionPipeline], task: str, settings: Settings) -> None:
+    """Checks that the settings fit a pipeline.
+
+    Args:
+        cls: its class.
+        task: its name, for the message.
+        settings: to check.
+
+    Raises:
+        UsageError: some do not; all of them are named.
+    """
+    takes = python_inspect.signature(cls.__call__).parameters
+    problems = []
+    for name, keyword in KEYWORDS.items():
+        option, value = f"--{name.replace('_', '-')}", getattr(settings, name)
+        if value is not None and keyword not in takes:
+            problems.append(f"{option} does not fit: {cls.__name__} takes none")
+        if value is None and keyword in takes and name in NEEDED:
+            problems.append(f"{option} is missing: {task} needs it")
+    if "strength" in takes:
+        strength = settings.strength
+        strength = takes["strength"].default if strength is None else strength
+        if not 0 < strength <= 1:
+            problems.append(f"--strength {strength} is not above 0 and at most 1")
+        elif int(settings.steps * strength) < 1:
+            problems.append(
+                f"--steps {settings.steps} times strength {strength} is less than one step"
+            )
+    if problems:
+        raise UsageError(
+            f"the options do not fit {task}",
+            problems=problems,
+            hint="--task asks for another task of the same weights",
+        )
+
+
+def check_outputs(out: Path, count: int, *, overwrite: bool) -> list[Path]:
+    """Returns the files to write: `out`, or for several images `out-1`, `out-2`, ...
+
+    Raises:
+        UsageError: the name is not that of a PNG.
+        OutputError: a file exists, or the folder does not.
+    """
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"{out}: only PNG is written", hint="end the name in .png")
+    paths = [out.with_stem(f"{out.stem}-{n}") for n in range(1, count + 1)] if count > 1 else [out]
+    if not out.parent.is_dir():
+        raise OutputError(f"{out.parent}: no such folder", hint="make it first, with mkdir -p")
+    there = [path for path in paths if path.exists()]
+    if there and not (overwrite and all(path.is_file() for path in there)):
+        names = ", ".join(map(str, there))
+        raise OutputError(f"{names}: exists", hint="--overwrite replaces a file")
+    return paths
+
+
+def open_images(settings: Settings) -> dict[str, Image.Image]:
+    """Returns the images that the settings name.
+
+    Raises:
+        FileRefused: one cannot be read.
+    """
+    modes = {"image": "RGB", "mask": "L"}
+    paths = {name: getattr(settings, name) for name in modes}
+    return {name: _opened(path, modes[name]) for name, path in paths.items() if path}
+
+
+def call_arguments(
+    pipe: Pipeline, settings: Settings, images: Mapping[str, Image.Image]
+) -> dict[str, Any]:
+    """Returns what a pipeline is called with, all but the random numbers.
+
+    Args:
+        pipe: from `load_pipeline`.
+        settings: that passed `check`.
+        images: from `open_images`; they are brought to one size.
+    """
+    takes = python_inspect.signature(pipe.__call__).parameters
+    arguments = {
+        keyword: value
+        for name, keyword in KEYWORDS.items()
+        if name not in images and (value := getattr(settings, name)) is not None
+    }
+    arguments |= {"prompt": settings.prompt, "num_inference_steps": settings.steps}
+    if settings.guidance_rescale is None and "guidance_rescale" in takes:
+        zero_snr = pipe.scheduler.config.get("rescale_betas_zero_snr")
+        arguments["guidance_rescale"] = RESCALE if zero_snr else 0.0
+    size = settings.size
+    if "image" in images:
+        image = images["image"]
+        size = size or (max(8, image.width // 8 * 8), max(8, image.height // 8 * 8))
+        arguments |= {KEYWORDS[name]: image.resize(size) for name, image in images.items()}
+    if size and "height" in takes:
+        arguments["width"], arguments["height"] = size
+    return arguments
+
+
+def generate(pipe: Pipeline, arguments: Mapping[str, Any], seed: int) -> Image.Image:
+    """Makes one image. The same seed gives the same image.
+
+    Args:
+        pipe: from `load_pipeline`.
+        arguments: from `call_arguments`.
+        seed: of the noise, which is drawn on the CPU: it does not depend on the device.
+
+    Raises:
+        DeviceError: the memory ran out, or the dtype overflowed.
+        UsageError: the pipeline refuses its arguments.
+    """
+    import numpy as np
+    import torch
+
+    generator = torch.Generator("cpu").manual_seed(seed)
+    try:
+        with memory_errors("generating", SMALLER):
+            # As an array: a PIL image would turn what is not a number into black.
+            made = pipe(**arguments, generator=generator, output_type="np")
+    except ValueError as error:  # from the checks of its own
+        raise UsageError(f"diffusers refuses these options: {error}") from error
+    (array,) = made.images
+    if not np.isfinite(array).all():
+        raise DeviceError(
+            "the image is not made of numbers: values overflowed on the way",
+            hint="take --dtype bf16 or fp32; if that does not help, the checkpoint is damaged",
+        )
+    (image,) = pipe.numpy_to_pil(array[None])
+    return image  # type: ignore[no-any-return]  # `Pipeline` is not typed
+
+
+def described(pipe: Pipeline, settings: Settings, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parameters of an image, all but the seed, as plain data."""
+    takes = python_inspect.signature(pipe.__call__).parameters
+    values: dict[str, Any] = {"prompt": settings.prompt, "steps": settings.steps}
+    for name, keyword in KEYWORDS.items():
+        if keyword in takes:
+            values[name] = arguments.get(keyword, takes[keyword].default)
+    for name in NEEDED:
+        if name in values:
+            values[name] = getattr(settings, name).name
+    return values | {
+        "scheduler": type(pipe.scheduler).__name__,
+        "pipeline": type(pipe).__name__,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "versions": {
+            "ckptconv": __version__,
+            **{name: importlib.metadata.version(name) for name in ("diffusers", "torch")},
+        },
+    }
+
+
+def save_png(image: Image.Image, path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a PNG that carries its parameters: whole, or not at all.
+
+    Args:
+        image: to write.
+        path: of the file.
+        values: go into a text chunk with the keyword `ckptconv`, as JSON.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt(CHUNK, json.dumps(values, ensure_ascii=False))
+    with whole(path) as partial:
+        image.save(partial, format="PNG", pnginfo=info)
+
+
+def _opened(path: Path, mode: str) -> Image.Image:
+    """Reads an image, turned as its camera says."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            return ImageOps.exif_transpose(file).convert(mode)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise FileRefused(
+            f"{path}: cannot be read as an image: {error}", hint="give a PNG or a JPEG"
+        ) from error

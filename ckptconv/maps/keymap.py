@@ -1,0 +1,369 @@
+"""A key map: which original key becomes which diffusers key, as data.
+
+The format is described in `docs/key-maps.md`. Patterns are dotted names; `*` stands for one
+segment and is carried into the target, in order. A rename covers the key and all that lies below
+it; any other operation covers one whole key.
+
+Laws, checked when a map is built:
+
+1. No two sources can match one key and no two targets can collide, so a map is injective and its
+   inverse is the same file read right to left.
+2. A map is abstract: it knows no shapes. Those come with the plan (`ckptconv.plan`).
+3. A key that nothing matches is reported by the plan, never skipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import MapError
+from .ops import DROP, OPS, RENAME, Op
+
+__all__ = ["LAST", "REASONS", "KeyMap", "Match", "Origin", "Rule"]
+
+LAST = "-1"
+"""A segment of a `drop` pattern: the highest index that the file holds in this place. A `*` of
+another rule in the same place then means all the others."""
+
+REASONS = {
+    "training": "needed by training only",
+    "derived": "computed from the configuration",
+    "unused": "not used by the pipeline",
+}
+"""Why a key may be dropped."""
+
+SECTIONS = {"kinds": dict, "blocks": dict, "drop": dict, "optional": list, "repeats": list}
+"""The sections of a map's file, and whether each is a table or a list."""
+
+SPLITS = "split_rows"
+"""The operation that has several targets; every other has one."""
+
+Pattern = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One line of a map, its tables written out.
+
+    Attributes:
+        source: the pattern on the original side.
+        targets: the patterns on the diffusers side; several for `split_rows`, none for `drop`.
+        op: the operation.
+        exact: the pattern covers one whole key; otherwise all that lies below it as well.
+        reason: why the key is dropped, one of REASONS; empty if it is not.
+    """
+
+    source: Pattern
+    targets: tuple[Pattern, ...]
+    op: Op = RENAME
+    exact: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What a map says of one original key."""
+
+    targets: tuple[str, ...]
+    op: Op
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a map, read right to left, says of one diffusers key: part `part` of `source`."""
+
+    source: str
+    op: Op
+    part: int
+    parts: int
+
+
+@dataclass(slots=True)
+class _Node:
+    rule: tuple[Rule, int] | None = None
+    below: dict[str, _Node] = field(default_factory=dict)
+
+
+class _Tree:
+    """Patterns by segment: finds the rule for a key, and the rules that a new one overlaps."""
+
+    def __init__(self) -> None:
+        self.root = _Node()
+
+    def add(self, pattern: Pattern, rule: Rule, part: int = 0) -> Rule | None:
+        """Adds a pattern of a rule and returns a rule that it overlaps, or None."""
+        overlap = next(_overlaps(self.root, pattern, rule.exact), None)
+        node = self.root
+        for segment in pattern:
+            node = node.below.setdefault(segment, _Node())
+        node.rule = (rule, part)
+        return overlap
+
+    def find(self, key: Pattern) -> tuple[Rule, int, Pattern] | None:
+        """Returns (rule, number of the pattern in it, segments that the stars stand for)."""
+        return _find(self.root, key, ())
+
+
+def _overlaps(node: _Node, pattern: Pattern, exact: bool) -> Iterator[Rule]:
+    if node.rule and (not pattern or not node.rule[0].exact):
+        yield node.rule[0]
+    if pattern:
+        head, rest = pattern[0], pattern[1:]
+        for segment, child in node.below.items():
+            if _meet(segment, head):
+                yield from _overlaps(child, rest, exact)
+    elif not exact:
+        for child in node.below.values():
+            yield from _overlaps(child, (), exact)
+
+
+def _meet(one: str, other: str) -> bool:
+    """Whether two segments of patterns can stand for the same segment of a key."""
+    if LAST in (one, other):  # the last may be any index, but the stars leave it out
+        return one == other or _is_index(one) or _is_index(other)
+    return one == other or "*" in (one, other)
+
+
+def _find(node: _Node, key: Pattern, stars: Pattern) -> tuple[Rule, int, Pattern] | None:
+    if node.rule and (not key or not node.rule[0].exact):
+        return (*node.rule, stars + key)
+    if not key:
+        return None
+    found = None
+    if child := node.below.get(key[0]):
+        found = _find(child, key[1:], stars)
+    if not found and (child := node.below.get("*")):
+        found = _find(child, key[1:], (*stars, key[0]))
+    return found
+
+
+def _fill(pattern: Pattern, carried: Pattern) -> str:
+    """Writes the carried segments in place of the stars, and what is left of them at the end."""
+    rest = iter(carried)
+    return ".".join([*(next(rest) if s == "*" else s for s in pattern), *rest])
+
+
+class KeyMap:
+    """A map that keeps the laws.
+
+    Attributes:
+        name: for messages: the path of its file.
+        rules: every line, tables written out.
+        optional: patterns of keys that a file may hold beyond the published layout.
+        repeats: names of containers whose entries are counted, such as `transformer_blocks`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rules: Iterable[Rule],
+        *,
+        optional: Iterable[str] = (),
+        repeats: Iterable[str] = (),
+    ) -> None:
+        """Builds the map.
+
+        Raises:
+            MapError: a law is broken; all breaches are listed.
+        """
+        self.name = name
+        self.rules = tuple(rules)
+        self.optional = tuple(optional)
+        self.repeats = frozenset(repeats)
+        self._sources, self._targets, self._dropped = _Tree(), _Tree(), _Tree()
+        self._optional = _Tree()
+        problems = []
+        for rule in self.rules:
+            if not _last_is_placed(rule):
+                problems.append(
+                    f"{_line(rule)}: '-1' may stand once, in 'drop', with no '*' before it"
+                )
+            if clash := self._sources.add(rule.source, rule):
+                problems.append(f"{_line(clash)} and {_line(rule)} can match the same key")
+            if rule.op is DROP:
+                self._dropped.add(rule.source, rule)
+            for part, target in enumerate(rule.targets):
+                if target.count("*") != rule.source.count("*"):
+                    problems.append(f"{_line(rule)}: the two sides need the same number of '*'")
+                if clash := self._targets.add(target, rule, part):
+                    problems.append(f"{_line(clash)} and {_line(rule)} can give the same key")
+        for pattern in self.optional:
+            self._optional.add(tuple(pattern.split(".")), Rule(tuple(pattern.split(".")), ()))
+        if problems:
+            raise MapError(f"{name}: the key map breaks a law", problems=problems)
+
+    @classmethod
+    def from_dict(cls, name: str, data: Mapping[str, Any]) -> KeyMap:
+        """Builds a map from the content of its YAML file.
+
+        Raises:
+            MapError: a part of the file is unknown or malformed, or a law is broken.
+        """
+        sections, problems = _sections(data)
+        kinds = sections["kinds"]
+        for kind, table in kinds.items():
+            if kind in OPS:
+                problems.append(f"kind {kind!r} has the name of an operation")
+            if not isinstance(table, dict):
+                problems.append(f"kind {kind!r} needs a table, found {table!r}")
+        rules: list[Rule] = []
+        lines = [*sections["blocks"].items()] if not problems else []
+        for source, target in lines:
+            try:
+                rules += _expand(source, target, kinds)
+            except ValueError as error:
+                problems.append(f"{source}: {error}")
+        for source, reason in sections["drop"].items():
+            try:
+                rules.append(_dropped(source, reason))
+            except ValueError as error:
+                problems.append(f"{source}: {error}")
+        for pattern in (*sections["optional"], *sections["repeats"]):
+            try:
+                _pattern(pattern)
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise MapError(f"{name}: the key map is malformed", problems=problems)
+        return cls(name, rules, optional=sections["optional"], repeats=sections["repeats"])
+
+    def bound(self, keys: Iterable[str]) -> KeyMap:
+        """Returns the map for a file that holds `keys`: every `-1` is the index it stands for."""
+        if not any(LAST in rule.source for rule in self.rules):
+            return self
+        split = [key.split(".") for key in keys]
+        rules = []
+        for rule in self.rules:
+            if LAST in rule.source:
+                at = rule.source.index(LAST)
+                indices = [
+                    int(key[at])
+                    for key in split
+                    if tuple(key[:at]) == rule.source[:at]
+                    and key[at : at + 1]
+                    and _is_index(key[at])
+                ]
+                last = str(max(indices)) if indices else LAST
+                source = (*rule.source[:at], last, *rule.source[at + 1 :])
+                rule = dataclasses.replace(rule, source=source)
+            rules.append(rule)
+        bound = object.__new__(KeyMap)
+        bound.__dict__.update(self.__dict__)
+        bound.rules = tuple(rules)
+        bound._dropped = _Tree()
+        for rule in rules:
+            if rule.op is DROP:
+                bound._dropped.add(rule.source, rule)
+        return bound
+
+    def match(self, key: str) -> Match | None:
+        """Returns what becomes of an original key, or None if no rule covers it."""
+        segments = tuple(key.split("."))
+        found = self._dropped.find(segments) or self._sources.find(segments)
+        if not found:
+            return None
+        rule, _, carried = found
+        return Match(tuple(_fill(t, carried) for t in rule.targets), rule.op, rule.reason)
+
+    def origin(self, key: str) -> Origin | None:
+        """Returns where a diffusers key comes from, or None if no rule gives it."""
+        found = self._targets.find(tuple(key.split(".")))
+        if not found:
+            return None
+        rule, part, carried = found
+        return Origin(_fill(rule.source, carried), rule.op, part, len(rule.targets))
+
+    def is_optional(self, key: str) -> bool:
+        """Tells whether an original key may be there without being in the published layout."""
+        return self._optional.find(tuple(key.split("."))) is not None
+
+    def template(self, key: str) -> str:
+        """Returns a key with `*` for each index into a container of `repeats`."""
+        segments = key.split(".")
+        for i in range(1, len(segments)):
+            if segments[i - 1] in self.repeats and _is_index(segments[i]):
+                segments[i] = "*"
+        return ".".join(segments)
+
+
+def _is_index(segment: str) -> bool:
+    """Decimal without leading zeros, and no longer than any real index."""
+    return (
+        segment.isascii()
+        and segment.isdigit()
+        and len(segment) < 6
+        and str(int(segment)) == segment
+    )
+
+
+def _line(rule: Rule) -> str:
+    return repr(".".join(rule.source))
+
+
+def _last_is_placed(rule: Rule) -> bool:
+    if any(LAST in target for target in rule.targets):
+        return False
+    if LAST not in rule.source:
+        return True
+    before = rule.source[: rule.source.index(LAST)]
+    return rule.op is DROP and "*" not in before and rule.source.count(LAST) == 1
+
+
+def _sections(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns every section of a map's file, empty where it has none, and what is wrong."""
+    sections: dict[str, Any] = {part: needed() for part, needed in SECTIONS.items()}
+    problems = []
+    for part, content in data.items():
+        if part not in SECTIONS:
+            problems.append(f"unknown section {part!r}")
+        elif isinstance(content, SECTIONS[part]):
+            sections[part] = content
+        elif content is not None:
+            needed = "table" if SECTIONS[part] is dict else "list"
+            problems.append(f"section {part!r} needs a {needed}, found {content!r}")
+    return sections, problems
+
+
+def _pattern(text: object) -> Pattern:
+    if not isinstance(text, str) or not all(text.split(".")):
+        raise ValueError(f"needs a dotted name (a number in quotes), found {text!r}")
+    return tuple(text.split("."))
+
+
+def _dropped(source: object, reason: object) -> Rule:
+    if not isinstance(reason, str) or reason not in REASONS:
+        raise ValueError(f"reason {reason!r} is not one of {', '.join(REASONS)}")
+    return Rule(_pattern(source), (), DROP, reason=reason)
+
+
+def _expand(
+    source: object, target: object, kinds: Mapping[str, Mapping[str, Any]]
+) -> Iterator[Rule]:
+    """Writes out one line of `blocks` or of a kind's table."""
+    pattern = _pattern(source)
+    if isinstance(target, str):
+        yield Rule(pattern, (_pattern(target),))
+        return
+    if not isinstance(target, Mapping) or len(target) != 1:
+        raise ValueError(f"needs a name or {{kind or operation: name}}, found {target!r}")
+    ((word, names),) = target.items()
+    if word in kinds:
+        place = _pattern(names)
+        for sub_source, sub_target in kinds[word].items():
+            for rule in _expand(sub_source, sub_target, {}):
+                yield dataclasses.replace(
+                    rule,
+                    source=pattern + rule.source,
+                    targets=tuple(place + target for target in rule.targets),
+                )
+    elif word in OPS and word != DROP.name:
+        parts = names if isinstance(names, list) else [names]
+        if (len(parts) > 1) != (word == SPLITS):
+            raise ValueError(f"{word} needs {'several names' if word == SPLITS else 'one name'}")
+        yield Rule(pattern, tuple(_pattern(part) for part in parts), OPS[word], exact=True)
+    else:
+        raise ValueError(f"{word!r} is neither a kind of this map nor an operation")

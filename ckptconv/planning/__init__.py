@@ -1,0 +1,1 @@
+"""What becomes of every key of a file."""

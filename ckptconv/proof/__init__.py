@@ -1,0 +1,1 @@
+"""Whether a folder is what it should be, by witnesses that do not share the plan."""

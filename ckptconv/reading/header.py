@@ -1,0 +1,392 @@
+"""The safetensors format: reading and writing its header, never its data.
+
+A file is the header's length in bytes (8 bytes, little-endian, unsigned), the header (JSON, UTF-8),
+then the data of all tensors back to back, C-contiguous and little-endian. The header maps each
+tensor's name to its dtype, shape and `data_offsets`, which count from the end of the header; its
+entry `__metadata__` maps str to str. Source: https://github.com/huggingface/safetensors, README.md
+("Format") and `safetensors/src/tensor.rs` (`read_metadata`, `validate`).
+
+Refused here although the safetensors library 0.8 accepts it: a repeated name of a tensor or key of
+the metadata, a field that the format does not define, an entry that is a list, `__metadata__` that
+is null, white space before the first brace, and sizes from 2**63 on in a tensor without elements.
+Whatever the library refuses is refused here as well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import HeaderError
+from ..files import opened, refuse_unreadable
+from .formats import other_format
+from .strict_json import Repeated, is_unicode, show, strict_loads
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+__all__ = [
+    "DTYPE_BITS",
+    "FLOATS",
+    "Header",
+    "TensorInfo",
+    "encode_header",
+    "header_from_json",
+    "nbytes_of",
+    "read_header",
+]
+
+DTYPE_BITS: dict[str, int] = {
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("BOOL", "U8", "I8"), 8),
+    **dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+"""Bits per element of every dtype of the format: `Dtype::bitsize` in `safetensors/src/tensor.rs`
+of safetensors 0.8."""
+
+FLOATS: frozenset[str] = frozenset(dtype for dtype in DTYPE_BITS if dtype.startswith(("F", "BF")))
+"""The real floating-point dtypes: neither the integers, BOOL nor C64."""
+
+_LENGTH_BYTES = 8
+_MAX_HEADER = 100_000_000  # bytes: `MAX_HEADER_SIZE` in safetensors/src/tensor.rs
+_MAX_BITS = 2**63  # a tensor has fewer bits, so that sizes and offsets fit 64 bits
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_METADATA = "__metadata__"
+
+_DOWNLOAD = "download the file again, then compare its size and SHA-256 with those at its source"
+_DAMAGED = (
+    "the file is damaged or a faulty program wrote it: compare its SHA-256 with the one at its "
+    "source, then download it again or save it again with the safetensors library"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What the header says of one tensor.
+
+    Attributes:
+        dtype: a key of `DTYPE_BITS`.
+        shape: number of elements along each axis; `()` is a scalar.
+        start: offset of the first byte of the data, in bytes from the beginning of the file.
+        end: offset of the byte after the last one, likewise.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return self.end - self.start
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The header of one file.
+
+    Attributes:
+        path: the file.
+        tensors: what the header says of each tensor, by name, in the order of the data.
+        metadata: the entry `__metadata__`; empty where the file has none.
+        data_start: offset of the first byte after the header, in bytes.
+        size: size of the whole file in bytes.
+        notes: what the file holds beside tensors and metadata, as sentences.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    data_start: int
+    size: int
+    notes: tuple[str, ...] = ()
+
+
+def read_header(path: str | Path) -> Header:
+    """Reads and checks the header of a safetensors file, and none of its data.
+
+    The header is read only once its length agrees with the size of the file and with the limit of
+    the format.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The header. Its tensors cover the file from `data_start` to `size` without hole or overlap,
+        and each one has as many bytes as its dtype and shape need.
+
+    Raises:
+        HeaderError: if the file cannot be read or is not a whole, well-formed safetensors file.
+    """
+    path = Path(path)
+    raw, size = _read_raw(path)
+    data_start = _LENGTH_BYTES + len(raw)
+    entries = _parse(path, raw)
+    problems: list[str] = []
+    metadata = _check_metadata(entries.pop(_METADATA, {}), problems)
+    tensors = _check_tensors(entries, data_start, problems)
+    end = data_start if problems else _check_layout(tensors, data_start, problems)
+    if problems:
+        raise HeaderError(f"{path}: the header is malformed", problems=problems, hint=_DAMAGED)
+    if size < end:
+        raise HeaderError(
+            f"{path}: the file is truncated: its tensors end at byte {end:,}, but it has only "
+            f"{size:,}, so {end - size:,} bytes are missing",
+            hint=f"an interrupted download leaves such a file: {_DOWNLOAD}",
+        )
+    if size > end:
+        raise HeaderError(
+            f"{path}: {size - end:,} bytes follow the last tensor: the tensors end at byte "
+            f"{end:,}, where the file of {size:,} bytes should end",
+            hint=_DAMAGED,
+        )
+    return Header(path, tensors, metadata, data_start, size)
+
+
+def header_from_json(path: str | Path) -> Header:
+    """Reads a header that was saved without its file, such as those that ckptconv bundles.
+
+    Args:
+        path: a JSON file `{"metadata": {key: value}, "tensors": {name: [dtype, [shape]]}}`.
+
+    Returns:
+        The header that a file of these tensors back to back, in the order listed, would have, but
+        with offsets in bytes from the beginning of the data: `data_start` is 0.
+
+    Raises:
+        HeaderError: if the file cannot be read or does not have this form.
+    """
+    path = Path(path)
+    problems: list[str] = []
+    try:
+        document = _parse(path, path.read_bytes())
+        metadata = _check_metadata(document["metadata"], problems)
+        tensors = _lay_out(((name, *entry) for name, entry in document["tensors"].items()), 0)
+    except OSError as error:
+        refuse_unreadable(path, error)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        problems.append(f"{type(error).__name__}: {error}")
+    if problems:
+        raise HeaderError(
+            f"{path}: not a saved header",
+            problems=problems,
+            hint='the form is {"metadata": {key: value}, "tensors": {name: [dtype, [shape]]}}',
+        )
+    return Header(path, tensors, metadata, 0, sum(info.nbytes for info in tensors.values()))
+
+
+def encode_header(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """Makes the beginning of a safetensors file: all bytes before the data.
+
+    The data must follow back to back in the order of `tensors`. It begins at a multiple of 8 bytes.
+    Readers that map the file want each tensor aligned to its elements: give those of wider dtypes
+    first, as the safetensors library does.
+
+    Args:
+        tensors: name, dtype (a key of `DTYPE_BITS`) and shape of each tensor.
+        metadata: the entry `__metadata__`; the file has none where this is empty.
+
+    Returns:
+        The bytes, and what they say of each tensor, by name, with offsets in the file.
+
+    Raises:
+        ValueError: if a name is repeated, reserved or not valid Unicode, a dtype is unknown, a
+            shape is not valid, or the header would be longer than the format allows (100 MB).
+    """
+    entries: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
+    for name, info in _lay_out(tensors, 0).items():
+        offsets = (info.start, info.end)
+        entries[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": offsets}
+    raw = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    if len(raw) > _MAX_HEADER:
+        raise ValueError(f"the header has {len(raw):,} bytes; the format allows {_MAX_HEADER:,}")
+    beginning = len(raw).to_bytes(_LENGTH_BYTES, "little") + raw
+    return beginning, _lay_out(tensors, len(beginning))
+
+
+def _read_raw(path: Path) -> tuple[bytes, int]:
+    """Returns the bytes of the header, not yet parsed, and the size of the file."""
+    with opened(path) as (file, size):
+        length = _check_length(path, file.read(64), size)
+        file.seek(_LENGTH_BYTES)
+        raw = file.read(length)
+    if len(raw) < length:
+        raise HeaderError(f"{path}: the file became shorter while it was read", hint=_DOWNLOAD)
+    return raw, size
+
+
+def _check_length(path: Path, beginning: bytes, size: int) -> int:
+    """Returns the length of the header in bytes, given the first bytes of the file."""
+    if size == 0:
+        raise HeaderError(f"{path}: the file is empty (0 bytes)", hint=_DOWNLOAD)
+    length = int.from_bytes(beginning[:_LENGTH_BYTES], "little")
+    header = beginning[_LENGTH_BYTES:]
+    odd = length > _MAX_HEADER or not header.startswith(b"{")
+    if odd and (other := other_format(beginning)):  # a real length may begin like another format
+        message = f"{path}: this is {other.what}, not a safetensors file"
+        raise HeaderError(message, hint=other.hint)
+    if not header:
+        raise HeaderError(
+            f"{path}: the file is truncated: it has {size} bytes, but a safetensors file begins "
+            f"with {_LENGTH_BYTES} bytes for the length of its header, then the header",
+            hint=_DOWNLOAD,
+        )
+    if length > _MAX_HEADER:
+        raise HeaderError(
+            f"{path}: this is not a safetensors file: the length of its header would be "
+            f"{length:,} bytes, but the format allows at most {_MAX_HEADER:,}",
+            hint=_DOWNLOAD,
+        )
+    if not header.startswith(b"{"):
+        raise HeaderError(
+            f"{path}: this is not a safetensors file: its header begins with {header[:8]!r}, "
+            "but a header begins with '{'",
+            hint=_DOWNLOAD,
+        )
+    if _LENGTH_BYTES + length > size:
+        raise HeaderError(
+            f"{path}: the file is truncated: its header takes {length:,} bytes, but "
+            f"{_LENGTH_BYTES + length - size:,} of them are missing",
+            hint=_DOWNLOAD,
+        )
+    return length
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    """Returns the JSON object that `raw` is; inner objects that repeat keys are `Repeated`."""
+    try:
+        document = strict_loads(raw)
+    except UnicodeDecodeError as error:
+        raise HeaderError(f"{path}: the header is not UTF-8: {error}", hint=_DAMAGED) from error
+    except RecursionError as error:
+        raise HeaderError(f"{path}: the JSON is nested too deeply", hint=_DAMAGED) from error
+    except ValueError as error:
+        raise HeaderError(f"{path}: the header is not JSON: {error}", hint=_DAMAGED) from error
+    if isinstance(document, Repeated):
+        problems = [f"{show(key)} occurs more than once" for key in document.keys]
+        raise HeaderError(f"{path}: the header repeats keys", problems=problems, hint=_DAMAGED)
+    if not isinstance(document, dict):
+        raise HeaderError(f"{path}: the JSON is not an object", hint=_DAMAGED)
+    return document
+
+
+def _check_metadata(value: object, problems: list[str]) -> dict[str, str]:
+    """Returns the metadata; adds what is wrong with it to `problems`."""
+    if isinstance(value, Repeated):
+        problems += [f"{_METADATA} repeats the key {show(key)}" for key in value.keys]
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{_METADATA} is {show(value)}, not an object")
+        return {}
+    for key, item in value.items():
+        if not isinstance(item, str):
+            problems.append(f"{_METADATA}: the value of {show(key)} is {show(item)}, not a str")
+        elif not (is_unicode(key) and is_unicode(item)):
+            problems.append(f"{_METADATA}: {show(key)} holds half of a surrogate pair")
+    return value
+
+
+def _check_tensors(
+    entries: dict[str, Any], data_start: int, problems: list[str]
+) -> dict[str, TensorInfo]:
+    """Returns the valid tensors in the order of the data; adds the others to `problems`."""
+    tensors = {}
+    for name, entry in entries.items():
+        try:
+            tensors[name] = _check_entry(name, entry, data_start)
+        except ValueError as error:
+            problems.append(f"tensor {show(name)}: {error}")
+    return dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
+
+
+def _check_entry(name: str, entry: object, data_start: int) -> TensorInfo:
+    if not is_unicode(name):
+        raise ValueError("the name holds half of a surrogate pair")
+    if isinstance(entry, Repeated):
+        raise ValueError(f"the entry repeats the field {show(entry.keys[0])}")
+    if not isinstance(entry, dict):
+        raise ValueError(f"the entry is {show(entry)}, not an object")
+    if entry.keys() != _FIELDS:
+        fields = show(sorted(entry))
+        raise ValueError(f"the fields are {fields}, not {sorted(_FIELDS)}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    nbytes = nbytes_of(dtype, shape)
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _are_sizes(offsets):
+        raise ValueError(f"data_offsets are {show(offsets)}, not two integers from 0 to 2**63 - 1")
+    start, end = offsets
+    if end - start != nbytes:
+        raise ValueError(
+            f"data_offsets {show(offsets)} hold {end - start:,} bytes, but {dtype} of shape "
+            f"{show(shape)} needs {nbytes:,}"
+        )
+    return TensorInfo(dtype, tuple(shape), data_start + start, data_start + end)
+
+
+def _check_layout(tensors: Mapping[str, TensorInfo], data_start: int, problems: list[str]) -> int:
+    """Returns the offset where the last tensor ends; adds holes and overlaps to `problems`."""
+    end, last = data_start, ""
+    for name, info in tensors.items():
+        if info.start > end:
+            hole = f"a hole of {info.start - end:,} bytes precedes it"
+            problems.append(f"tensor {show(name)}: {hole}")
+        elif info.start < end:
+            overlap = f"it overlaps {show(last)} by {min(end, info.end) - info.start:,} bytes"
+            problems.append(f"tensor {show(name)}: {overlap}")
+        if info.end >= end:
+            end, last = info.end, name
+    return end
+
+
+def _lay_out(
+    tensors: Iterable[tuple[str, str, Sequence[int]]], start: int
+) -> dict[str, TensorInfo]:
+    """Returns the tensors with offsets back to back from `start` on; ValueError if one is bad."""
+    laid_out: dict[str, TensorInfo] = {}
+    for name, dtype, shape in tensors:
+        if name in laid_out or name == _METADATA:
+            raise ValueError(f"tensor {show(name)}: the name is taken")
+        end = start + nbytes_of(dtype, shape)
+        laid_out[name] = TensorInfo(dtype, tuple(shape), start, end)
+        start = end
+    return laid_out
+
+
+def nbytes_of(dtype: object, shape: object) -> int:
+    """Returns the bytes that a tensor needs.
+
+    Raises:
+        ValueError: the dtype is unknown, or the shape is not valid.
+    """
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise ValueError(f"{show(dtype)} is not a dtype of the format, such as F16 or F32")
+    if not isinstance(shape, list | tuple) or not _are_sizes(shape):
+        raise ValueError(f"the shape {show(shape)} is not a list of integers from 0 to 2**63 - 1")
+    bits = DTYPE_BITS[dtype]
+    for size in shape:
+        bits *= size
+        if bits >= _MAX_BITS:
+            raise ValueError(f"{dtype} of shape {show(shape)} overflows: 2**63 bits or more")
+    if bits % 8:
+        raise ValueError(f"{dtype} of shape {show(shape)} is {bits} bits, not whole bytes")
+    return bits // 8
+
+
+def _are_sizes(values: Sequence[object]) -> bool:
+    """Whether all are integers from 0 to 2**63 - 1; bool does not count as one."""
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)

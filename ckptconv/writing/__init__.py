@@ -1,0 +1,1 @@
+"""Plans carried out: streams from file to folder, and back."""
