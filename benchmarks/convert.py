@@ -28,6 +28,17 @@ pipeline = getattr(diffusers, sys.argv[1]).from_single_file(
     sys.argv[2], config=sys.argv[3], torch_dtype=getattr(torch, sys.argv[5]), local_files_only=True)
 pipeline.save_pretrained(sys.argv[4])
 """
+FUSE = """
+import sys, torch, diffusers
+from pathlib import Path
+pipeline = diffusers.StableDiffusionPipeline.from_single_file(
+    sys.argv[1], config=sys.argv[2], torch_dtype=torch.float16, local_files_only=True)
+lora = Path(sys.argv[4])
+pipeline.load_lora_weights(lora.parent, weight_name=lora.name, local_files_only=True)
+pipeline.fuse_lora()
+pipeline.unload_lora_weights()
+pipeline.save_pretrained(sys.argv[3])
+"""
 
 
 @dataclass(frozen=True)
@@ -166,10 +177,7 @@ def against_diffusers(
 
     def make(work: Path) -> Case:
         source = sample(work, architecture, "--dtype", dtype)
-        configs = work / f"{architecture}-configs"
-        if not configs.exists():
-            command = ckptconv("convert", source, configs, "--configs-only")
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
+        configs = configurations(work, architecture, source)
         kind = {"fp16": "float16", "fp32": "float32"}[dtype]
         theirs = [PYTHON, "-c", FROM_SINGLE_FILE, pipeline, source, configs, work / "out", kind]
         return Case(
@@ -179,6 +187,53 @@ def against_diffusers(
             "diffusers",
             "at most 0.33, 1/20 of the memory",
         )
+
+    return make
+
+
+def configurations(work: Path, architecture: str, source: Path) -> Path:
+    """Makes the configurations that diffusers is given, once."""
+    configs = work / f"{architecture}-configs"
+    if not configs.exists():
+        command = ckptconv("convert", source, configs, "--configs-only")
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
+    return configs
+
+
+def adapter(work: Path, source: Path) -> Path:
+    """Makes a LoRA of rank 16 for all attention layers of a UNet, once."""
+    from ckptconv import plan
+
+    path = work / "lora.safetensors"
+    if not path.exists():
+        import numpy as np
+        from safetensors.numpy import save_file
+
+        tensors = {}
+        random = np.random.default_rng(0)
+        for key, slot in plan(source).tensors("unet").items():
+            if any(part in key for part in (".to_q.", ".to_k.", ".to_v.", ".to_out.0.weight")):
+                name = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
+                for part, shape in (("down", (16, slot.shape[1])), ("up", (slot.shape[0], 16))):
+                    values = random.standard_normal(shape) / 100
+                    tensors[f"{name}.lora_{part}.weight"] = values.astype(np.float16)
+                tensors[f"{name}.alpha"] = np.array(8, np.float16)
+        save_file(tensors, path)
+    return path
+
+
+def merging(against: str) -> Callable[[Path], Case]:
+    """A conversion with a LoRA, against one without, or against diffusers."""
+
+    def make(work: Path) -> Case:
+        source = sample(work, "sd1", "--dtype", "fp16")
+        lora, out = adapter(work, source), work / "out"
+        theirs = ckptconv("convert", source, out)
+        if against == "diffusers":
+            configs = configurations(work, "sd1", source)
+            theirs = [PYTHON, "-c", FUSE, *map(str, (source, configs, out, lora))]
+        ours = ckptconv("convert", source, out, "--lora", lora)
+        return Case("SD1.5 fp16 with a LoRA of rank 16", ours, theirs, against, "none")
 
     return make
 
@@ -206,6 +261,8 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "diffusers-sdxl": against_diffusers(
         "sdxl", "StableDiffusionXLPipeline", "fp16", "SDXL fp16, bit for bit"
     ),
+    "lora": merging("without"),
+    "lora-diffusers": merging("diffusers"),
 }
 
 if __name__ == "__main__":

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from . import __version__
 from .configs.config import Config, configs
 from .configs.original_config import OriginalConfig, read_original_config
-from .detect import detect, option_fact
+from .detect import FACT_VALUES, detect, option_fact
 from .errors import FileRefused
 from .facts import Fact
 from .files import read_json
 from .maps.architecture import KeyMaps, bundled
+from .planning.adapter import read_adapter
 from .planning.plan import Donor, Plan, build_plan
 from .reading.folder import component_headers
 from .reading.source import open_header
@@ -25,6 +26,8 @@ DONORS = {
     "vae": ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE"),
     "text_encoder": ("CLIPTextModel",),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "image_normalizer": ("StableUnCLIPImageNormalizer",),
+    "depth_estimator": ("DPTForDepthEstimation",),
 }
 """The components that a donor may give, and the classes that can stand there."""
 
@@ -39,9 +42,14 @@ class Choices(TypedDict, total=False):
         vae: another checkpoint, a lone component file or a diffusers component folder.
         text_encoder: likewise.
         text_encoder_2: likewise.
+        image_normalizer: likewise, or a file with its mean and standard deviation.
+        depth_estimator: likewise.
         prediction_type: `epsilon` or `v_prediction`; found out by default.
         zero_terminal_snr: whether the noise schedule ends in pure noise; found out by default.
+        family: `sd1`, `sd2` or `sdxl`: what a VAE that stands alone is for; found out by default.
         original_config: the LDM or SGM yaml of the model; it wins over what is measured.
+        lora: adapters (LoRA, DoRA of PEFT, LoHa, LoKr) to add to the weights, in this order: `FILE`
+            or `FILE:SCALE`.
         maps: key maps to use; those that come with ckptconv by default.
     """
 
@@ -51,9 +59,13 @@ class Choices(TypedDict, total=False):
     vae: str | Path | None
     text_encoder: str | Path | None
     text_encoder_2: str | Path | None
+    image_normalizer: str | Path | None
+    depth_estimator: str | Path | None
     prediction_type: str | None
     zero_terminal_snr: bool | None
+    family: str | None
     original_config: str | Path | None
+    lora: Sequence[str | Path]
     maps: KeyMaps | None
 
 
@@ -118,7 +130,7 @@ def convert(
         report.plan,
         report.configs,
         report.files,
-        (*made.detection.notes, *notes, *_absences(made), *report.warnings),
+        (*made.detection.notes, *made.notes, *notes, *_absences(made), *report.warnings),
         report.seconds,
     )
 
@@ -140,10 +152,9 @@ def _plan(path: str | Path, choices: Choices) -> tuple[Plan, OriginalConfig | No
     if yaml := choices.get("original_config"):
         original = read_original_config(Path(yaml), maps)
         decided |= original.facts
-    if (prediction_type := choices.get("prediction_type")) is not None:
-        decided["prediction_type"] = option_fact("prediction_type", prediction_type)
-    if (zero_snr := choices.get("zero_terminal_snr")) is not None:
-        decided["zero_terminal_snr"] = option_fact("zero_terminal_snr", zero_snr)
+    for name in FACT_VALUES:
+        if (value := choices.get(name)) is not None:
+            decided[name] = option_fact(name, value)
     donors = {name: choices.get(name) for name in DONORS}
     made = build_plan(
         detect(header, maps=maps, decided=decided),
@@ -151,6 +162,7 @@ def _plan(path: str | Path, choices: Choices) -> tuple[Plan, OriginalConfig | No
         only=choices.get("only"),
         donors={name: _donor(name, Path(str(place))) for name, place in donors.items() if place},
         dtype=choices.get("dtype"),
+        adapters=[read_adapter(text) for text in choices.get("lora") or ()],
     )
     return made, original
 
@@ -186,9 +198,15 @@ def _donor(name: str, place: Path) -> Donor:
 def _absences(made: Plan) -> list[str]:
     return [
         f"{name} is not in the file, so model_index.json says null: "
-        f"supply it with --{name.replace('_', '-')} FILE"
+        f"supply it with {option_for(made, name)}"
         for name in made.absent
     ]
+
+
+def option_for(made: Plan, name: str) -> str:
+    """Returns the option that gives a component which the file lacks, and what it may be given."""
+    supply = made.detection.require()[0].components[name].supply
+    return f"--{name.replace('_', '-')} FILE" + (f" ({supply})" if supply else "")
 
 
 def _record(made: Plan, built: dict[str, Config]) -> dict[str, Any]:
@@ -196,6 +214,7 @@ def _record(made: Plan, built: dict[str, Config]) -> dict[str, Any]:
     architecture, task = made.detection.require()
     header = made.detection.header
     return {
+        "adapters": [{"name": a.header.path.name, "scale": a.scale} for a in made.adapters],
         "architecture": architecture.name,
         "assumed": {
             f"{name}.{key}": config.values[key]

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import Ambiguous, NotACheckpoint, UsageError
-from .facts import Fact, find_fact
-from .maps.architecture import Architecture, Condition, KeyMaps, Task, bundled
+from .facts import Fact, find_fact, hints
+from .maps.architecture import UNET_ROOT, Architecture, Condition, KeyMaps, Task, bundled
+from .maps.names import in_original_names
 from .reading.header import Header, TensorInfo
 from .reading.source import open_header
 
@@ -23,15 +24,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Detection", "Line", "Verdict", "detect", "inspect", "option_fact"]
 
-CONV_IN = "input_blocks.0.0.weight"
-"""The UNet's first convolution, [model channels, input channels, 3, 3], in every architecture."""
-
 CONV_OUT = "out.2.weight"
 """Its last, which a ControlNet, the copy of the first half of a UNet, does not have."""
 
 FACT_VALUES: dict[str, tuple[Any, ...]] = {
     "prediction_type": ("epsilon", "v_prediction"),
     "zero_terminal_snr": (False, True),
+    "family": ("sd1", "sd2", "sdxl"),
 }
 """What a fact can be set to by an option."""
 
@@ -46,11 +45,19 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What an architecture says of a file: its conditions, with the prefix that fits best."""
+    """What an architecture says of a file: its conditions, with the prefix that fits best.
+
+    Attributes:
+        architecture: its name.
+        prefix: of the keys of the network that tells architectures apart.
+        lines: the conditions.
+        task: what the file can do; None where the network is missing or of no known task.
+    """
 
     architecture: str
     prefix: str
     lines: tuple[Line, ...]
+    task: Task | None = None
 
     @property
     def matches(self) -> bool:
@@ -135,6 +142,7 @@ def detect(
         Ambiguous: several architectures match.
     """
     maps = maps or bundled()
+    given, header = header, in_original_names(header, maps)
     verdicts = tuple(_judge(a, header.tensors) for a in maps.architectures.values())
     matching = [v for v in verdicts if v.matches]
     if len(matching) > 1:
@@ -146,17 +154,18 @@ def detect(
             hint="their conditions in arch.yaml overlap: add one that only one of them meets",
         )
     if not matching:
-        refusal = _refusal(header, verdicts, maps)
-        return Detection(header, verdicts, refusal=refusal, notes=header.notes)
-    architecture = maps.architectures[matching[0].architecture]
-    task = architecture.tasks[header.tensors[matching[0].prefix + CONV_IN].shape[1]]
+        refusal = _refusal(header, given, verdicts, maps)
+        return Detection(given, verdicts, refusal=refusal, notes=given.notes)
+    architecture, task = maps.architectures[matching[0].architecture], matching[0].task
+    assert task is not None  # noqa: S101  (without one, a line fails)
+    architecture = architecture.for_task(task)
     found = {
         name: find_fact(name, witnesses, header, task.name)
         for name, witnesses in architecture.facts.items()
     }
     facts = {name: (decided or {}).get(name, fact) for name, fact in found.items()}
     overruled = [_overruled(found[name], fact) for name, fact in facts.items()]
-    facts["task"] = Fact("task", task.name, "structure", "the UNet's input channels tell the task")
+    facts["task"] = Fact("task", task.name, "structure", _why(task))
     return Detection(
         header,
         verdicts,
@@ -167,6 +176,7 @@ def detect(
             *header.notes,
             *_disagreements(header, architecture, maps),
             *filter(None, overruled),
+            *(() if architecture.single else hints(header, facts, maps.read("shared/hints"))),
         ),
     )
 
@@ -184,28 +194,59 @@ def option_fact(name: str, value: Any) -> Fact:
 
 
 def _judge(architecture: Architecture, tensors: Mapping[str, TensorInfo]) -> Verdict:
-    """Tries the prefixes that the UNet may have, and keeps the one that fits best."""
+    """Tries the prefixes that the network may have, and keeps the one that fits best."""
     verdicts = []
-    for prefix in dict.fromkeys(s.prefix for s in architecture.components["unet"].sources):
-        lines = [_channels(architecture, tensors.get(prefix + CONV_IN))]
-        lines += [_test(condition, prefix, tensors) for condition in architecture.conditions]
-        verdicts.append(Verdict(architecture.name, prefix, tuple(lines)))
-    # Where there is no UNet, conditions that ask for less than there is hold for no reason.
+    for prefix in architecture.prefixes:
+        task, line = _task(architecture, prefix, tensors)
+        lines = [
+            line,
+            *(_test(condition, prefix, tensors) for condition in architecture.conditions),
+        ]
+        if architecture.single:
+            lines.append(_alone(prefix, tensors))
+        verdicts.append(Verdict(architecture.name, prefix, tuple(lines), task))
+    # Where there is no network, conditions that ask for less than there is hold for no reason.
     return max(
-        verdicts, key=lambda v: (v.prefix + CONV_IN in tensors, sum(line.holds for line in v.lines))
+        verdicts,
+        key=lambda v: (v.prefix + architecture.root in tensors, sum(x.holds for x in v.lines)),
     )
 
 
-def _channels(architecture: Architecture, conv_in: TensorInfo | None) -> Line:
-    known = ", ".join(f"{n} ({task.name})" for n, task in architecture.tasks.items())
-    if conv_in is None:
-        return Line(f"{CONV_IN} is missing: the file holds no UNet in the original layout", False)
-    if len(conv_in.shape) != 4:
-        return Line(f"{CONV_IN} has shape {list(conv_in.shape)}, needed a 4-D convolution", False)
-    count = conv_in.shape[1]
-    if count not in architecture.tasks:
-        return Line(f"the UNet has {count} input channels, needed {known}", False)
-    return Line(f"the UNet has {count} input channels: {architecture.tasks[count].name}", True)
+def _task(
+    architecture: Architecture, prefix: str, tensors: Mapping[str, TensorInfo]
+) -> tuple[Task | None, Line]:
+    """Returns the first task that fits, and why; None, and why not, if none does."""
+    root = tensors.get(prefix + architecture.root)
+    what = "UNet" if architecture.root == UNET_ROOT else architecture.rooted.name
+    if root is None:
+        missing = f"{architecture.root} is missing: the file holds no {what} in the original layout"
+        return None, Line(missing, False)
+    counts = [task.channels for task in architecture.tasks]
+    if None not in counts and len(root.shape) != 4:
+        found = f"{architecture.root} has shape {list(root.shape)}, needed a 4-D convolution"
+        return None, Line(found, False)
+    for task in sorted(architecture.tasks, key=lambda task: not task.key):
+        if task.channels in (None, root.shape[1:2][0]) and (not task.key or task.key in tensors):
+            count = f"has {task.channels} input channels" if task.channels else "is there"
+            also = f", and the file holds {task.key}" if task.key else ""
+            return task, Line(f"the {what} {count}{also}: {task.name}", True)
+    by_channels = [task for task in architecture.tasks if not task.key]
+    known = ", ".join(f"{task.channels} ({task.name})" for task in by_channels)
+    return None, Line(f"the {what} has {root.shape[1]} input channels, needed {known}", False)
+
+
+def _why(task: Task) -> str:
+    if task.key:
+        return f"the file holds {task.key}"
+    return "the UNet's input channels tell the task" if task.channels else "it has no other"
+
+
+def _alone(prefix: str, tensors: Mapping[str, TensorInfo]) -> Line:
+    """Whether a component is all that a file holds: in anything more, it is a part of the whole."""
+    other = next((key for key in tensors if not key.startswith(prefix)), None)
+    if other is None:
+        return Line("nothing else is in the file", True)
+    return Line(f"the file holds other things, such as {other}, needed none", False)
 
 
 def _test(condition: Condition, prefix: str, tensors: Mapping[str, TensorInfo]) -> Line:
@@ -238,21 +279,31 @@ def _indices(pattern: str, keys: Mapping[str, TensorInfo]) -> Iterator[int]:
     yield from sorted(int(m[1]) for key in keys if (m := found.fullmatch(key)))
 
 
-def _refusal(header: Header, verdicts: tuple[Verdict, ...], maps: KeyMaps) -> NotACheckpoint:
-    """Says what the file is instead, or which architecture is nearest and where it fails."""
+def _refusal(
+    header: Header, given: Header, verdicts: tuple[Verdict, ...], maps: KeyMaps
+) -> NotACheckpoint:
+    """Says what the file is instead, or which architecture is nearest and where it fails.
+
+    Args:
+        header: of the file, under original names.
+        given: the same, under its own.
+        verdicts: of every architecture.
+        maps: the key maps.
+    """
     if not header.tensors:
         return NotACheckpoint(f"{header.path}: the file holds no tensors", hint="check its source")
-    nearest = min(verdicts, key=lambda verdict: len(verdict.failing))
-    ends = [(v.prefix + CONV_IN, v.prefix + CONV_OUT) for v in verdicts]
+    whole = [v for v in verdicts if not maps.architectures[v.architecture].single]
+    nearest = min(whole, key=lambda verdict: len(verdict.failing))
+    ends = [(v.prefix + UNET_ROOT, v.prefix + CONV_OUT) for v in whole]
     if not any(first in header.tensors and last in header.tensors for first, last in ends):
         for entry in maps.read("foreign")["foreign"]:
-            if key := next((k for k in header.tensors if _is_like(k, entry)), None):
+            if key := next((k for k in given.tensors if _is_like(k, entry)), None):
                 return NotACheckpoint(
                     f"{header.path}: this is {entry['what']}",
                     problems=[f"it holds the key {key!r}"],
                     hint=entry["hint"],
                 )
-        some = ", ".join(list(header.tensors)[:3])
+        some = ", ".join(list(given.tensors)[:3])
         return NotACheckpoint(
             f"{header.path}: this is not a Stable Diffusion checkpoint: no key is one of theirs",
             problems=[f"it holds {len(header.tensors):,} tensors, such as {some}"],

@@ -36,7 +36,6 @@ NARROW = 128
 """Shorter axes are not widths (kernels, latents, positions): a small sample keeps them."""
 NOT_WIDTHS = {1000, 49408}
 """Nor are these: the steps of the noise schedule, and the vocabulary."""
-CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 
 
 def layout_of(
@@ -62,14 +61,15 @@ def layout_of(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown", hint=f"it is one of {', '.join(DTYPES)}")
-    channels = {t.name: n for n, t in architecture.tasks.items()}
+    channels = {t.name: t.channels for t in architecture.tasks if architecture.shows(t)}
+    roots = {prefix + architecture.root for prefix in architecture.prefixes}
     if task is not None and task not in channels:
         raise UsageError(
             f"{architecture.name} has no task {task!r}", hint=f"its tasks are {', '.join(channels)}"
         )
     spec = architecture.sample
     tensors = []
-    for key, info in architecture.layout().tensors.items():
+    for key, info in architecture.layout(task or "").tensors.items():
         shape, kind = info.shape, info.dtype
         prefix = next((p for p in spec["shrink"] if key.startswith(p)), None)
         if prefix is not None and dtype and kind in FLOATS:
@@ -79,8 +79,8 @@ def layout_of(
                 continue
             if prefix is not None:
                 shape = tuple(_shrunk(n, spec["shrink"][prefix]) for n in shape)
-        if key == CONV_IN and task:
-            shape = (shape[0], channels[task], *shape[2:])
+        if key in roots and task and (count := channels[task]):
+            shape = (shape[0], count, *shape[2:])
         tensors.append((key, kind, shape))
     if ema:
         copied = [t for t in tensors if t[0].startswith("model.diffusion_model.")]

@@ -312,6 +312,8 @@ def prepare(place: Path, layouts: list[str]) -> dict[tuple[str, str], tuple[Path
     """Writes a small checkpoint of each architecture and converts it in each layout."""
     bases = {}
     for name, architecture in bundled().architectures.items():
+        if architecture.single:
+            continue
         source = place / f"{name}.safetensors"
         write_sample(architecture, source, layout_of(architecture))
         for layout in layouts:

@@ -22,9 +22,8 @@ WHOLE = ("sd1", "sd2", "sdxl", "sdxl-refiner")
 TASKS = [
     (architecture.name, task)
     for architecture in bundled().architectures.values()
-    for n, task in enumerate(architecture.tasks.values())
-    if n == 0 or architecture.name in WHOLE
-    if task.name != "depth-to-image"  # it needs a depth estimator, which no file holds yet
+    for n, task in enumerate(architecture.tasks)
+    if (n == 0 or architecture.name in WHOLE) and not architecture.single
 ]
 """Architectures and tasks that a small checkpoint can show."""
 
@@ -43,6 +42,8 @@ def modules(pipe: Any) -> dict[str, nn.Module]:
 def settings(config: Any) -> dict[str, Any]:
     """Returns a configuration of either library without what tells who wrote it."""
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    if inside := values.get("backbone_config"):  # only `from_pretrained` notes its dtype
+        values["backbone_config"] = {**inside, "dtype": None}
     return {name: value for name, value in values.items() if name not in OF_LIBRARIES}
 
 

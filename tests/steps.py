@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from ckptconv.maps.ops import OPS
 from ckptconv.planning.plan import Slot, Step
 from ckptconv.reading.header import DTYPE_BITS, Header, TensorInfo, encode_header, read_header
-from ckptconv.writing.stream import Piece, lay_out, pieces, write
+from ckptconv.writing.pieces import Piece, pieces
+from ckptconv.writing.stream import lay_out, write
 
 NUMPY = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I64": "<i8", "U8": "u1"}
 Values = npt.NDArray[Any]

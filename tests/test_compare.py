@@ -17,7 +17,7 @@ from ckptconv.proof import compare as module
 from ckptconv.proof.compare import Found, compare, look_for_nonfinite
 from ckptconv.reading.header import Header, read_header
 from ckptconv.writing.cast import torch_dtype
-from ckptconv.writing.stream import pieces
+from ckptconv.writing.pieces import pieces
 
 DTYPES = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "U8"]
 

@@ -60,8 +60,7 @@ def unet_of(name: str) -> dict[str, tuple[int, ...]]:
 
 def test_every_published_header_has_its_expectation() -> None:
     assert sorted(EXPECTED) == PUBLISHED
-    relatives = {"ssd-1b", "koala-1b", "koala-700m"}  # no published header is at hand
-    assert set(BASES) | relatives == set(bundled().architectures)
+    assert set(BASES) <= set(bundled().architectures)  # of relatives, none is at hand
 
 
 @pytest.mark.parametrize("name", bundled().architectures)
@@ -79,7 +78,8 @@ def test_a_published_file_is_of_exactly_one_architecture(name: str) -> None:
     for verdict in detection.verdicts:
         assert verdict.matches == (verdict.architecture == architecture.name)
         assert bool(verdict.failing) != verdict.matches
-        assert all(", needed " in line.text for line in verdict.failing)
+        failing = [line.text for line in verdict.failing]
+        assert all(", needed " in text or " is missing: " in text for text in failing)
     assert len(detection.evidence) == 1 + len(architecture.conditions)
     assert f"input channels: {task.name}" in detection.evidence[0]
     assert detection.facts["task"] == Fact(
@@ -170,12 +170,6 @@ def without(name: str, *prefixes: str) -> dict[str, tuple[int, ...]]:
             id="SDXL without a middle",
         ),
         pytest.param(
-            shapes(published("sd21-768-fp32")) | {f"{UNET}label_emb.0.0.weight": (1280, 1536)},
-            "sd2",
-            ["the UNet has label_emb.0.0.weight, needed none"],
-            id="unCLIP",
-        ),
-        pytest.param(
             without("sd15-emaonly-fp32", "input_blocks.11.", "input_blocks.10."),
             "sd1",
             [
@@ -239,8 +233,11 @@ def test_two_architectures_that_both_match_are_an_error_never_an_order(tmp_path:
             ["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.resnets.0.norm1.weight"],
             "a ControlNet in the diffusers layout",
         ),
-        (["encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"], "a VAE alone, in the"),
-        (["first_stage_model.decoder.conv_in.weight"], "a VAE alone, in the original layout"),
+        (
+            ["encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"],
+            "a checkpoint without a",
+        ),
+        (["first_stage_model.decoder.conv_in.weight"], "a checkpoint without a UNet, or a VAE"),
         (
             ["encoder.conv_in.weight", "encoder.down_blocks.0.resnets.0.conv1.weight"],
             "a VAE in the diffusers layout already",
@@ -250,7 +247,7 @@ def test_two_architectures_that_both_match_are_an_error_never_an_order(tmp_path:
         (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], "a FLUX transformer"),
         (["model.diffusion_model.joint_blocks.0.x"], "a Stable Diffusion 3 transformer"),
         (["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"], "a language model"),
-        (["text_model.final_layer_norm.weight"], "a text encoder alone (CLIP)"),
+        (["text_model.final_layer_norm.weight"], "a text encoder (CLIP) of no kind"),
         (["model_ema.decay"], "the EMA weights of a checkpoint alone"),
     ],
 )
@@ -284,8 +281,12 @@ def test_every_foreign_kind_has_a_sentence_of_its_own() -> None:
 def test_the_copied_half_of_a_unet_is_a_controlnet(name: str, prefix: str) -> None:
     half = {k: s for k, s in unet_of(name).items() if not k.startswith(("out.", "output_blocks."))}
     half |= {"input_hint_block.0.weight": (16, 3, 3, 3), "zero_convs.0.0.weight": (320, 320, 1, 1)}
-    message = refusal(made({prefix + key: shape for key, shape in half.items()}))
-    assert "this is a ControlNet in the original layout" in message
+    file = made({prefix + key: shape for key, shape in half.items()})
+    if name == BASES["sdxl-refiner"]:  # nobody made one for it
+        assert "this is a ControlNet in the original layout, but of no kind" in refusal(file)
+    else:
+        architecture, _ = detect(file).require()
+        assert architecture.name == f"controlnet-{EXPECTED[name][0]}"
 
 
 def test_an_empty_file_is_refused() -> None:

@@ -34,7 +34,10 @@ CASES = [
 NEEDS = {
     "text-to-image": (),
     "image-to-image": ("image",),
+    "depth-to-image": ("image",),
     "instruct-pix2pix": ("image",),
+    "image-variation": ("image",),
+    "upscaling": ("image",),
     "inpainting": ("image", "mask"),
 }
 

@@ -17,6 +17,8 @@ from ckptconv.maps.ops import DROP, OPS, RENAME, TRANSPOSE, Shape
         ("squeeze", (8, 4, 1, 1), 1, ((8, 4),)),
         ("squeeze", (8, 4), 1, ((8, 4),)),
         ("squeeze", (1, 1, 1, 1), 1, ((1, 1),)),
+        ("row", (8,), 1, ((1, 8),)),
+        ("row", (1, 8), 1, ((1, 8),)),
         ("split_rows", (9, 4), 3, ((3, 4), (3, 4), (3, 4))),
         ("split_rows", (6,), 2, ((3,), (3,))),
         ("split_rows", (0, 4), 3, ((0, 4), (0, 4), (0, 4))),
@@ -36,6 +38,8 @@ def test_an_operation_gives_the_shapes(
         ("squeeze", (8, 4, 3, 3), "needs shape [out, in, 1, 1] or [out, in], found [8, 4, 3, 3]"),
         ("squeeze", (8, 4, 1), "needs shape [out, in, 1, 1] or [out, in], found [8, 4, 1]"),
         ("squeeze", (8,), "needs shape [out, in, 1, 1] or [out, in], found [8]"),
+        ("row", (2, 8), "needs shape [n] or [1, n], found [2, 8]"),
+        ("row", (), "needs shape [n] or [1, n], found []"),
         ("squeeze", (), "needs shape [out, in, 1, 1] or [out, in], found []"),
         ("split_rows", (10, 4), "needs rows that divide by 3, found [10, 4]"),
         ("split_rows", (), "needs rows that divide by 3, found []"),
@@ -51,6 +55,6 @@ def test_a_shape_that_does_not_fit_is_refused_with_what_was_needed(
 
 
 def test_the_set_is_closed_and_only_a_transpose_moves_elements() -> None:
-    assert set(OPS) == {"rename", "squeeze", "split_rows", "transpose", "drop"}
+    assert set(OPS) == {"rename", "squeeze", "split_rows", "row", "transpose", "drop"}
     assert all(OPS[op.name] is op for op in (RENAME, TRANSPOSE, DROP))
     assert [op.name for op in OPS.values() if not op.keeps_order] == ["transpose"]

@@ -53,7 +53,7 @@ def test_every_task_is_bit_identical_to_the_converted_folder(
     ours = load_pipeline(file, device="cpu")
     assert_same(ours, load_pipeline(tmp_path / "out", device="cpu"))
     assert said == [], "a library found something wrong with a configuration"
-    known = {t.name: t.pipeline for t in bundled().architectures[architecture].tasks.values()}
+    known = {t.name: t.pipeline for t in bundled().architectures[architecture].tasks}
     assert type(ours).__name__ == known[task]
     assert {
         tensor.device for module in modules(ours).values() for _, tensor in tensors(module)
@@ -88,9 +88,7 @@ def test_the_ema_copy_is_loaded_if_asked(sample: Sample, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("own", OTHER_TASKS)
 def test_the_same_weights_do_other_tasks(own: str, sample: Sample) -> None:
-    architecture = next(
-        a for a in bundled().architectures.values() if own == next(iter(a.tasks.values())).pipeline
-    )
+    architecture = next(a for a in bundled().architectures.values() if own == a.tasks[0].pipeline)
     plain = load_pipeline(sample(architecture.name), device="cpu")
     for task, name in OTHER_TASKS[own].items():
         pipe = load_pipeline(sample(architecture.name), device="cpu", task=task)
@@ -116,13 +114,6 @@ def test_a_task_that_the_weights_cannot_do_is_refused(
     with pytest.raises(UsageError, match=f"made for {made}, and cannot do {asked}") as caught:
         load_pipeline(sample(architecture, task=made), device="cpu", task=asked)
     assert caught.value.hint.startswith(f"they can do {made}")
-
-
-def test_depth_to_image_is_refused_until_there_is_a_depth_estimator(sample: Sample) -> None:
-    file = sample("sd2", task="depth-to-image")
-    with pytest.raises(UsageError, match="needs depth_estimator, which ckptconv cannot build"):
-        load_pipeline(file, device="cpu")
-    assert pipeline_class(file)[1] == "depth-to-image"
 
 
 def test_a_missing_component_is_named_with_what_to_do(sample: Sample, tmp_path: Path) -> None:

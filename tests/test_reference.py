@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.reference import text, unet, vae
+from tests.reference import layers, text, unet, vae
+from tests.reference.probe import assert_every_entry_matters, gradients, noise
 from tests.reference.unet import randomise
 
 HEADERS = Path(__file__).parent / "headers"
@@ -80,11 +81,6 @@ def test_published_keys_and_shapes(
     assert built == real
 
 
-def noise(*shape: int, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
 def ids(config: text.TextConfig) -> Tensor:
     """Two prompts whose end-of-text tokens stand at 5 and 8, padded in the two usual ways."""
     generator = torch.Generator().manual_seed(3)
@@ -107,21 +103,6 @@ def unet_inputs(config: unet.UNetConfig) -> dict[str, Any]:
     if config.cond_proj_dim is not None:
         inputs["guidance"] = noise(2, config.cond_proj_dim, seed=4).float()
     return inputs
-
-
-def gradients(module: nn.Module, out: Tensor) -> dict[str, Tensor]:
-    """Return the size of every parameter's gradient, under random weights on the output."""
-    (out * noise(*out.shape, seed=99)).sum().backward()  # type: ignore[no-untyped-call]
-    return {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.abs()
-        for name, parameter in module.named_parameters()
-    }
-
-
-def assert_every_entry_matters(grads: dict[str, Tensor], idle: tuple[str, ...] = ()) -> None:
-    """Assert a gradient in every entry of every parameter, save those named by their ending."""
-    blind = [name for name, grad in grads.items() if not (grad > 1e-13).all()]
-    assert blind == [name for name in grads if name.endswith(idle)]
 
 
 def rows_used(grad: Tensor) -> list[int]:
@@ -273,7 +254,7 @@ def test_timestep_embedding_closed_form() -> None:
 
 def test_activations_closed_form() -> None:
     assert float(text.quick_gelu(torch.tensor(1.0))) == pytest.approx(0.845796, abs=1e-6)
-    layer = unet.GEGLU(1, 1)
+    layer = layers.GEGLU(1, 1)
     layer.proj.weight.data = torch.tensor([[1.0], [0.0]])
     layer.proj.bias.data = torch.tensor([0.0, 1.0])
     # The first half is the value, the second the gate; 0.841345 is Phi(1), tanh gives 0.841192.
@@ -282,7 +263,7 @@ def test_activations_closed_form() -> None:
 
 def test_downsampling_pads_as_trained() -> None:
     ones = torch.ones(1, 1, 4, 4)
-    both_sides, right_and_bottom = unet.downsample(1), vae.Downsample(1)
+    both_sides, right_and_bottom = layers.downsample(1), vae.Downsample(1)
     for parameter in (*both_sides.parameters(), *right_and_bottom.parameters()):
         parameter.data.fill_(float(parameter.ndim > 1))
     assert both_sides(ones)[0, 0].tolist() == [[4, 6], [6, 9]]
@@ -319,7 +300,7 @@ def test_heads_are_the_published_ones() -> None:
     def heads(config: unet.UNetConfig) -> list[int]:
         with torch.device("meta"):
             blocks = unet.UNet(config).input_blocks.modules()
-        return [block.heads for block in blocks if isinstance(block, unet.Attention)][::2]
+        return [block.heads for block in blocks if isinstance(block, layers.Attention)][::2]
 
     assert heads(unet.SD15) == [8, 8, 8, 8, 8, 8]
     assert heads(unet.SD21) == [5, 5, 10, 10, 20, 20]
@@ -330,12 +311,11 @@ def test_heads_are_the_published_ones() -> None:
 
 
 def test_linear_and_conv_storage_compute_the_same() -> None:
-    config = unet.TINY_SD1
     pairs: list[tuple[nn.Module, nn.Module, tuple[Tensor, ...]]] = [
         (
-            unet.SpatialTransformer(64, 2, config),
-            unet.SpatialTransformer(64, 2, replace(config, linear_proj=True)),
-            (noise(2, 64, 3, 5), noise(2, 7, config.context_dim)),
+            layers.SpatialTransformer(64, 2, 128, 8, linear=False),
+            layers.SpatialTransformer(64, 2, 128, 8, linear=True),
+            (noise(2, 64, 3, 5), noise(2, 7, 128)),
         ),
         (vae.AttnBlock(64, linear=False), vae.AttnBlock(64, linear=True), (noise(2, 64, 3, 5),)),
     ]
@@ -349,8 +329,8 @@ def test_linear_and_conv_storage_compute_the_same() -> None:
 def test_blocks_are_residual() -> None:
     x, emb, context = noise(1, 64, 4, 4), noise(1, 256), noise(1, 7, 128)
     cases: list[tuple[nn.Module, str, tuple[Tensor, ...]]] = [
-        (unet.ResBlock(64, 64, 256), "out_layers.3", (x, emb)),
-        (unet.SpatialTransformer(64, 1, unet.TINY_SD1), "proj_out", (x, context)),
+        (layers.ResBlock(64, 64, 256), "out_layers.3", (x, emb)),
+        (layers.SpatialTransformer(64, 1, 128, 8, linear=False), "proj_out", (x, context)),
         (vae.ResnetBlock(64, 64), "conv2", (x,)),
         (vae.AttnBlock(64, linear=False), "proj_out", (x,)),
     ]
@@ -375,7 +355,7 @@ def test_middle_variants() -> None:
 
 
 def test_randomise_is_seeded_and_leaves_nothing_constant() -> None:
-    a, b, c = (randomise(unet.TransformerBlock(64, 96, 8), seed) for seed in (7, 7, 8))
+    a, b, c = (randomise(layers.TransformerBlock(64, 96, 8), seed) for seed in (7, 7, 8))
     for x, y, z in zip(a.parameters(), b.parameters(), c.parameters(), strict=True):
         assert torch.equal(x, y)
         assert not torch.equal(x, z)

@@ -21,7 +21,8 @@ from ckptconv.errors import FileRefused
 from ckptconv.planning.plan import Slot, Step
 from ckptconv.reading.header import DTYPE_BITS, TensorInfo, read_header
 from ckptconv.writing import stream
-from ckptconv.writing.stream import Piece, joined, lay_out, pieces, write
+from ckptconv.writing.pieces import Piece, joined, pieces
+from ckptconv.writing.stream import lay_out, write
 from tests.conftest import Sample
 from tests.steps import DIM, Run, cast_to, copies, in_turns, naive, steps_of_all_kinds
 

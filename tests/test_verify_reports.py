@@ -103,7 +103,7 @@ def test_the_command_reports_and_exits_with_one_on_problems(
 
 def test_wrong_usage_of_the_command_exits_with_two(sample: Sample, folder: Folder) -> None:
     assert run("verify").exit_code == 2
-    assert run("verify", "a", "b", "c").exit_code == 2
+    assert run("verify", "a", "x/a", "b").exit_code == 2  # two folders of one name
     assert run("verify", sample("sd1"), folder("sd1"), "--only", "nothing").exit_code == 2
     with pytest.raises(UsageError):
         ckptconv.verify(sample("sd1"), folder("sd1"), only=["nothing"])

@@ -17,7 +17,7 @@ def command(*, as_json: bool) -> None:
         {
             "architecture": a.name,
             "title": a.title,
-            "tasks": {t.name: t.pipeline for t in a.tasks.values()},
+            "tasks": {t.name: t.pipeline for t in a.tasks},
             "components": [c.name for c in a.models],
         }
         for a in key_maps().architectures.values()

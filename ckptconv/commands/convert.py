@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from ..convert import convert
+from ..batch.work import Conversion, Outcome, conversion
 from ..errors import UsageError
 from ..proof.verification import Verification
-from ..proof.verify import verify
 from ..showing.numbers import size
 from ..writing.execute import Layout, Report, parse_size
-from .shared import FILE, choices_of, echo_json, json_option, plan_options, progress
+from .many import PLACE, asked, finish, many_options, outcomes_of, what_it_is, why_not
+from .shared import choices_of, echo_json, json_option, plan_options, progress
 from .verify import as_text
 
 
 @click.command("convert")
-@click.argument("file", type=FILE)
-@click.argument("out", type=FILE)
+@click.argument("places", nargs=-1, type=PLACE, metavar="FILE... OUT")
 @plan_options
 @click.option(
     "--variant", default="", help="Put a word such as fp16 into the names of the weights."
@@ -29,13 +28,13 @@ from .verify import as_text
 @click.option("--ignore-unclaimed", is_flag=True, help="Leave out keys that no key map knows.")
 @click.option("--verify", "verified", is_flag=True, help="Prove the folder once it is written.")
 @click.option("--overwrite", is_flag=True, help="Replace a converted folder that is there.")
+@many_options
 @json_option
 @click.pass_context
 def command(
     ctx: click.Context,
     /,
-    file: Path,
-    out: Path,
+    places: tuple[str, ...],
     *,
     variant: str,
     max_shard_size: str | None,
@@ -43,6 +42,8 @@ def command(
     ignore_unclaimed: bool,
     verified: bool,
     overwrite: bool,
+    jobs: int | None,
+    dask: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -50,7 +51,14 @@ def command(
 
     The weights stay as they are, bit for bit, unless --dtype is given. OUT appears when it is
     complete, or not at all. With --verify, exits with 1 if the proof fails.
+
+    Several files, or a quoted pattern of them, become folders in OUT, each of the name of its file;
+    so does one file where OUT ends in a slash. A file that fails is reported at the end, and the
+    others are converted. FILE and OUT may be URLs, such as s3://BUCKET/FILE.
     """
+    *files, out = places or ("",)
+    if not files:
+        raise click.MissingParameter(param_hint="'OUT'" if out else "'FILE'", param_type="argument")
     if verified and configs_only:
         raise UsageError("--verify compares weights, and --configs-only writes none")
     layout = Layout(
@@ -58,28 +66,21 @@ def command(
         max_shard=parse_size(max_shard_size) if max_shard_size else 0,
         weights=not configs_only,
     )
+    work = Conversion(layout, overwrite, ignore_unclaimed, verified, choices_of(options))
+    if pairs := asked(files, out, dask):
+        outcomes = outcomes_of("converting", work, pairs, jobs, dask)
+        if not as_json:
+            _print_several(outcomes)
+        finish(outcomes, COLUMNS, as_json=as_json, err=True)
+        return
     with progress("converting") as show:
-        report = convert(
-            file,
-            out,
-            layout=layout,
-            overwrite=overwrite,
-            ignore_unclaimed=ignore_unclaimed,
-            progress=show,
-            **choices_of(options),
-        )
+        report = work.convert(files[0], out, show)
     found = None
     if verified:
         with progress("verifying") as show:
-            found = verify(
-                file,
-                out,
-                ignore_unclaimed=ignore_unclaimed,
-                progress=show,
-                **choices_of(options),
-            )
+            found = work.proof().verify(files[0], out, show)
     if as_json:
-        echo_json(as_data(report) | ({"verification": found.as_data()} if found else {}))
+        echo_json(conversion(report, found))
     else:
         _print(report, found)
     if found and not found.passed:
@@ -101,22 +102,21 @@ def _print(report: Report, found: Verification | None) -> None:
     click.echo(report.out)
 
 
-def as_data(report: Report) -> dict[str, Any]:
-    """Returns a report as plain data, for `--json`."""
-    architecture, task = report.plan.detection.require()
-    return {
-        "out": str(report.out),
-        "architecture": architecture.name,
-        "task": task.name,
-        "pipeline": task.pipeline,
-        "lossless": report.plan.lossless,
-        "facts": {
-            f.name: {"value": f.value, "source": f.source}
-            for f in report.plan.detection.facts.values()
-        },
-        "missing": list(report.plan.absent),
-        "unclaimed": list(report.plan.unclaimed),
-        "files": dict(report.files),
-        "warnings": list(report.warnings),
-        "seconds": round(report.seconds, 3),
-    }
+def _print_several(outcomes: Sequence[Outcome]) -> None:
+    """Prints the warnings, and the folders that are done."""
+    for outcome in outcomes:
+        for warning in outcome.data.get("warnings", ()):
+            click.echo(f"warning: {outcome.pair.source}: {warning}", err=True)
+        if not outcome.error:
+            click.echo(outcome.pair.out)
+
+
+COLUMNS = {
+    "result": lambda outcome: "failed" if outcome.error else "done",
+    "is": what_it_is,
+    "size": lambda outcome: (
+        size(sum(files.values())) if (files := outcome.data.get("files")) else ""
+    ),
+    "seconds": lambda outcome: f"{outcome.seconds:.1f}",
+    "note": why_not,
+}

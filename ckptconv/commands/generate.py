@@ -44,6 +44,9 @@ DTYPE_ON_CPU = "fp32"
     help="Scale guidance back; 0.7 for a model of zero terminal SNR.",
 )
 @click.option("--image-guidance", type=float, help="How strongly the image guides.")
+@click.option(
+    "--noise-level", type=click.IntRange(0, 999), help="Of the image to upscale or to vary."
+)
 @click.option("--size", metavar="WxH", help="In pixels, multiples of 8: 768x512, or 512.")
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), help="Of the noise; drawn and printed by default."
@@ -57,7 +60,7 @@ DTYPE_ON_CPU = "fp32"
 )
 @click.option("--scheduler", metavar="CLASS", help="Such as EulerAncestralDiscreteScheduler.")
 @click.option("--task", type=click.Choice(TASKS), help="What the weights are made for by default.")
-@click.option("--image", type=FILE, help="The image to change.")
+@click.option("--image", type=FILE, help="The image to change, to vary or to upscale.")
 @click.option("--mask", type=FILE, help="Where to change it: white is painted anew.")
 @click.option("--strength", type=float, help="How far the image may change, above 0 to 1.")
 @click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="May be repeated.")
@@ -161,5 +164,6 @@ def command(
         echo_json({"images": made, "seconds": {k: round(v, 3) for k, v in seconds.items()}})
 
 
-# A pipeline needs all of its components, so there is no choice among them.
-command.params = [option for option in command.params if option.name != "only"]
+# A pipeline needs all of its components, so there is no choice among them; and a LoRA is loaded
+# beside the weights, where `convert` adds it to them.
+command.params = [option for option in command.params if option.name not in ("only", "lora")]

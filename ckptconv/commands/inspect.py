@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..batch.work import Inspection, Outcome
 from ..detect import Detection, inspect
 from ..planning.plan import build_plan
 from ..showing.numbers import millions, size
 from ..showing.report import hashes, inspection
+from .many import PLACE, asked, finish, many_options, outcomes_of, refuse_for_several, why_not
 from .shared import FILE, console, echo_json, json_option, key_maps
 
 if TYPE_CHECKING:
@@ -18,30 +20,43 @@ if TYPE_CHECKING:
 
 
 @click.command("inspect")
-@click.argument("file", type=FILE)
+@click.argument("files", nargs=-1, type=PLACE, metavar="FILE...")
 @click.option("--tree", is_flag=True, help="Draw the network block by block.")
 @click.option("--verdicts", is_flag=True, help="Show what every architecture says of the file.")
 @click.option("--hash", "hashed", is_flag=True, help="Compute the hashes (reads the whole file).")
 @click.option("--html", type=FILE, help="Write a page about the file, with its drawing.")
 @click.option("--overwrite", is_flag=True, help="Replace a page that is there.")
+@many_options
 @json_option
 @click.pass_context
 def command(
     ctx: click.Context,
     /,
-    file: Path,
+    files: tuple[str, ...],
     *,
     tree: bool,
     verdicts: bool,
     hashed: bool,
     html: Path | None,
     overwrite: bool,
+    jobs: int | None,
+    dask: str | None,
     as_json: bool,
 ) -> None:
     """Say what FILE is: architecture, task, components, and the evidence.
 
+    Several files, or a quoted pattern of them, are told in a table.
+
     Exits with 1 if FILE is not a checkpoint that can be converted as it is.
     """
+    if not files:
+        raise click.MissingParameter(param_hint="'FILE'", param_type="argument")
+    if (pairs := asked(files, dask=dask)) is not None:
+        refuse_for_several(tree=tree, verdicts=verdicts, html=html)
+        work = Inspection(hashed, key_maps())
+        outcomes = outcomes_of("inspecting", work, pairs, jobs, dask)
+        finish(outcomes, COLUMNS | (HASHES if hashed else {}), as_json=as_json, err=False)
+        return
     if html:
         from ..showing.html import (  # a tenth of the time of an inspection
             check_page,
@@ -50,7 +65,7 @@ def command(
         )
 
         check_page(html, overwrite=overwrite)
-    detection = inspect(file, maps=key_maps())
+    detection = inspect(files[0], maps=key_maps())
     data = inspection(detection)
     if hashed:
         data["hashes"] = hashes(detection.header)
@@ -63,6 +78,19 @@ def command(
         _print(data, detection, tree=tree, verdicts=verdicts)
     if detection.refusal or data["problems"]:
         ctx.exit(1)
+
+
+def _assumed(outcome: Outcome) -> str:
+    return ", ".join(f"{k} = {v}" for k, v in outcome.data.get("assumed", {}).items())
+
+
+COLUMNS = {
+    "architecture": lambda outcome: outcome.data.get("architecture") or "",
+    "task": lambda outcome: outcome.data.get("task") or "",
+    "size": lambda outcome: size(outcome.data["size"]) if outcome.data else "",
+    "assumed, or why not": lambda outcome: why_not(outcome) or _assumed(outcome),
+}
+HASHES = {"hash": lambda outcome: outcome.data.get("hashes", {}).get("short", "")}
 
 
 def _print(data: dict[str, Any], detection: Detection, *, tree: bool, verdicts: bool) -> None:

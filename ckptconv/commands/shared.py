@@ -60,6 +60,12 @@ _PLAN_OPTIONS = (
         "--text-encoder-2", type=FILE, help="Take the second text encoder from elsewhere."
     ),
     click.option(
+        "--depth-estimator", type=FILE, help="Take the depth estimator from elsewhere (SD2 depth)."
+    ),
+    click.option(
+        "--image-normalizer", type=FILE, help="Take unCLIP's image statistics from elsewhere."
+    ),
+    click.option(
         "--prediction-type",
         type=click.Choice(["epsilon", "v_prediction"]),
         help="What the UNet predicts; found out by default.",
@@ -69,7 +75,18 @@ _PLAN_OPTIONS = (
         default=None,
         help="Whether the noise schedule ends in pure noise; found out by default.",
     ),
+    click.option(
+        "--family",
+        type=click.Choice(["sd1", "sd2", "sdxl"]),
+        help="What a VAE that stands alone is for; found out by default.",
+    ),
     click.option("--original-config", type=FILE, help="The LDM or SGM yaml of the model; it wins."),
+    click.option(
+        "--lora",
+        multiple=True,
+        metavar="FILE[:SCALE]",
+        help="Add a LoRA, LoHa or LoKr to the weights; may be repeated.",
+    ),
 )
 
 

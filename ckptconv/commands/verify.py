@@ -9,14 +9,24 @@ from typing import Any
 
 import click
 
+from ..batch.work import Proof
 from ..detect import inspect
-from ..errors import SHOWN, OutputError, UsageError
+from ..errors import SHOWN, OutputError
 from ..proof.verification import Check, Verification
-from ..proof.verify import verify
 from ..showing.html import check_page, page, write_page
 from ..showing.junit import junit
 from ..showing.markdown import markdown
 from ..showing.numbers import size
+from .many import (
+    PLACE,
+    asked,
+    finish,
+    many_options,
+    outcomes_of,
+    refuse_for_several,
+    what_it_is,
+    why_not,
+)
 from .shared import (
     FILE,
     choices_of,
@@ -29,7 +39,7 @@ from .shared import (
 
 
 @click.command("verify")
-@click.argument("paths", nargs=-1, type=FILE, required=True, metavar="[FILE] DIR")
+@click.argument("paths", nargs=-1, type=PLACE, required=True, metavar="[FILE]... DIR")
 @click.option("--finite", is_flag=True, help="Look for NaN and infinities as well.")
 @click.option("--ignore-unclaimed", is_flag=True, help="Keys that no key map knows are fine.")
 @click.option("--junit", "report", type=FILE, help="Write a JUnit XML report to this file.")
@@ -37,12 +47,13 @@ from .shared import (
 @click.option("--markdown", "summary", type=FILE, help="Append a summary to this file.")
 @click.option("--overwrite", is_flag=True, help="Replace a page that is there.")
 @plan_options
+@many_options
 @json_option
 @click.pass_context
 def command(
     ctx: click.Context,
     /,
-    paths: tuple[Path, ...],
+    paths: tuple[str, ...],
     *,
     finite: bool,
     ignore_unclaimed: bool,
@@ -50,6 +61,8 @@ def command(
     html: Path | None,
     summary: Path | None,
     overwrite: bool,
+    jobs: int | None,
+    dask: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -60,22 +73,23 @@ def command(
     exactly, where the dtype differs), and configurations and tokenizers are right. DIR alone is
     checked as far as that goes. Options of the conversion that DIR does not note are given again.
 
+    Several files, or a quoted pattern of them, are compared each with the folder in DIR that has
+    its name, as `convert` makes them.
+
     Exits with 1 if anything is wrong.
     """
-    if len(paths) > 2:
-        raise UsageError(f"{len(paths)} paths are given", hint="verify takes [FILE] DIR")
-    source, folder = (None, *paths)[-2:]
+    *files, folder = paths
+    work = Proof(finite, ignore_unclaimed, choices_of(options))
+    if files and (pairs := asked(files, folder, dask)):
+        refuse_for_several(junit=report, html=html, markdown=summary)
+        outcomes = outcomes_of("verifying", work, pairs, jobs, dask)
+        finish(outcomes, COLUMNS, as_json=as_json, err=False)
+        return
+    source = files[0] if files else None
     if html:
         check_page(html, overwrite=overwrite)
     with progress("verifying") as show:
-        found = verify(
-            source,
-            folder,  # type: ignore[arg-type]  # the last of at least one path
-            finite=finite,
-            ignore_unclaimed=ignore_unclaimed,
-            progress=show,
-            **choices_of(options),
-        )
+        found = work.verify(source, folder, show)
     detection = inspect(source, maps=key_maps()) if source and (html or summary) else None
     if report:
         with _writing(report):
@@ -92,6 +106,16 @@ def command(
         click.echo(as_text(found))
     if not found.passed:
         ctx.exit(1)
+
+
+COLUMNS = {
+    "folder": lambda outcome: outcome.pair.out or "",
+    "result": lambda outcome: "FAILED" if outcome.error else "passed",
+    "is": what_it_is,
+    "compared": lambda outcome: size(outcome.data.get("bytes_compared", 0)),
+    "seconds": lambda outcome: f"{outcome.seconds:.1f}",
+    "note": why_not,
+}
 
 
 @contextlib.contextmanager

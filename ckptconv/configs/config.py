@@ -9,6 +9,10 @@ resolvers:
     ${dim_or_null:KEY,AXIS}   null if KEY is missing     ${count:CONTAINER}     its entries
     ${dtype:KEY}              as torch names it          ${fact:NAME}           value of a fact
     ${pick:NAME,{value:x}}    chosen by a fact
+    ${side:KEY,AXIS,PATCH}    edge of the square image whose patches, PATCH pixels wide (1 without
+                              it), and one class token have their positions along an axis
+    ${values:KEY,PUBLISHED}   of a small tensor of the original file that is not converted: a list
+                              or one number, as PUBLISHED is, which is assumed where there is none
     ${depth:BLOCK}            transformer blocks of each attention in a block: one number where all
                               are alike, else a list; 1 where there is none
     ${up_depths:}             the depths of `up_blocks`; null where they mirror `down_blocks`
@@ -18,17 +22,25 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import MapError
-from ..facts import Fact
+from ..facts import Fact, values_of
 from ..files import read_json
 from ..maps.architecture import Component
 from ..planning.plan import Plan, Slot
+from ..reading.header import Header
 
-__all__ = ["Config", "class_of", "configs", "model_index"]
+__all__ = ["Config", "class_of", "configs", "model_index", "module_of"]
+
+CLASS_ENTRIES = ("_class_name", "architectures", "tokenizer_class", "image_processor_type")
+"""Where a configuration says which class it is for."""
+
+PIPELINES = {"StableUnCLIPImageNormalizer": "stable_diffusion"}
+"""Classes that diffusers does not offer at its top, and the package of pipelines that does."""
 
 TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
@@ -72,7 +84,7 @@ def configs(
             values = read_json(donor.config)
             result[name] = Config(component, values, dict.fromkeys(values, "donor"))
             continue
-        measure = _Measure(plan.tensors(name), plan.detection.facts)
+        measure = _Measure(plan.tensors(name), plan.detection.facts, plan.detection.header)
         values, origins = _filled(component, measure, architecture.maps.extended)
         wins = (overrides or {}).get(name, {})
         result[name] = Config(
@@ -90,27 +102,36 @@ def model_index(plan: Plan, built: Mapping[str, Config]) -> dict[str, Any]:
     }
     for name, value in architecture.index.items():
         if isinstance(value, Mapping):  # the pipelines of the other tasks do not know it
-            if task.name not in value["tasks"]:
+            facts = plan.detection.facts
+            wanted = value.get("facts", {})
+            if task.name not in value["tasks"] or any(facts[f].value != wanted[f] for f in wanted):
                 continue
             value = value["value"]
         index[name] = [None, None] if value is None else value
     for name, component in architecture.components.items():
         config = built.get(name)
-        index[name] = [component.library, class_of(config)] if config else [None, None]
+        if config:
+            found = class_of(config)
+            index[name] = [PIPELINES.get(found, component.library), found]
+        else:
+            index[name] = [None, None]
     return index
 
 
 def class_of(config: Config) -> str:
     """Returns the name of the class that a configuration is for, as it says itself."""
-    values = config.values
-    if config.component.kind == "tokenizer":
-        return str(values["tokenizer_class"])
-    return str(values["_class_name"] if "_class_name" in values else values["architectures"][0])
+    said = next(config.values[name] for name in CLASS_ENTRIES if name in config.values)
+    return str(said[0] if isinstance(said, list) else said)
+
+
+def module_of(library: str, name: str) -> str:
+    """Returns the name of the module of a library that offers a class."""
+    return f"diffusers.pipelines.{PIPELINES[name]}" if name in PIPELINES else library
 
 
 def versioned(config: Config) -> dict[str, Any]:
     """Returns the values as written: with the version of the library that reads them."""
-    if config.component.kind == "tokenizer":
+    if config.component.kind in ("tokenizer", "processor"):
         return dict(config.values)
     library = config.component.library
     entry = "_diffusers_version" if library == "diffusers" else "transformers_version"
@@ -126,9 +147,12 @@ def _version(library: str) -> str:
 class _Measure:
     """Answers the holes of one component's configuration, and notes what was asked."""
 
-    def __init__(self, tensors: Mapping[str, Slot], facts: Mapping[str, Fact]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Slot], facts: Mapping[str, Fact], header: Header
+    ) -> None:
         self.tensors = tensors
         self.facts = facts
+        self.header = header
         self.asked: list[str] = []
 
     def _slot(self, key: str) -> Slot:
@@ -150,6 +174,13 @@ class _Measure:
         if rows % width:
             raise ValueError(f"{key} has {rows} rows, which are no heads of {width}")
         return rows // width
+
+    def side(self, key: str, axis: int, patch: int = 1) -> int:
+        patches = self.dim(key, axis) - 1
+        edge = math.isqrt(max(patches, 0))
+        if not patches or edge * edge != patches:
+            raise ValueError(f"{key} has {patches} patches, which fill no square")
+        return edge * patch
 
     def count(self, container: str) -> int:
         self.asked.append("measured")
@@ -177,10 +208,18 @@ class _Measure:
     def pick(self, name: str, choices: Mapping[Any, Any]) -> Any:
         return choices[self.fact(name)]
 
+    def values(self, key: str, published: float | Sequence[float]) -> Any:
+        found = values_of(self.header, key)
+        if len(found) != (len(published) if isinstance(published, Sequence) else 1):
+            self.asked.append("assumed")
+            return published
+        self.asked.append("measured")
+        return found if isinstance(published, Sequence) else found[0]
+
 
 _RESOLVERS = (
-    *("dim", "dim_or_null", "heads", "count", "dtype"),
-    *("depth", "up_depths", "fact", "pick"),
+    *("dim", "dim_or_null", "heads", "side", "count", "dtype"),
+    *("depth", "up_depths", "fact", "pick", "values"),
 )
 _measure: contextvars.ContextVar[_Measure] = contextvars.ContextVar("measure")
 
@@ -225,6 +264,8 @@ def _fill(value: Any) -> Any:
 
     if isinstance(value, list):
         return [_fill(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _fill(item) for key, item in value.items()}
     if not isinstance(value, str) or "${" not in value:
         return value
     try:

@@ -20,6 +20,10 @@ PUBLISHED = {"skip_prk_steps": True}
 """What the published configurations of these models say, where a scheduler's default is another."""
 
 
+EDM = "sigma_data"
+"""What only schedulers of the EDM formulation take (https://arxiv.org/abs/2206.00364)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lora:
     """A LoRA file, and how strongly it applies."""
@@ -98,7 +102,8 @@ def find_scheduler(name: str) -> Any:
         missing = " ".join(backends)
         raise UsageError(f"{name} needs {missing}", hint=f"pip install {missing}")
     known = isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)
-    if not known or not {"beta_schedule", "prediction_type"} <= _takes(found):
+    takes = _takes(found) if known else set()
+    if "prediction_type" not in takes or takes.isdisjoint({"beta_schedule", EDM}):
         from diffusers.schedulers import scheduling_utils
 
         names = ", ".join(sorted(s.name for s in scheduling_utils.KarrasDiffusionSchedulers))
@@ -117,8 +122,18 @@ def set_scheduler(pipe: Pipeline, scheduler: Any) -> list[str]:
 
     Returns:
         Sentences on what it cannot carry over.
+
+    Raises:
+        UsageError: one of the two steps through noise levels of the EDM formulation, and the other
+            through a schedule of betas.
     """
     config, takes = pipe.scheduler.config, _takes(scheduler)
+    if (EDM in config) != (EDM in takes):
+        fit = "EDMEulerScheduler or EDMDPMSolverMultistepScheduler"
+        raise UsageError(
+            f"{scheduler.__name__} cannot step for a model of {type(pipe.scheduler).__name__}",
+            hint=f"take {fit}" if EDM in config else f"take another than {fit}",
+        )
     unsaid = {k: v for k, v in PUBLISHED.items() if k in takes and k not in config}
     pipe.scheduler = scheduler.from_config(config, **unsaid)
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in takes:

@@ -48,6 +48,7 @@ KEYWORDS = {
     "guidance_rescale": "guidance_rescale",
     "image_guidance": "image_guidance_scale",
     "strength": "strength",
+    "noise_level": "noise_level",
     "image": "image",
     "mask": "mask_image",
 }
@@ -55,6 +56,12 @@ KEYWORDS = {
 
 NEEDED = ("image", "mask")
 """Settings that a task needs if it takes them."""
+
+ENLARGES = {"StableDiffusionUpscalePipeline": 4}
+"""Pipelines whose result is larger than the image, and how many times."""
+
+LOOKS = ("StableUnCLIPImg2ImgPipeline",)
+"""Pipelines that look at the image and do not paint on it: the result has a size of its own."""
 
 RESCALE = 0.7
 """Guidance rescale for a model of zero terminal SNR: https://arxiv.org/abs/2305.08891, 3.4."""
@@ -77,7 +84,10 @@ class Settings:
         guidance_rescale: how far guidance is scaled back to the spread of the prediction, 0 to 1.
         image_guidance: how strongly the image guides, in instruct-pix2pix.
         strength: how far an image may change, 0 to 1.
-        size: width and height in pixels; that of the image, or of the training, by default.
+        noise_level: how much noise is put on an image that is upscaled or varied, in steps of its
+            noise schedule: 0 to 999.
+        size: width and height of the result in pixels; that of the image (times 4, if it is
+            upscaled), or of the training, by default.
         image: the image to change.
         mask: where to change it: white is painted anew.
     """
@@ -89,6 +99,7 @@ class Settings:
     guidance_rescale: float | None = None
     image_guidance: float | None = None
     strength: float | None = None
+    noise_level: int | None = None
     size: tuple[int, int] | None = None
     image: Path | None = None
     mask: Path | None = None
@@ -135,6 +146,9 @@ def check(cls: type[DiffusionPipeline], task: str, settings: Settings) -> None:
             problems.append(f"{option} does not fit: {cls.__name__} takes none")
         if value is None and keyword in takes and name in NEEDED:
             problems.append(f"{option} is missing: {task} needs it")
+    step = 8 * ENLARGES.get(cls.__name__, 1)
+    if any(n % step for n in settings.size or ()):
+        problems.append(f"--size does not divide by {step}, as {task} needs it")
     if "strength" in takes:
         strength = settings.strength
         strength = takes["strength"].default if strength is None else strength
@@ -190,7 +204,8 @@ def call_arguments(
     Args:
         pipe: from `load_pipeline`.
         settings: that passed `check`.
-        images: from `open_images`; they are brought to one size.
+        images: from `open_images`; they are brought to one size, that of the result where the
+            pipeline paints on them.
     """
     takes = python_inspect.signature(pipe.__call__).parameters
     arguments = {
@@ -202,10 +217,13 @@ def call_arguments(
     if settings.guidance_rescale is None and "guidance_rescale" in takes:
         zero_snr = pipe.scheduler.config.get("rescale_betas_zero_snr")
         arguments["guidance_rescale"] = RESCALE if zero_snr else 0.0
-    size = settings.size
-    if "image" in images:
-        image = images["image"]
-        size = size or (max(8, image.width // 8 * 8), max(8, image.height // 8 * 8))
+    size, name = settings.size, type(pipe).__name__
+    if name in LOOKS:
+        arguments |= {KEYWORDS[name]: image for name, image in images.items()}
+    elif "image" in images:
+        image, times = images["image"], ENLARGES.get(name, 1)
+        own = (max(8, image.width // 8 * 8), max(8, image.height // 8 * 8))
+        size = (size[0] // times, size[1] // times) if size else own
         arguments |= {KEYWORDS[name]: image.resize(size) for name, image in images.items()}
     if size and "height" in takes:
         arguments["width"], arguments["height"] = size

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["quiet", "reading", "uncollected"]
 
 CHATTER = {
-    "transformers.utils.import_utils": ("requires torchvision",),  # no image processor is used
+    "transformers.utils.import_utils": ("requires torchvision",),  # image processors do without
     "transformers.modeling_utils": ("from: None",),  # of a LoRA, which holds no other weights
     # Many LoRA files have no keys for the text encoders; one that has none at all, or is of another
     # shape, is an error of ours.
@@ -31,6 +31,7 @@ WARNINGS = (
     "`torch_dtype` is deprecated",  # the new name is unknown to older releases, see `reading`
     "`upcast_vae` is deprecated",  # called by the pipelines of diffusers themselves
     "Already found a `peft_config` attribute",  # several LoRA files were asked for
+    "In CPU autocast, but the target dtype",  # asked for by the depth pipeline, for every dtype
 )
 """How warnings that do not matter begin."""
 

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Unpack
 from ..configs.config import Config, model_index
 from ..configs.original_config import read_original_config
 from ..configs.tokenizer import tokenizer_files
-from ..convert import Choices, configured, plan
+from ..convert import Choices, configured, option_for, plan
 from ..detect import inspect
 from ..errors import DeviceError, FileRefused, Incomplete, UsageError
 from ..files import read_json
-from ..maps.architecture import bundled
+from ..maps.architecture import Architecture, KeyMaps, Task, bundled
 from ..planning.plan import DTYPES, Plan
 from ..reading.folder import component_headers
 from ..reading.header import FLOATS
@@ -42,7 +42,10 @@ OFFLOADS = {
 }
 """How weights wait in main memory for their turn on the GPU, and the method of diffusers."""
 
-TASKS = ("text-to-image", "image-to-image", "inpainting", "instruct-pix2pix", "depth-to-image")
+TASKS = (
+    *("text-to-image", "image-to-image", "inpainting", "instruct-pix2pix", "depth-to-image"),
+    *("image-variation", "upscaling"),
+)
 
 OTHER_TASKS = {
     "StableDiffusionPipeline": {
@@ -139,7 +142,7 @@ def pipeline_class(
         UsageError: the weights cannot do the task.
     """
     path = Path(path)
-    own = _own_class(path) if path.is_dir() else inspect(path).require()[1].pipeline
+    own = _own_class(path) if path.is_dir() else _whole(path)[1].pipeline
     with uncollected(), quiet():
         return _class_for(own, task)
 
@@ -168,7 +171,7 @@ def _class_for(own: str, task: str | None) -> tuple[type[DiffusionPipeline], str
     """Returns the class for a task, and the task, of weights that are made for the class `own`."""
     import diffusers
 
-    tasks = {t.pipeline: t.name for a in bundled().architectures.values() for t in a.tasks.values()}
+    tasks = {t.pipeline: t.name for a in bundled().architectures.values() for t in a.tasks}
     own_task = tasks.get(own, own)
     classes = {own_task: own, **OTHER_TASKS.get(own, {})}
     name = classes.get(task or own_task)
@@ -189,12 +192,13 @@ def _planned(path: Path, given: Mapping[str, Any], choices: Choices) -> Plan:
     """Returns the plan for what is not given, with all weights in one dtype."""
     chosen: Choices = {**choices}
     if given:
-        architecture, _ = inspect(path, maps=choices.get("maps")).require()
+        architecture, _ = _whole(path, choices.get("maps"))
         only = choices.get("only")
         chosen["only"] = set(architecture.components if only is None else only) - set(given)
     made = plan(path, **chosen)
+    _refuse_single(path, made.detection.require()[0])
     if made.absent:
-        options = ", ".join(f"--{name.replace('_', '-')} FILE" for name in made.absent)
+        options = ", ".join(option_for(made, name) for name in made.absent)
         raise Incomplete(
             f"{path}: the file has no {' and no '.join(made.absent)}, which its pipeline needs",
             hint=f"supply what is missing: {options}; or, in Python, load_pipeline(..., "
@@ -205,6 +209,22 @@ def _planned(path: Path, given: Mapping[str, Any], choices: Choices) -> Plan:
         chosen["dtype"] = dtype
         made = plan(path, **chosen)
     return made
+
+
+def _whole(path: Path, maps: KeyMaps | None = None) -> tuple[Architecture, Task]:
+    """Returns the architecture of a checkpoint that is more than one component, and its task."""
+    architecture, task = inspect(path, maps=maps).require()
+    _refuse_single(path, architecture)
+    return architecture, task
+
+
+def _refuse_single(path: Path, architecture: Architecture) -> None:
+    if architecture.single:
+        raise FileRefused(
+            f"{path}: is no pipeline: it holds a {architecture.single.replace('_', ' ')} alone",
+            hint="give the checkpoint that it belongs to; `ckptconv convert` makes a folder of it, "
+            "which load_pipeline(..., components=) can take in",
+        )
 
 
 def _dtypes(made: Plan) -> set[str]:
@@ -253,6 +273,12 @@ def _built(
     stored = next(iter(_dtypes(made)), "F32")
     check_dtype(device, next(name for name, dtype in DTYPES.items() if dtype == stored))
     donors = {name for name, donor in made.donors.items() if donor.config}
+    changed = {step.targets[0].place for step in made.steps if step.changes}
+    if lost := ", ".join(sorted(donors & changed)):  # its library loads it, and knows no adapter
+        raise UsageError(
+            f"an adapter changes {lost}, which comes from a diffusers folder",
+            hint="convert the checkpoint with --lora, and load the folder that comes out",
+        )
     modules = {
         name: empty_module(config)
         for name, config in wanted.items()
@@ -264,7 +290,7 @@ def _built(
             name: {part: torch.device("cuda", gpu) for part, gpu in gpus.items()}
             for name, gpus in spread(modules, torch_dtype(stored), free_memory()).items()
         }
-    for note in [*notes, *fill(modules, made, devices, progress)]:
+    for note in [*made.notes, *notes, *fill(modules, made, devices, progress)]:
         log.warning("%s", note)
     for name, config in wanted.items():
         if name in donors:
@@ -317,10 +343,12 @@ def _from_donor(config: Config, made: Plan, dtype: torch.dtype, device: torch.de
 
 
 def _without_weights(config: Config) -> Any:
-    """Makes a scheduler or a tokenizer."""
+    """Makes a scheduler, an image processor or a tokenizer."""
     cls = component_class(config)
     if config.component.kind == "scheduler":
         return cls.from_config(dict(config.values))
+    if config.component.kind == "processor":
+        return cls.from_dict(dict(config.values))
     # The constructor of a tokenizer takes paths before release 5 of transformers, and tables since:
     # only files do for both. They are what `convert` writes, so the tokenizer is the same.
     with tempfile.TemporaryDirectory(prefix="ckptconv-") as folder:

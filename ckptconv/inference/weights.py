@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..configs.config import Config, class_of
+from ..configs.config import Config, class_of, module_of
 from ..errors import FileRefused, MapError
 from ..planning.plan import Plan, Slot
 from ..reading.header import DTYPE_BITS, TensorInfo
 from ..writing.cast import torch_dtype
-from ..writing.stream import Files, Piece, pieces
+from ..writing.pieces import Piece, pieces
+from ..writing.stream import Files, converted
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ def component_class(config: Config) -> Any:
         FileRefused: the library has no such class.
     """
     name, library = class_of(config), config.component.library
-    found = getattr(importlib.import_module(library), name, None)
+    found = getattr(importlib.import_module(module_of(library, name)), name, None)
     if not isinstance(found, type):
         raise FileRefused(
             f"{config.component.name}: the configuration names the class {name}, which {library} "
@@ -139,7 +140,9 @@ def fill(
             tensor = _view(place, parts[path], files)
             if tensor is None:
                 tensor = _room(place)
-                moves += [_Move(tensor, part) for piece in parts[path] for part in _cut(piece)]
+                for piece in parts[path]:
+                    cut = piece.cut(CHUNK * 8 // DTYPE_BITS[piece.dtypes[0]])
+                    moves += [_Move(tensor, part) for part in cut]
             else:
                 done.add(tensor.nbytes)
             states[place.component][place.parameter] = tensor
@@ -244,28 +247,13 @@ class _Move:
         return self.piece.count * DTYPE_BITS[self.piece.dtypes[0]] // 8
 
 
-def _cut(piece: Piece) -> Iterator[Piece]:
-    """Cuts a piece so that no part is larger than a buffer; a transposition stays whole."""
-    if piece.transposed is not None:
-        yield piece
-        return
-    widths = [DTYPE_BITS[dtype] // 8 for dtype in piece.dtypes]
-    step = CHUNK // widths[0]
-    for start in range(0, piece.count, step):
-        yield Piece(
-            (piece.source[0], piece.source[1] + start * widths[0]),
-            (piece.target[0], piece.target[1] + start * widths[1]),
-            min(step, piece.count - start),
-            piece.dtypes,
-        )
-
-
 def _run(moves: list[_Move], files: _Sources, done: _Sum) -> list[str]:
     """Reads everything that is no view, in several threads, each with its own buffer."""
     warnings: list[str] = []
     if not moves:
         return warnings
-    mover = _Mover(files, max(move.nbytes for move in moves), warnings)
+    sizes = (move.nbytes for move in moves if not move.piece.patches)
+    mover = _Mover(files, max(sizes, default=0), warnings)
     pool = ThreadPoolExecutor(THREADS)
     try:
         for count in pool.map(mover.move, moves):
@@ -288,6 +276,12 @@ class _Mover(threading.local):
         import torch
 
         piece, device = move.piece, move.target.device
+        if piece.patches:  # on the CPU, so that the bits are those of a conversion
+            data, lost = converted(piece, self.files)
+            values = torch.frombuffer(data, dtype=move.target.dtype)
+            move.target.copy_(values.view(move.target.shape))
+            self._warn(piece, lost)
+            return piece.nbytes
         if self.buffer is None:
             self.buffer = torch.empty(
                 self.size, dtype=torch.uint8, pin_memory=device.type == "cuda"
@@ -309,7 +303,10 @@ class _Mover(threading.local):
             values = values.view(piece.transposed).T
         part.copy_(values, non_blocking=not wait)
         if piece.dtypes[0] != piece.dtypes[1] and part.isinf().any():
-            lost = int((part.isinf() & values.isfinite()).sum())
+            self._warn(piece, int((part.isinf() & values.isfinite()).sum()))
+
+    def _warn(self, piece: Piece, lost: int) -> None:
+        if lost:
             name, dtype = piece.target[0], piece.dtypes[1]
             self.warnings.append(f"{name}: {lost:,} values are too large for {dtype}")
 

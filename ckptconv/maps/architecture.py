@@ -9,7 +9,7 @@ frozen dataclasses and plain containers; the holes of a configuration are filled
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from ..reading.header import Header, header_from_json
 from .keymap import KeyMap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 __all__ = [
     "Architecture",
@@ -35,8 +35,12 @@ __all__ = [
 CONDITIONS: dict[str, Any] = {"has": type(None), "lacks": type(None), "rank": int, "indices": tuple}
 """The kinds of conditions, and what their `is` or `are` must be."""
 
-KINDS = ("model", "tokenizer", "scheduler")
-"""The kinds of components."""
+KINDS = ("model", "tokenizer", "scheduler", "processor")
+"""The kinds of components; a processor prepares images for a model."""
+
+UNET_ROOT = "input_blocks.0.0.weight"
+"""The first convolution of a UNet, [model channels, input channels, 3, 3]: where it is, a network
+in the original layout begins, and its input channels tell the task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,9 @@ class Component:
         library: `diffusers` or `transformers`.
         sources: where a model's weights may be, in order of preference.
         config: the configuration with its holes, as `ckptconv.configs.config` fills it.
+        tasks: names of the tasks whose pipelines have it; empty for all.
+        layout: the header of its tensors, where `layout.json` has none, since most files lack it.
+        supply: where it may be taken from, if a file has none; for people.
     """
 
     name: str
@@ -90,6 +97,9 @@ class Component:
     library: str
     sources: tuple[Source, ...]
     config: Mapping[str, Any]
+    tasks: tuple[str, ...] = ()
+    layout: str = ""
+    supply: str = ""
 
     @property
     def weights(self) -> str:
@@ -99,10 +109,19 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What the UNet's input channels tell: the task and the pipeline's class."""
+    """What a file can do.
+
+    Attributes:
+        name: of the task.
+        pipeline: the class that does it: a pipeline's, or that of a component which stands alone.
+        channels: input channels of the network, the second axis of its root; None for any.
+        key: a key, with its prefix, that the file must hold; empty for none.
+    """
 
     name: str
     pipeline: str
+    channels: int | None = None
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,33 +133,61 @@ class Architecture:
         title: for people.
         aliases: how the metadata of a file names it: the text begins so.
         conditions: all hold for a file of this architecture, and not for one of another.
-        tasks: by the number of the UNet's input channels.
+        tasks: the first that fits a file is its task; those that need a key are asked before.
         facts: for each fact that names and shapes cannot tell, the witnesses in order.
         components: by name, in the order of `model_index.json`.
         index: further entries of `model_index.json`.
         sample: how to shrink the published layout to a small model, for `ckptconv.sample`.
         maps: where its maps are read from.
+        single: the component that a file of this architecture is, so that its folder holds that
+            component's files itself and no `model_index.json`; empty for a whole model.
+        root: the key, without prefix, at which the network that tells architectures apart begins.
     """
 
     name: str
     title: str
     aliases: tuple[str, ...]
     conditions: tuple[Condition, ...]
-    tasks: Mapping[int, Task]
+    tasks: tuple[Task, ...]
     facts: Mapping[str, tuple[Mapping[str, Any], ...]]
     components: Mapping[str, Component]
     index: Mapping[str, Any]
     sample: Mapping[str, Any]
     maps: KeyMaps = field(repr=False)
+    single: str = ""
+    root: str = UNET_ROOT
+
+    @property
+    def rooted(self) -> Component:
+        """The component that tells architectures apart."""
+        return self.components[self.single or "unet"]
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What may stand before the keys of that component, in order of preference."""
+        return tuple(dict.fromkeys(source.prefix for source in self.rooted.sources))
+
+    def for_task(self, task: Task) -> Architecture:
+        """Returns the architecture with the components that a task's pipeline has."""
+        return _for_task(self, task)
 
     @property
     def models(self) -> tuple[Component, ...]:
         """The components that have weights."""
         return tuple(c for c in self.components.values() if c.kind == "model")
 
-    def layout(self) -> Header:
-        """Returns the header of a published file."""
-        return _layout(self.maps.find(f"{self.name}/layout.json"))
+    def shows(self, task: Task) -> bool:
+        """Whether the layouts have what the task needs, so that a sample can be made."""
+        return not task.key or task.key in self.layout(task.name).tensors
+
+    def layout(self, task: str = "") -> Header:
+        """Returns the header of a published file, with what a file for a task has besides."""
+        names = [c.layout for c in self.models if c.layout and task in c.tasks]
+        header = _layout(self.maps.find(f"{self.name}/layout.json"))
+        for name in names:
+            more = _layout(self.maps.find(f"{name}.json"))
+            header = replace(header, tensors={**header.tensors, **more.tensors})
+        return header
 
 
 class KeyMaps:
@@ -218,19 +265,24 @@ class KeyMaps:
         where = f"{name}/arch"
         data = self.extended(self.read(where))
         try:
-            if "unet" not in data["components"]:
-                raise ValueError("there is no component 'unet', which tells architectures apart")
+            single = data.get("single", "")
+            if (single or "unet") not in data["components"]:
+                raise ValueError(
+                    f"there is no component {single or 'unet'!r}, which tells architectures apart"
+                )
             return Architecture(
                 name=name,
                 title=data["title"],
                 aliases=tuple(data["aliases"]),
                 conditions=tuple(_condition(line) for line in data["detect"]),
-                tasks={int(n): Task(t["name"], t["pipeline"]) for n, t in data["tasks"].items()},
+                tasks=tuple(_tasks(data["tasks"])),
                 facts={k: tuple(v) for k, v in self.extended(data["facts"]).items()},
                 components={n: _component(n, part) for n, part in data["components"].items()},
                 index=data["index"],
                 sample=data["sample"],
                 maps=self,
+                single=single,
+                root=data.get("root", UNET_ROOT),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise MapError(
@@ -274,6 +326,13 @@ def bundled() -> KeyMaps:
 _layout = functools.cache(header_from_json)
 
 
+@functools.cache
+def _for_task(architecture: Architecture, task: Task) -> Architecture:
+    kept = {n: c for n, c in architecture.components.items() if not c.tasks or task.name in c.tasks}
+    all_kept = len(kept) == len(architecture.components)
+    return architecture if all_kept else replace(architecture, components=kept)
+
+
 def _laid_over(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     joined = dict(base)
     for key, value in own.items():
@@ -301,6 +360,14 @@ def _condition(line: Mapping[str, Any]) -> Condition:
     return Condition(kind, line[kind], expected, line.get("because", ""))
 
 
+def _tasks(data: Mapping[Any, Any]) -> Iterator[Task]:
+    """Yields the tasks: by the number of input channels, one or a list; `any` for any number."""
+    for channels, entries in data.items():
+        for entry in entries if isinstance(entries, list) else [entries]:
+            number = None if channels == "any" else int(channels)
+            yield Task(entry["name"], entry["pipeline"], number, entry.get("key", ""))
+
+
 def _component(name: str, part: Mapping[str, Any]) -> Component:
     sources = tuple(
         Source(s["prefix"], s["map"], s.get("when", ""), s.get("unless", ""))
@@ -311,4 +378,6 @@ def _component(name: str, part: Mapping[str, Any]) -> Component:
         raise ValueError(f"component {name!r}: kind {kind!r} is not one of {', '.join(KINDS)}")
     if bool(sources) != (kind == "model"):
         raise ValueError(f"component {name!r}: a model needs sources, and nothing else has them")
-    return Component(name, kind, part["library"], sources, part["config"])
+    tasks = tuple(part.get("tasks", ()))
+    more = part.get("layout", ""), part.get("supply", "")
+    return Component(name, kind, part["library"], sources, part["config"], tasks, *more)

@@ -77,10 +77,12 @@ def _check_files(maps: KeyMaps) -> Check:
 def _check_architecture(architecture: Architecture) -> Iterator[Check]:
     published = _check_header(architecture, "layout", None)
     yield published
-    for task in architecture.tasks.values():
-        if not published.extent.startswith(
-            f"{task.name}:"
-        ):  # the published file has one of the tasks itself
+    for task in architecture.tasks:
+        if not architecture.shows(task):  # an optional key more, that no published layout has
+            continue
+        # The published file has one of the tasks itself, but not what other files have besides.
+        more = any(c.layout and task.name in c.tasks for c in architecture.models)
+        if more or not published.extent.startswith(f"{task.name}:"):
             yield _check_header(architecture, "task", task.name)
     yield _check_header(architecture, "sample", None)
 
@@ -117,7 +119,7 @@ def _header(architecture: Architecture, layout: Header, *, task: str | None, ful
 def _recognised(architecture: Architecture, header: Header, problems: list[Problem]) -> Plan | None:
     """Returns the plan of a header; None if it is not taken for this architecture."""
     detection = detect(header, maps=architecture.maps)
-    if detection.architecture is architecture:
+    if detection.architecture and detection.architecture.name == architecture.name:
         return build_plan(detection)
     if detection.architecture:
         what = f"is taken for {detection.architecture.name}: no line of `detect` rules that out"
@@ -143,6 +145,8 @@ def _check_plan(architecture: Architecture, made: Plan) -> Iterator[Problem]:
         what = f"no line covers it: add one to `blocks` of {where}, or to `drop` with a reason"
         yield Problem(key, what)
     for name in made.absent:
+        if architecture.components[name].layout:  # published files have none
+            continue
         yield Problem(name, "no key of layout.json begins with the prefix of one of its sources")
     for step in made.steps:
         for part, target in enumerate(step.targets):
@@ -158,9 +162,11 @@ def _check_plan(architecture: Architecture, made: Plan) -> Iterator[Problem]:
 
 def _check_classes(made: Plan, built: Mapping[str, Config]) -> Iterator[Problem]:
     """Yields where the real classes expect something else."""
-    pipeline = made.detection.require()[1].pipeline
-    if not has_class("diffusers", pipeline):
-        yield Problem("tasks", f"diffusers has no pipeline {pipeline}")
+    architecture, task = made.detection.require()
+    library = architecture.rooted.library if architecture.single else "diffusers"
+    if not has_class(library, task.pipeline):
+        what = "class" if architecture.single else "pipeline"
+        yield Problem("tasks", f"{library} has no {what} {task.pipeline}")
     for name, config in built.items():
         library, class_name = config.component.library, class_of(config)
         if config.component.kind != "model":

@@ -56,6 +56,14 @@ def _split_rows(shape: Shape, count: int) -> tuple[Shape, ...]:
     return ((shape[0] // count, *shape[1:]),) * count
 
 
+def _row(shape: Shape, _count: int) -> tuple[Shape, ...]:
+    if len(shape) == 1:
+        return ((1, *shape),)
+    if len(shape) != 2 or shape[0] != 1:
+        raise ValueError(f"needs shape [n] or [1, n], found {list(shape)}")
+    return (shape,)
+
+
 def _transpose(shape: Shape, _count: int) -> tuple[Shape, ...]:
     if len(shape) != 2:
         raise ValueError(f"needs a matrix, found {list(shape)}")
@@ -68,6 +76,13 @@ DROP = Op("drop", _nothing)
 
 OPS = {
     op.name: op
-    for op in (RENAME, Op("squeeze", _squeeze), Op("split_rows", _split_rows), TRANSPOSE, DROP)
+    for op in (
+        RENAME,
+        Op("squeeze", _squeeze),
+        Op("split_rows", _split_rows),
+        Op("row", _row),
+        TRANSPOSE,
+        DROP,
+    )
 }
 """By the name a key map uses. `drop` is written in a map's `drop` table, not on a block."""

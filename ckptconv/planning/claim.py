@@ -15,7 +15,7 @@ from ..maps.architecture import Architecture, Component, Source
 from ..maps.keymap import KeyMap, Rule
 from ..maps.ops import DROP, RENAME
 from ..reading.header import Header
-from .step import ASIDE, Slot, Step, dropped
+from .step import ASIDE, Slot, Step, dropped, slot_of
 
 __all__ = ["Claim", "Donor", "best_claim", "donated"]
 
@@ -83,7 +83,7 @@ def _claim(
         match = keymap.match(short) if key.startswith(source.prefix) else None
         if not match:
             continue
-        slot = Slot(str(header.path), key, info.dtype, info.shape)
+        slot = slot_of(header, key)
         if match.op is DROP:
             steps[key] = Step(DROP, (slot,), (replace(slot, place=ASIDE),), match.reason)
             continue
@@ -127,7 +127,7 @@ def _bound(
 @functools.cache
 def _layout(architecture: Architecture, component: Component) -> dict[str, int]:
     """Returns the templates of a component's published keys, and the rank of each."""
-    header = architecture.layout()
+    header = architecture.layout(component.tasks[0] if component.layout else "")
     best: dict[str, int] = {}
     for source in component.sources:
         if not (keymap := _bound(architecture, component, source, header)):
@@ -167,11 +167,7 @@ def donated(
 ) -> list[Step]:
     """Returns the steps for a component that comes from elsewhere."""
     if donor.config:  # a folder in the diffusers layout: its own configuration describes it
-        slots = [
-            Slot(str(header.path), key, info.dtype, info.shape)
-            for header in donor.headers
-            for key, info in header.tensors.items()
-        ]
+        slots = [slot_of(header, key) for header in donor.headers for key in header.tensors]
         return [Step(RENAME, (s,), (replace(s, place=component.name),)) for s in slots]
     (header,) = donor.headers
     readable = {source.keymap for source in component.sources}
@@ -183,8 +179,10 @@ def donated(
         if model.name == component.name and source.keymap in readable
     ]
     alone = [replace(source, prefix="") for source in component.sources]
-    as_is = Source("", TRANSFORMERS_MAP if component.library == "transformers" else AS_IS)
-    sources = dict.fromkeys([*elsewhere, *alone, as_is])
+    as_is = [Source("", AS_IS)]
+    if component.library == "transformers":
+        as_is.insert(0, Source("", TRANSFORMERS_MAP))
+    sources = dict.fromkeys([*elsewhere, *alone, *as_is])
     claim = best_claim(architecture, component, header, sources)
     if claim.known:
         problems += claim.problems

@@ -5,27 +5,28 @@ A key map is abstract; a plan has the real keys, dtypes and shapes, so its inver
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..detect import Detection
 from ..errors import Incomplete, UsageError
 from ..maps.architecture import Architecture
+from ..maps.names import EMA_NAMES, EMA_OF, EMA_PREFIX
 from ..maps.ops import DROP
 from ..reading.header import FLOATS, Header
+from ..reading.view import files_of
+from .adapter import Adapter, with_adapters
 from .claim import Donor, best_claim, donated
-from .step import ASIDE, Slot, Step, dropped
+from .scaled import read_scales, scaled
+from .step import ASIDE, Slot, Step, dropped, slot_of
 
 __all__ = ["ASIDE", "DTYPES", "Donor", "Plan", "Slot", "Step", "build_plan"]
 
-EMA_PREFIX = "model_ema."
-EMA_OF = "model.diffusion_model."
-EMA_NAMES = ("model_ema.diffusion_model", "model_ema.")
-"""EMA copies are named after the UNet's keys: one of these, and what follows the UNet's prefix with
-all dots removed."""
-
 DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 """What a run may cast the weights to, and the name that safetensors uses."""
+
+SCALED_DTYPE = "fp16"
+"""What scaled weights become by default: multiplied, they are no values of fp8 any more."""
 
 TRAINING_MAP = "shared/maps/training"
 
@@ -42,6 +43,8 @@ class Plan:
         problems: keys that are missing, unknown inside a component, or of a wrong shape.
         absent: model components that neither the file nor a donor has.
         donors: by component, what comes from elsewhere.
+        adapters: that are added to the weights, in this order.
+        notes: what the user should know.
     """
 
     detection: Detection
@@ -51,11 +54,13 @@ class Plan:
     problems: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     donors: Mapping[str, Donor] = field(default_factory=dict)
+    adapters: tuple[Adapter, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def lossless(self) -> bool:
         """Whether every tensor comes back bit for bit from what is written."""
-        kept = all(step.targets and not step.casts for step in self.steps)
+        kept = all(step.targets and not step.casts and not step.changes for step in self.steps)
         return kept and not self.unclaimed
 
     def tensors(self, component: str) -> dict[str, Slot]:
@@ -99,6 +104,7 @@ def build_plan(
     only: Iterable[str] | None = None,
     donors: Mapping[str, Donor] | None = None,
     dtype: str | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> Plan:
     """Accounts for every key of a checkpoint.
 
@@ -108,25 +114,37 @@ def build_plan(
         only: names of the components to write; all by default.
         donors: components that come from elsewhere, by name.
         dtype: `fp16`, `bf16` or `fp32` for the float tensors; as stored by default.
+        adapters: to add to the weights, in this order.
 
     Raises:
         NotACheckpoint: no architecture matched.
         UsageError: a component that the architecture does not have, an unknown dtype, or `ema`
             without the UNet.
         Incomplete: `ema` is set and the file has no complete EMA copy.
+        FileRefused: an adapter does not fit.
     """
     architecture, _ = detection.require()
     header, donors = detection.header, donors or {}
     wanted = set(architecture.components) if only is None else set(only)
     _check_names(architecture, wanted, donors, dtype)
+    own = read_scales(header)
+    theirs = {n: read_scales(d.headers[0]) for n, d in donors.items() if not d.config}
+    scales = {
+        (slot.place, slot.key): scale
+        for each in (own, *theirs.values())
+        for slot, scale in each.by_slot()
+    }
     steps: dict[str, Step] = {}
     given: list[Step] = []
-    problems: list[str] = []
+    problems = [text for each in (own, *theirs.values()) for text in each.problems]
     absent = []
     for component in architecture.models:
-        claim = best_claim(architecture, component, header, component.sources)
-        if component.name in donors:
-            given += donated(architecture, component, donors[component.name], problems)
+        claim = best_claim(architecture, component, own.header, component.sources)
+        if (name := component.name) in donors:
+            donor = donors[name]
+            if name in theirs:
+                donor = replace(donor, headers=(theirs[name].header,))
+            given += donated(architecture, component, donor, problems)
             steps |= {key: dropped(step, "replaced") for key, step in claim.steps.items()}
         elif not claim.known:
             absent.append(component.name)
@@ -135,21 +153,35 @@ def build_plan(
             problems += claim.problems
         else:
             steps |= {key: dropped(step, "left out") for key, step in claim.steps.items()}
-    steps |= _rest(architecture, header, steps, keep=only is None)
+    steps |= _rest(architecture, own.header, steps, keep=only is None)
+    steps |= own.steps(header)
     if ema and "unet" not in wanted:
         raise UsageError("the EMA copy is one of the UNet, and the UNet is not to be written")
     if ema:
         steps |= _from_ema(header, steps)
     ordered = [steps[key] for key in header.tensors if key in steps] + given
-    headers = [header, *(h for donor in donors.values() for h in donor.headers)]
+    notes = []
+    if scales and dtype is None:
+        dtype = SCALED_DTYPE
+        notes.append(
+            f"the file holds {len(scales):,} weights in fp8 with a scale: the folder is {dtype}; "
+            "--dtype decides otherwise"
+        )
+    cast = [scaled(_cast(step, dtype), scales, problems) for step in ordered]
+    left_out = [c.name for c in architecture.models if c.name not in wanted]
+    changed, passed_over = with_adapters(architecture, cast, adapters, left_out)
+    read = [header, *(h for donor in donors.values() for h in donor.headers)]
+    read += [adapter.header for adapter in adapters]
     return Plan(
         detection,
-        {str(h.path): h for h in headers},
-        tuple(_cast(step, dtype) for step in ordered),
+        {str(h.path): h for each in read for h in files_of(each)},
+        changed,
         tuple(key for key in header.tensors if key not in steps),
         tuple(problems),
         tuple(name for name in absent if name in wanted),
         donors,
+        tuple(adapters),
+        (*notes, *passed_over),
     )
 
 
@@ -178,10 +210,10 @@ def _rest(
     """Returns the steps for what is no component's: EMA copies and leftovers of the training."""
     training = architecture.maps.keymap(TRAINING_MAP)
     rest = {}
-    for key, info in header.tensors.items():
-        slot = Slot(str(header.path), key, info.dtype, info.shape)
+    for key in header.tensors:
         if key in steps:
             continue
+        slot = slot_of(header, key)
         if key.startswith(EMA_PREFIX):
             rest[key] = Step(DROP, (slot,), (), "training")
         elif match := training.match(key):
@@ -209,7 +241,7 @@ def _from_ema(header: Header, steps: Mapping[str, Step]) -> dict[str, Step]:
         elif info.shape != step.sources[0].shape or copy in turned:
             problems.append(f"{copy} has shape {list(info.shape)}, unlike {key}")
         else:
-            slot = Slot(str(header.path), copy, info.dtype, info.shape)
+            slot = slot_of(header, copy)
             targets = tuple(replace(t, dtype=info.dtype) for t in step.targets)
             turned[copy] = replace(step, sources=(slot,), targets=targets)
             turned[key] = dropped(step, "replaced")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..maps.ops import DROP, Op
+from ..reading.header import Header
 
-__all__ = ["ASIDE", "Slot", "Step", "dropped"]
+__all__ = ["ASIDE", "Change", "Slot", "Step", "dropped", "slot_of"]
 
 ASIDE = "ckptconv"
 """The folder of what no pipeline reads: the tensors that were dropped, for the way back."""
@@ -30,6 +31,23 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """What is done to the values of a target, beside moving and casting them.
+
+    Attributes:
+        key: of the target.
+        kind: a key of `ckptconv.writing.merge.KINDS`: how the values change.
+        parts: the tensors that say by how much, by their role.
+        factor: multiplies what is added.
+    """
+
+    key: str
+    kind: str
+    parts: tuple[tuple[str, Slot], ...]
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """The elements of the sources, in order, become those of the targets, in order.
 
@@ -38,12 +56,14 @@ class Step:
         sources: one tensor, or several in a plan that was turned round.
         targets: the tensors to write; none if a dropped tensor is not kept aside.
         reason: why the tensor is dropped; empty otherwise.
+        changes: what is done to the values, in this order.
     """
 
     op: Op
     sources: tuple[Slot, ...]
     targets: tuple[Slot, ...]
     reason: str = ""
+    changes: tuple[Change, ...] = ()
 
     @property
     def casts(self) -> bool:
@@ -51,8 +71,15 @@ class Step:
         return bool(self.targets) and self.sources[0].dtype != self.targets[0].dtype
 
     def inverse(self) -> Step:
-        """Returns the step that goes back; the elements keep their order."""
-        return replace(self, sources=self.targets, targets=self.sources)
+        """Returns the step that goes back; the elements keep their order, and their new values."""
+        return replace(self, sources=self.targets, targets=self.sources, changes=())
+
+
+def slot_of(header: Header, key: str) -> Slot:
+    """Returns a tensor of a header, where it lies."""
+    owner, name = header.locate(key)
+    info = header.tensors[key]
+    return Slot(str(owner.path), name, info.dtype, info.shape)
 
 
 def dropped(step: Step, reason: str) -> Step:

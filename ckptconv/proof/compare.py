@@ -1,6 +1,6 @@
 """Compares tensors of several files as a stream, and looks for values that are not finite.
 
-Elements are compared where a plan would move them (`ckptconv.stream.pieces`), a few hundred kB at
+Elements are compared where a plan would move them (`ckptconv.writing.pieces`), a few hundred kB at
 a time. Bytes are equal or they are not; where the dtype differs, the source is cast first, which
 gives the exactly rounded value, and two NaN count as equal, since a cast keeps no payload.
 """
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..reading.header import DTYPE_BITS, FLOATS, TensorInfo
-from ..writing.stream import Files, Piece, joined, read_exactly, refuse_short, transposed_bytes
+from ..writing.pieces import Piece, joined
+from ..writing.stream import Files, converted, read_exactly, refuse_short
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,7 +93,7 @@ def compare(
             _compare_values(part, files, found)
             progress(part.nbytes)
 
-    _in_threads(run, (part for piece in joined(todo) for part in _cut(piece)))
+    _in_threads(run, (part for piece in joined(todo) for part in _parts(piece)))
     return found.by_key()
 
 
@@ -124,7 +125,7 @@ def look_for_nonfinite(
             found.add(part.target, np.flatnonzero(bad))
         progress(part.nbytes)
 
-    _in_threads(run, (part for piece in whole for part in _cut(piece, LOOK)))
+    _in_threads(run, (part for piece in whole for part in _parts(piece, LOOK)))
     return found.by_key()
 
 
@@ -145,20 +146,9 @@ def _in_threads(run: Callable[[Piece, Files], None], parts: Iterable[Piece]) -> 
             raise
 
 
-def _cut(piece: Piece, size: int = PART) -> Iterator[Piece]:
-    """Cuts a piece into jobs, at elements; a transposition stays whole."""
-    if piece.transposed is not None:
-        yield piece
-        return
-    bits = [DTYPE_BITS[dtype] for dtype in piece.dtypes]
-    step = size * 8 // bits[1] if piece.is_copy else CAST_PART
-    for start in range(0, piece.count, step):
-        yield Piece(
-            (piece.source[0], piece.source[1] + start * bits[0] // 8),
-            (piece.target[0], piece.target[1] + start * bits[1] // 8),
-            min(step, piece.count - start),
-            piece.dtypes,
-        )
+def _parts(piece: Piece, size: int = PART) -> Iterator[Piece]:
+    """Cuts a piece into jobs, at elements, if it may be cut."""
+    yield from piece.cut(size * 8 // DTYPE_BITS[piece.dtypes[1]] if piece.is_copy else CAST_PART)
 
 
 class _Findings:
@@ -241,18 +231,10 @@ def _add_different(
 
 
 def _compare_values(part: Piece, files: Files, found: _Findings) -> None:
-    """Compares after a transposition, a cast or both."""
+    """Compares after all that a conversion does to a piece: it is done once more."""
     import numpy as np
 
-    from ..writing.cast import cast
-
-    nbytes = part.count * DTYPE_BITS[part.dtypes[0]] // 8
-    data = read_exactly(files.source(part.source[0]), part.source, nbytes)
-    if part.transposed is not None:
-        data = transposed_bytes(data, part.transposed)
-    view = memoryview(data)
-    if part.dtypes[0] != part.dtypes[1]:
-        view, _ = cast(data, *part.dtypes)
+    view, _ = converted(part, files)
     have = read_exactly(files.source(part.target[0]), part.target, part.nbytes)
     if have == view:
         return

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from ..configs.config import module_of
+from ..inference.libraries import quiet
+
 __all__ = ["MODELS", "Expected", "Unbuildable", "defaults", "expected", "has_class"]
 
 MODELS = {
@@ -23,6 +26,10 @@ MODELS = {
     "AutoencoderKL": "diffusers",
     "CLIPTextModel": "transformers",
     "CLIPTextModelWithProjection": "transformers",
+    "CLIPVisionModelWithProjection": "transformers",
+    "ControlNetModel": "diffusers",
+    "DPTForDepthEstimation": "transformers",
+    "StableUnCLIPImageNormalizer": "diffusers",
 }
 """The classes with weights that the bundled architectures are made of, and their library."""
 
@@ -32,9 +39,14 @@ LIBRARIES = ("diffusers", "transformers")
 MOST_LAYERS = 200
 """More of anything that a configuration counts would only take time and memory: the largest
 published count is 32."""
-COUNTS = ("layers_per_block", "num_hidden_layers", "transformer_layers_per_block")
+COUNTS = ("depths", "layers_per_block", "num_hidden_layers", "transformer_layers_per_block")
 LARGEST = 1 << 20
 """No width, vocabulary or size is larger."""
+
+BACKBONES = ("bit",)
+"""What a configuration may name as the model inside: others would be loaded from a hub."""
+NOT_ASKED = {"architectures", "dtype", "id2label", "label2id", "torch_dtype", "transformers_version"}
+"""What transformers' configurations take and models are not made of."""
 
 
 class Unbuildable(ValueError):
@@ -87,7 +99,10 @@ def has_class(library: str, name: str) -> bool:
 
 @functools.cache
 def _class(library: str, name: str) -> Any:
-    found = getattr(importlib.import_module(library), name, None) if library in LIBRARIES else None
+    with quiet():
+        known = library in LIBRARIES
+        module = importlib.import_module(module_of(library, name)) if known else None
+        found = getattr(module, name, None)
     if not isinstance(found, type):
         raise Unbuildable(f"{library} has no class {name}")
     return found
@@ -98,18 +113,26 @@ def _defaults(library: str, name: str) -> dict[str, Any]:
     owner = _class(library, name)
     if library == "transformers" and hasattr(owner, "config_class"):
         owner = owner.config_class
+    elif kinds := getattr(owner, "valid_kwargs", None):  # of an image processor: in its attributes
+        return {key: getattr(owner, key, None) for key in kinds.__annotations__}
     parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]
     named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     return {
         p.name: list(p.default) if isinstance(p.default, tuple) else p.default
         for p in named
-        if p.name not in ("transformers_version", "architectures", "dtype", "torch_dtype")
+        if p.name not in NOT_ASKED
     }
 
 
 def _check_sizes(name: str, config: Mapping[str, Any]) -> None:
     """Refuses numbers that would make a class build for hours."""
     for key, value in config.items():
+        if isinstance(value, Mapping):
+            kind = value.get("model_type")
+            if key == "backbone_config" and kind not in BACKBONES:
+                raise Unbuildable(f"{key} of {name} is one of {str(kind)[:80]!r}, expected {BACKBONES[0]!r}")
+            _check_sizes(f"{key} of {name}", value)
+            continue
         limit = MOST_LAYERS if key in COUNTS else LARGEST
         flat = value if isinstance(value, list) else [value]
         flat = [n for item in flat for n in (item if isinstance(item, list) else [item])]
@@ -117,7 +140,7 @@ def _check_sizes(name: str, config: Mapping[str, Any]) -> None:
             raise Unbuildable(f"{key} of {name} is out of all reason: {str(value)[:80]}")
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def _expected(library: str, name: str, config: str) -> Expected:
     import torch
 

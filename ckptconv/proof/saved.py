@@ -17,25 +17,24 @@ from typing import Any
 
 from ..errors import FileRefused
 from ..files import read_json
+from ..maps.names import present_name
 from ..planning.plan import ASIDE, Slot
 from ..reading.folder import component_headers
 from ..reading.header import Header, header_from_json, read_header
-from ..writing.execute import DROPPED, INDEX, LAYOUT, RECORD
+from ..writing.execute import CONFIG_FILES, DROPPED, INDEX, LAYOUT, RECORD
 
-__all__ = ["CONFIG_FILES", "Part", "Saved", "read_saved"]
-
-CONFIG_FILES = {
-    "model": "config.json",
-    "scheduler": "scheduler_config.json",
-    "tokenizer": "tokenizer_config.json",
-}
-"""By kind of the component, the file that configures it."""
+__all__ = ["Part", "Saved", "read_saved"]
 
 FLAT = "embeddings.token_embedding.weight"
 """In a text encoder: its names lack the segment `text_model.`."""
 
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-OLD_ATTENTION_IN = ("encoder.mid_block.attentions.0.", "decoder.mid_block.attentions.0.")
+SINGLE = {
+    "AutoencoderKL": "vae",
+    "CLIPTextModel": "text_encoder",
+    "CLIPTextModelWithProjection": "text_encoder",
+    "ControlNetModel": "controlnet",
+}
+"""By class, the component that a folder without `model_index.json` is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +70,7 @@ class Saved:
         layout: the header of the source, as ckptconv noted it; None without it.
         aside: the tensors that ckptconv kept aside, by name.
         problems: what cannot be read outside the components.
+        single: name of the component whose files lie in the folder itself; empty for a whole model.
     """
 
     path: Path
@@ -81,6 +81,7 @@ class Saved:
     layout: Header | None
     aside: Mapping[str, Slot]
     problems: tuple[str, ...] = ()
+    single: str = ""
 
 
 def read_saved(path: str | Path, models: Iterable[str]) -> Saved:
@@ -108,10 +109,16 @@ def read_saved(path: str | Path, models: Iterable[str]) -> Saved:
     for name in models:  # a folder that lost its configuration
         if name not in parts and (path / name).is_dir():
             parts[name] = _part(path / name, headers, weights=True)
+    single = "" if parts else _single(path)
+    if single:
+        for kind, name in CONFIG_FILES.items():
+            if (path / name).exists():
+                part = single if kind == "model" else kind
+                parts[part] = _part(path, headers, weights=kind == "model", config=name)
     if not parts:
         raise FileRefused(
             f"{path}: holds no component of a diffusers model: no subfolder has a config.json",
-            hint="give the folder that holds model_index.json",
+            hint="give the folder that holds model_index.json, or that of one component",
         )
     aside: dict[str, Slot] = {}
     layout = None
@@ -125,21 +132,32 @@ def read_saved(path: str | Path, models: Iterable[str]) -> Saved:
     except FileRefused as error:
         problems += _sentences(error)
     record = _json(path / ASIDE / RECORD, problems) if (path / ASIDE / RECORD).exists() else None
-    return Saved(path, index, parts, headers, record or {}, layout, aside, tuple(problems))
+    found = tuple(problems)
+    return Saved(path, index, parts, headers, record or {}, layout, aside, found, single)
 
 
-def _part(folder: Path, headers: dict[str, Header], *, weights: bool) -> Part:
+def _single(path: Path) -> str:
+    """Returns the name of the component that a folder is; empty if it is none that is known."""
+    config = _json(path / CONFIG_FILES["model"], [])
+    said = (config or {}).get("_class_name") or (config or {}).get("architectures")
+    return SINGLE.get(str(said[0] if isinstance(said, list) and said else said), "")
+
+
+def _part(
+    folder: Path, headers: dict[str, Header], *, weights: bool, config: str | None = None
+) -> Part:
+    """Reads a component's folder; `config` names its configuration where it holds several."""
     problems: list[str] = []
-    names = [name for name in CONFIG_FILES.values() if (folder / name).exists()]
-    config = _json(folder / names[0], problems) if names else None
+    names = [n for n in CONFIG_FILES.values() if (folder / n).exists() and config in (None, n)]
+    values = _json(folder / names[0], problems) if names else None
     if not names:
         problems.append(f"{folder}: holds no {CONFIG_FILES['model']}")
     if not weights:
-        return Part(folder, config, problems=tuple(problems))
+        return Part(folder, values, problems=tuple(problems))
     try:
         found = component_headers(folder)
     except FileRefused as error:
-        return Part(folder, config, problems=(*problems, *_sentences(error)))
+        return Part(folder, values, problems=(*problems, *_sentences(error)))
     headers |= {str(header.path): header for header in found}
     stored: dict[str, Slot] = {}
     for header in found:
@@ -149,7 +167,7 @@ def _part(folder: Path, headers: dict[str, Header], *, weights: bool) -> Part:
     read = {header.path for header in found}
     return Part(
         folder,
-        config,
+        values,
         {_current(key, stored): slot for key, slot in stored.items()},
         tuple(problems),
         tuple(sorted(p.name for p in folder.glob("*.safetensors") if p not in read)),
@@ -165,11 +183,7 @@ def _current(key: str, stored: Mapping[str, Slot]) -> str:
     """Returns the name that a tensor has today."""
     if FLAT in stored and not key.startswith("text_projection."):
         return f"text_model.{key}"
-    if key.startswith(OLD_ATTENTION_IN):
-        place, _, leaf = key.rpartition(".")
-        before, _, name = place.rpartition(".")
-        return f"{before}.{OLD_ATTENTION.get(name, name)}.{leaf}"
-    return key
+    return present_name(key)
 
 
 def _json(path: Path, problems: list[str]) -> Mapping[str, Any] | None:

@@ -18,7 +18,10 @@ from ..configs.original_config import OriginalConfig, read_original_config
 from ..convert import Choices, configured, plan
 from ..errors import FileRefused, MapError
 from ..maps.architecture import bundled
-from ..planning.plan import ASIDE, EMA_OF, Plan, build_plan
+from ..maps.names import EMA_OF
+from ..planning.adapter import read_adapter
+from ..planning.plan import ASIDE, Plan, build_plan
+from ..reading.view import stored
 from ..writing.backwards import backwards, recorded_facts
 from ..writing.execute import LAYOUT, RECORD
 from .checks.config import check_config, check_index, class_said, same
@@ -79,7 +82,7 @@ def verify(
     with ThreadPoolExecutor(1) as pool:  # the bytes are read while torch is being imported
         running = pool.submit(read.run, progress)
         try:
-            if made and only is None:
+            if made and only is None and not saved.single:
                 index = model_index(made, built) | _own_schedulers(saved, built)
                 checks.append(check_index(index, saved.index, saved.parts.keys()))
             checks += _check_components(saved, made, built, only)
@@ -154,6 +157,12 @@ def _take_record(choices: Choices, record: Mapping[str, Any]) -> list[str]:
         if not choices.get(name):
             option = f"--{name.replace('_', '-')}"
             notes.append(f"{RECORD} says that {name} comes from {file}: give it with {option}")
+    given = [read_adapter(text) for text in choices.get("lora") or ()]
+    mine = [{"name": a.header.path.name, "scale": a.scale} for a in given]
+    noted = record.get("adapters")
+    if noted != mine and isinstance(noted, list) and noted:
+        merged = ", ".join(f"{_table(a).get('name')}:{_table(a).get('scale')}" for a in noted)
+        notes.append(f"{RECORD} says that {merged} was added: give it with --lora")
     return notes
 
 
@@ -222,7 +231,7 @@ def _record_problems(saved: Saved, made: Plan, read: Bytes) -> list[Problem]:
     header = made.detection.header
     if saved.layout:
         noted = {key: (info.dtype, info.shape) for key, info in saved.layout.tensors.items()}
-        actual = {key: (info.dtype, info.shape) for key, info in header.tensors.items()}
+        actual = {key: (info.dtype, info.shape) for key, info in stored(header).items()}
         for key in dict.fromkeys([*actual, *noted]):
             if noted.get(key) != actual.get(key):
                 found, want = _tensor(noted.get(key)), _tensor(actual.get(key))

@@ -8,7 +8,7 @@ from ..errors import FileRefused
 from ..files import read_json
 from .header import Header, read_header
 
-__all__ = ["component_headers"]
+__all__ = ["component_headers", "read_shards"]
 
 STEMS = ("diffusion_pytorch_model", "model")
 
@@ -47,10 +47,16 @@ def component_headers(folder: Path) -> tuple[Header, ...]:
         )
     if found[0].suffix == ".safetensors":
         return (read_header(found[0]),)
-    return _shards(found[0])
+    return read_shards(found[0])
 
 
-def _shards(index: Path) -> tuple[Header, ...]:
+def read_shards(index: Path) -> tuple[Header, ...]:
+    """Returns the headers of the files that an index names, which hold just what it says.
+
+    Raises:
+        FileRefused: they do not, or the index is malformed.
+        HeaderError: a file is missing or not well-formed.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileRefused(f"{index}: has no weight_map", hint="the index of the shards is damaged")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +105,7 @@ class Header:
         data_start: offset of the first byte after the header, in bytes.
         size: size of the whole file in bytes.
         notes: what the file holds beside tensors and metadata, as sentences.
+        origins: in a view (`ckptconv.reading.view`), by name, the file and the name in it.
     """
 
     path: Path
@@ -113,6 +114,11 @@ class Header:
     data_start: int
     size: int
     notes: tuple[str, ...] = ()
+    origins: Mapping[str, tuple[Header, str]] = field(default_factory=dict, repr=False)
+
+    def locate(self, key: str) -> tuple[Header, str]:
+        """Returns the header of the file that holds a tensor, and the name that it has there."""
+        return self.origins.get(key, (self, key))
 
 
 def read_header(path: str | Path) -> Header:

@@ -134,7 +134,10 @@ def _named_tensors(path: Path, content: object) -> tuple[dict[str, Tensor], list
 
     They are the entries of the saved dict, or of a dict in it under one of the usual names: of the
     one with most tensors. If none has any, every dict gives its own, with its name before theirs.
+    Those of a tuple have their numbers as names.
     """
+    if isinstance(content, tuple) and content and all(isinstance(t, Tensor) for t in content):
+        return {str(n): tensor for n, tensor in enumerate(content)}, []
     if not isinstance(content, Table):
         raise NotACheckpoint(
             f"{path}: the file holds {_kind(content)}, where a checkpoint is a dict of tensors",

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from ..errors import FileRefused
 from ..files import opened
 from .header import Header, read_header
+from .view import open_index
 
 __all__ = ["is_zip", "open_header"]
 
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+"""How the files of a checkpoint that lies in several are named."""
+
 
 def open_header(path: str | Path) -> Header:
-    """Reads the header of a safetensors file, or what serves as one in a PyTorch checkpoint.
+    """Reads the header of a safetensors file, or what serves as one in another kind of source.
 
     Args:
-        path: the file.
+        path: a safetensors file, a PyTorch checkpoint, or the index (`.safetensors.index.json`) of
+            a checkpoint that lies in several files.
 
     Raises:
-        FileRefused: the file cannot be read, or is neither; or as `read_pickled` says.
+        FileRefused: the file cannot be read, or is none of these; or as `read_pickled` says.
     """
     path = Path(path)
+    if path.name.endswith(".safetensors.index.json"):
+        return open_index(path)
+    if part := PART.fullmatch(path.name):
+        raise FileRefused(
+            f"{path}: is part {int(part[2])} of {int(part[3])} of a checkpoint",
+            hint=f"give the index of the parts, {part[1]}.safetensors.index.json",
+        )
     with opened(path) as (file, _):
         beginning = file.read(9)
     if not is_zip(beginning):

@@ -10,9 +10,11 @@ from typing import Any
 
 from ..configs.config import class_of, configs
 from ..detect import Detection
-from ..planning.plan import EMA_PREFIX, Plan, build_plan
+from ..maps.names import EMA_PREFIX
+from ..planning.plan import Plan, build_plan
 from ..reading.header import Header
 from ..reading.source import is_zip
+from ..reading.view import files_of
 
 __all__ = ["hashes", "inspection", "plan_rows"]
 
@@ -119,8 +121,11 @@ def hashes(header: Header) -> dict[str, str]:
     """Returns the hashes that users know, from one pass over the file.
 
     `sha256` of the whole file, its first ten digits (`short`), and, of a safetensors file,
-    `sshs_model_hash`, the SHA-256 of what follows the header, as training tools write it.
+    `sshs_model_hash`, the SHA-256 of what follows the header, as training tools write it. None of
+    a checkpoint that lies in several files.
     """
+    if len(files_of(header)) > 1:
+        return {}
     whole, data = hashlib.sha256(), hashlib.sha256()
     with Path(header.path).open("rb") as file:
         pickled = is_zip(file.read(9))

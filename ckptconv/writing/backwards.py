@@ -56,25 +56,37 @@ def backwards(saved: Saved, maps: KeyMaps) -> Backwards:
         NotACheckpoint: the folder holds no weights of a UNet, which is what tells architectures
             apart.
     """
-    if "unet" not in saved.parts or not saved.parts["unet"].tensors:
-        problems = saved.parts["unet"].problems if "unet" in saved.parts else ()
+    part = saved.parts.get(saved.single or "unet")
+    if part is None or not part.tensors:
         raise NotACheckpoint(
             f"{saved.path}: which architecture this is cannot be told: it holds no UNet",
-            problems=problems or ("there is no folder unet with weights",),
-            hint="give a whole folder; one component alone can be verified against its FILE",
+            problems=(part.problems if part else ()) or ("there is no folder unet with weights",),
+            hint="give a whole folder; one component of it can be verified against its FILE",
         )
     decided = recorded_facts(saved.record)
     read = [
-        _read(architecture, saved, maps, decided) for architecture in maps.architectures.values()
+        _read(architecture, saved, maps, decided)
+        for architecture in maps.architectures.values()
+        if architecture.single == saved.single
     ]
+    if not read:
+        raise NotACheckpoint(
+            f"{saved.path}: no known architecture is a {saved.single} alone",
+            hint="`ckptconv architectures` lists what is known",
+        )
     return max(
         read,
         key=lambda b: (
-            b.detection.architecture is b.architecture,
+            _is(b.detection, b.architecture),
+            _remembered(b.steps, saved),
             len(b.steps),
             -min(len(v.failing) for v in b.detection.verdicts),
         ),
     )
+
+
+def _is(detection: Detection, architecture: Architecture) -> bool:
+    return detection.architecture is not None and detection.architecture.name == architecture.name
 
 
 def recorded_facts(record: Mapping[str, Any]) -> dict[str, Fact]:
@@ -194,6 +206,6 @@ def _metadata(saved: Saved) -> dict[str, str]:
 
 
 def _carried(saved: Saved) -> Iterator[tuple[str, str]]:
-    for slot in saved.parts["unet"].tensors.values():
+    for slot in saved.parts[saved.single or "unet"].tensors.values():
         yield from saved.headers[slot.place].metadata.items()
         return

@@ -1,4 +1,4 @@
-"""Casts raw elements from one dtype to another: all but F32 to F16 with torch."""
+"""Casts raw elements from one dtype to another: all but F32 to F16 and back with torch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def cast(data: bytearray, source: str, target: str) -> tuple[memoryview, int]:
+def cast(data: bytearray | memoryview, source: str, target: str) -> tuple[memoryview, int]:
     """Casts elements, rounding to the nearest value, ties to even.
 
     torch casts F64 to 16 bits by way of F32, so that a value can be rounded twice.
@@ -65,6 +65,8 @@ def cast(data: bytearray, source: str, target: str) -> tuple[memoryview, int]:
     """
     if (source, target) == ("F32", "F16"):
         return _halved(data)
+    if (source, target) == ("F16", "F32"):
+        return _doubled(data), 0
     import torch
 
     before = torch.frombuffer(data, dtype=torch_dtype(source))
@@ -72,7 +74,7 @@ def cast(data: bytearray, source: str, target: str) -> tuple[memoryview, int]:
     return memoryview(after.view(torch.uint8).numpy().data), _overflows(before, after)
 
 
-def _halved(data: bytearray) -> tuple[memoryview, int]:
+def _halved(data: bytearray | memoryview) -> tuple[memoryview, int]:
     """Casts F32 to F16 with numpy: the commonest cast, and importing torch would take longer."""
     import numpy as np
 
@@ -86,10 +88,19 @@ def _halved(data: bytearray) -> tuple[memoryview, int]:
     return memoryview(after.view(np.uint8).data), overflows
 
 
+def _doubled(data: bytearray | memoryview) -> memoryview:
+    """Casts F16 to F32, which holds every value of F16, with numpy as well."""
+    import numpy as np
+
+    return memoryview(np.frombuffer(data, dtype="<f2").astype("<f4").view(np.uint8).data)
+
+
 def _overflows(before: torch.Tensor, after: torch.Tensor) -> int:
     """Counts the values that were finite and are infinite now."""
     import torch
 
+    if not before.is_floating_point():
+        return 0
     limit = torch.finfo(after.dtype).max
     if torch.finfo(before.dtype).max <= limit or not before.numel():
         return 0

@@ -26,13 +26,22 @@ from ..errors import OutputError, UsageError
 from ..maps.architecture import Component
 from ..planning.plan import ASIDE, Plan, Slot
 from ..reading.header import Header
-from .stream import WeightFile, lay_out, pieces, write
+from ..reading.view import stored
+from .pieces import pieces
+from .stream import WeightFile, lay_out, write
 
 __all__ = ["Layout", "Report", "execute", "layout_text", "parse_size", "sibling"]
 
 INDEX = "model_index.json"
 RECORD = "source.json"
 DROPPED = "dropped.safetensors"
+CONFIG_FILES = {
+    "model": "config.json",
+    "scheduler": "scheduler_config.json",
+    "processor": "preprocessor_config.json",
+    "tokenizer": "tokenizer_config.json",
+}
+"""By kind of the component, the file that configures it."""
 LAYOUT = "layout.json"
 """The header of the source, in the form of `key_maps/*/layout.json`: for the way back."""
 
@@ -130,39 +139,43 @@ def execute(
     started = time.monotonic()
     check_destination(out, plan, overwrite=overwrite)
     components = [c.component for n, c in built.items() if only is None or n in only]
+    single = plan.detection.require()[0].single
+
+    def home(component: Component) -> Path:
+        return Path() if single else Path(component.name)
+
     metadata = {"format": "pt"} | {
         k: v for k, v in plan.detection.header.metadata.items() if k != "format"
     }
     with sibling(out) as partial:
-        files: list[WeightFile] = []
+        files: list[tuple[str, WeightFile]] = []
         texts: dict[str, str] = {}
         targets: dict[tuple[str, str], tuple[Path, Any]] = {}
         for component in components:
             if component.kind == "model" and layout.weights:
                 slots = list(plan.tensors(component.name).values())
-                made, index = _weight_files(component, slots, layout, metadata)
-                files += made
+                made, index = _weight_files(component, slots, layout, metadata, home)
+                files += [(component.name, file) for file in made]
                 texts |= index
         kept = plan.tensors(ASIDE)
         if kept and layout.weights:
-            files.append(lay_out(Path(ASIDE, DROPPED), kept.values(), {"format": "pt"}))
-        for file in files:
-            place = file.path.parent.name
+            files.append((ASIDE, lay_out(Path(ASIDE, DROPPED), kept.values(), {"format": "pt"})))
+        for place, file in files:
             targets |= {(place, k): (partial / file.path, info) for k, info in file.tensors.items()}
         for component in components:
-            texts |= _config_files(built[component.name])
+            texts |= _config_files(built[component.name], home)
         texts[f"{ASIDE}/{RECORD}"] = _json(record)
         texts[f"{ASIDE}/{LAYOUT}"] = layout_text(plan.detection.header)
-        if only is None:  # the last to be written, since a folder with it loads
+        if only is None and not single:  # the last to be written, since a folder with it loads
             texts[INDEX] = _json(model_index(plan, built))
-        need = sum(file.size for file in files) + sum(len(t.encode()) for t in texts.values())
+        need = sum(file.size for _, file in files) + sum(len(t.encode()) for t in texts.values())
         check_room(out, need)
-        for folder in {Path(name).parent for name in [*texts, *(str(f.path) for f in files)]}:
+        for folder in {Path(name).parent for name in [*texts, *(str(f.path) for _, f in files)]}:
             (partial / folder).mkdir(exist_ok=True)
         done = Total(need, progress)
         steps = [s for s in plan.steps if any((t.place, t.key) in targets for t in s.targets)]
         warnings = write(
-            [WeightFile(partial / f.path, f.beginning, f.tensors) for f in files],
+            [WeightFile(partial / f.path, f.beginning, f.tensors) for _, f in files],
             pieces(steps, plan.headers, targets),
             done.add,
         )
@@ -170,7 +183,7 @@ def execute(
             (partial / name).write_text(text, encoding="utf-8")
         done.add(need - done.total)
         _put(partial, out)
-    sizes = {str(file.path): file.size for file in files}
+    sizes = {str(file.path): file.size for _, file in files}
     sizes |= {name: len(text.encode()) for name, text in texts.items()}
     return Report(
         out, plan, built, dict(sorted(sizes.items())), tuple(warnings), time.monotonic() - started
@@ -275,7 +288,11 @@ class Total:
 
 
 def _weight_files(
-    component: Component, slots: list[Slot], layout: Layout, metadata: Mapping[str, str]
+    component: Component,
+    slots: list[Slot],
+    layout: Layout,
+    metadata: Mapping[str, str],
+    home: Callable[[Component], Path],
 ) -> tuple[list[WeightFile], dict[str, str]]:
     """Returns a component's weight files, and the index file if there are several."""
     shards: list[list[Slot]] = [[]]
@@ -290,7 +307,7 @@ def _weight_files(
         room -= nbytes
     stem = component.weights
     dotted = f".{layout.variant}" if layout.variant else ""
-    folder = Path(component.name)
+    folder = home(component)
     if len(shards) == 1:
         return [lay_out(folder / f"{stem}{dotted}.safetensors", slots, metadata)], {}
     files = []
@@ -301,22 +318,21 @@ def _weight_files(
         weight_map |= {slot.key: name for slot in shard}
     total = sum(info.nbytes for info in whole.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    return files, {f"{component.name}/{stem}.safetensors.index{dotted}.json": _json(index)}
+    return files, {str(folder / f"{stem}.safetensors.index{dotted}.json"): _json(index)}
 
 
-def _config_files(config: Config) -> dict[str, str]:
-    name = config.component.name
-    if config.component.kind == "tokenizer":
-        return {f"{name}/{file}": text for file, text in tokenizer_files(config.values).items()}
-    file = "scheduler_config.json" if config.component.kind == "scheduler" else "config.json"
-    return {f"{name}/{file}": _json(versioned(config))}
+def _config_files(config: Config, home: Callable[[Component], Path]) -> dict[str, str]:
+    folder, kind = home(config.component), config.component.kind
+    if kind == "tokenizer":
+        return {str(folder / f): text for f, text in tokenizer_files(config.values).items()}
+    return {str(folder / CONFIG_FILES[kind]): _json(versioned(config))}
 
 
 def layout_text(header: Header) -> str:
     """Returns a header in the form of `key_maps/*/layout.json`: one tensor a line, no offsets."""
     lines = (
         f"  {json.dumps(key)}: {json.dumps([info.dtype, info.shape])}"
-        for key, info in header.tensors.items()
+        for key, info in stored(header).items()
     )
     metadata = json.dumps(dict(header.metadata))
     return f'{{"metadata": {metadata},\n "tensors": {{\n' + ",\n".join(lines) + "\n}}\n"

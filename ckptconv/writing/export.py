@@ -23,7 +23,8 @@ from ..proof.saved import Saved, read_saved
 from ..reading.header import FLOATS, Header, encode_header
 from .backwards import Backwards, backwards, recorded_facts
 from .execute import Total, check_room, sibling
-from .stream import WeightFile, lay_out, pieces, write
+from .pieces import pieces
+from .stream import WeightFile, lay_out, write
 
 __all__ = ["Exported", "export"]
 
@@ -112,7 +113,8 @@ def export(
     notes = _require_whole(way, saved)
     steps = [_cast(step, way.architecture, dtype) for step in way.steps]
     slots = {step.targets[0].key: step.targets[0] for step in steps}
-    as_source = _is_layout(slots, saved.layout)
+    added = _adapters(saved)
+    as_source = _is_layout(slots, saved.layout) and not added
     said, hints = _metadata(saved, way, maps, keep_hashes=as_source)
     file = _lay_out(out, slots, saved.layout if as_source else None, said | (dict(metadata or {})))
     done = Total(file.size, progress)
@@ -133,7 +135,7 @@ def export(
         tuple(s.targets[0].key for s in steps if s.sources[0].place in aside),
         _lost(saved, way, slots),
         as_source,
-        (*notes, *hints, *way.detection.notes, *warnings),
+        (*notes, *added, *hints, *way.detection.notes, *warnings),
         time.monotonic() - started,
     )
 
@@ -195,6 +197,15 @@ def _cast(step: Step, architecture: Architecture, dtype: str | None) -> Step:
     if dtype is None or target.dtype not in FLOATS or not target.key.startswith(prefixes):
         return step
     return replace(step, targets=(replace(target, dtype=DTYPES[dtype]),))
+
+
+def _adapters(saved: Saved) -> list[str]:
+    """Returns a sentence if the conversion added adapters: the source does not come back."""
+    noted = saved.record.get("adapters")
+    if not isinstance(noted, list) or not noted:
+        return []
+    names = ", ".join(str(entry.get("name")) for entry in noted if isinstance(entry, dict))
+    return [f"the weights are those of the source with {names} added, which stays in them"]
 
 
 def _is_layout(slots: Mapping[str, Slot], layout: Header | None) -> bool:

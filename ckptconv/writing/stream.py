@@ -1,8 +1,7 @@
 """Moves tensors from file to file without holding one in memory.
 
-A step lays the elements of its sources, in order, over its targets. Where the dtype stays, that is
-a copy of byte ranges; neighbouring ranges become one copy. A cast goes through small chunks. Only a
-transposition holds a whole tensor, one matrix at a time.
+A copy of byte ranges passes through a small buffer. A cast goes through small chunks. Only a
+transposition and a change of the values hold a whole tensor, one for each thread.
 """
 
 from __future__ import annotations
@@ -16,19 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileRefused
-from ..planning.plan import Slot, Step
-from ..reading.header import DTYPE_BITS, Header, TensorInfo, encode_header
+from ..planning.step import Slot
+from ..reading.header import DTYPE_BITS, TensorInfo, encode_header
+from .merge import merged
+from .pieces import Piece, joined
 
 __all__ = [
     "Files",
-    "Piece",
     "WeightFile",
-    "joined",
+    "converted",
     "lay_out",
-    "pieces",
     "read_exactly",
     "refuse_short",
-    "transposed_bytes",
     "write",
 ]
 
@@ -61,35 +59,6 @@ class WeightFile:
         return max([len(self.beginning), *(info.end for info in self.tensors.values())])
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Elements that lie together in one source and one target.
-
-    Attributes:
-        source: path and offset in bytes of the first element.
-        target: likewise.
-        count: number of elements.
-        dtypes: of the source and of the target, as safetensors writes them.
-        transposed: shape of the source if it is to be transposed; then the piece is the tensor.
-    """
-
-    source: tuple[Path, int]
-    target: tuple[Path, int]
-    count: int
-    dtypes: tuple[str, str]
-    transposed: tuple[int, ...] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the target in bytes."""
-        return _nbytes(self.count, self.dtypes[1])
-
-    @property
-    def is_copy(self) -> bool:
-        """Whether the bytes stay as they are."""
-        return self.dtypes[0] == self.dtypes[1] and self.transposed is None
-
-
 def lay_out(path: Path, slots: Iterable[Slot], metadata: Mapping[str, str]) -> WeightFile:
     """Plans a file for some tensors.
 
@@ -99,62 +68,6 @@ def lay_out(path: Path, slots: Iterable[Slot], metadata: Mapping[str, str]) -> W
     ordered = sorted(slots, key=lambda slot: -DTYPE_BITS[slot.dtype])
     beginning, tensors = encode_header([(s.key, s.dtype, s.shape) for s in ordered], metadata)
     return WeightFile(path, beginning, tensors)
-
-
-def pieces(
-    steps: Iterable[Step],
-    sources: Mapping[str, Header],
-    targets: Mapping[tuple[str, str], tuple[Path, TensorInfo]],
-) -> Iterator[Piece]:
-    """Yields what to move for some steps.
-
-    Args:
-        steps: to run; those without targets give nothing.
-        sources: the headers, by the `place` of the sources.
-        targets: path and offsets of each target, by its `place` and key.
-    """
-    for step in steps:
-        if not step.targets:
-            continue
-        froms = [(sources[s.place].path, sources[s.place].tensors[s.key]) for s in step.sources]
-        tos = [targets[t.place, t.key] for t in step.targets]
-        if step.op.keeps_order:
-            yield from _matched(froms, tos)
-        else:
-            ((path, info),), ((to_path, to_info),) = froms, tos
-            if info.numel == 0:
-                continue
-            yield Piece(
-                (path, info.start),
-                (to_path, to_info.start),
-                info.numel,
-                (info.dtype, to_info.dtype),
-                info.shape,
-            )
-
-
-def _matched(
-    froms: Sequence[tuple[Path, TensorInfo]], tos: Sequence[tuple[Path, TensorInfo]]
-) -> Iterator[Piece]:
-    """Walks along sources and targets, and cuts where either of them ends."""
-    waiting = iter(tos)
-    path, info = next(waiting)
-    done = 0
-    for from_path, from_info in froms:
-        taken = 0
-        while taken < from_info.numel:
-            while done == info.numel:
-                path, info = next(waiting)
-                done = 0
-            count = min(from_info.numel - taken, info.numel - done)
-            yield Piece(
-                (from_path, from_info.start + _nbytes(taken, from_info.dtype)),
-                (path, info.start + _nbytes(done, info.dtype)),
-                count,
-                (from_info.dtype, info.dtype),
-            )
-            taken += count
-            done += count
 
 
 def write(
@@ -195,7 +108,8 @@ def write(
 
         try:
             for piece in joined(todo):
-                jobs += [(part, pool.submit(run, part)) for part in _cut(piece)]
+                count = CHUNK * 8 // DTYPE_BITS[piece.dtypes[0]] if piece.is_copy else CAST_CHUNK
+                jobs += [(part, pool.submit(run, part)) for part in piece.cut(count)]
             overflows = [(part.target, count) for part, job in jobs if (count := job.result())]
         except BaseException:
             stop.set()
@@ -262,66 +176,53 @@ def _reserve(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)
 
 
-def _nbytes(count: int, dtype: str) -> int:
-    return count * DTYPE_BITS[dtype] // 8
-
-
-def joined(todo: Iterable[Piece]) -> Iterator[Piece]:
-    """Joins copies that follow each other in the source and in the target."""
-    last: Piece | None = None
-    for piece in todo:
-        if (
-            last
-            and last.is_copy
-            and piece.is_copy
-            and last.dtypes == piece.dtypes
-            and piece.source == (last.source[0], last.source[1] + last.nbytes)
-            and piece.target == (last.target[0], last.target[1] + last.nbytes)
-        ):
-            last = Piece(last.source, last.target, last.count + piece.count, last.dtypes)
-            continue
-        if last:
-            yield last
-        last = piece
-    if last:
-        yield last
-
-
-def _cut(piece: Piece) -> Iterator[Piece]:
-    """Cuts a piece so that no part is larger than a chunk; a transposition stays whole."""
-    if piece.transposed is not None:
-        yield piece
-        return
-    step = CHUNK * 8 // DTYPE_BITS[piece.dtypes[0]] if piece.is_copy else CAST_CHUNK
-    for start in range(0, piece.count, step):
-        yield Piece(
-            (piece.source[0], piece.source[1] + _nbytes(start, piece.dtypes[0])),
-            (piece.target[0], piece.target[1] + _nbytes(start, piece.dtypes[1])),
-            min(step, piece.count - start),
-            piece.dtypes,
-        )
-
-
 def _move(piece: Piece, files: Files, progress: Callable[[int], None]) -> int:
     """Moves one piece; returns how many values became infinite."""
-    source, target = files.source(piece.source[0]), files.target(piece.target[0])
+    target = files.target(piece.target[0])
     if piece.is_copy:
-        _copy(source, piece.source, target, piece.target[1], piece.nbytes)
+        _copy(files.source(piece.source[0]), piece.source, target, piece.target[1], piece.nbytes)
         progress(piece.nbytes)
         return 0
-    data = read_exactly(source, piece.source, _nbytes(piece.count, piece.dtypes[0]))
-    if piece.transposed is not None:
-        data = transposed_bytes(data, piece.transposed)
-    view, overflows = memoryview(data), 0
-    if piece.dtypes[0] != piece.dtypes[1]:
-        from .cast import cast
-
-        view, overflows = cast(data, *piece.dtypes)
+    view, overflows = converted(piece, files)
     done = 0
     while done < len(view):
         done += os.pwrite(target, view[done:], piece.target[1] + done)
     progress(piece.nbytes)
     return overflows
+
+
+def converted(piece: Piece, files: Files) -> tuple[memoryview, int]:
+    """Reads a piece, and does to it all that is to be done.
+
+    Returns:
+        The bytes of the target, and how many finite values became infinite.
+
+    Raises:
+        FileRefused: a source became shorter meanwhile, cannot be read any more, or says to add what
+            is not finite.
+    """
+
+    def read(path: Path, start: int, nbytes: int) -> bytearray:
+        return read_exactly(files.source(path), (path, start), nbytes)
+
+    dtype, wanted = piece.dtypes
+    data = read(*piece.source, piece.count * DTYPE_BITS[dtype] // 8)
+    if piece.transposed is not None:
+        data = _transposed(data, piece.transposed)
+    view = memoryview(data)
+    if piece.patches:
+        view, dtype = merged(
+            data,
+            dtype,
+            piece.shape,
+            piece.patches,
+            lambda path, info: read(path, info.start, info.nbytes),
+        )
+    if dtype == wanted:
+        return view, 0
+    from .cast import cast
+
+    return cast(view, dtype, wanted)
 
 
 def _copy(source: int, start: tuple[Path, int], target: int, offset: int, nbytes: int) -> None:
@@ -366,7 +267,7 @@ def refuse_short(path: Path) -> None:
     )
 
 
-def transposed_bytes(data: bytearray, shape: tuple[int, ...]) -> bytearray:
+def _transposed(data: bytearray, shape: tuple[int, ...]) -> bytearray:
     """Returns the bytes of a matrix, transposed.
 
     Args:

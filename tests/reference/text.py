@@ -1,4 +1,4 @@
-"""The two text encoders in their original layouts, in plain torch.
+"""The text encoders in their original layouts, in plain torch.
 
 ``ClipText`` is CLIP-L as SD 1 and SDXL hold it; its keys are those that follow
 ``cond_stage_model.transformer.`` (``text_model.`` included). ``OpenClipText`` is the OpenCLIP text
@@ -9,7 +9,7 @@ tower of SD 2, SDXL and the refiner; its keys are those that follow ``cond_stage
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class TextConfig:
     Attributes:
         width: Width of the hidden states; a head is 64 wide.
         layers: Number of transformer layers.
-        activation: Activation of the feed-forward; OpenCLIP's is always ``gelu``.
+        activation: Activation of the feed-forward: OpenAI's ``quick_gelu`` or OpenCLIP's ``gelu``.
         projection: Width of the pooled output (OpenCLIP only).
         vocabulary: Number of token ids.
         positions: Longest prompt.
@@ -40,6 +40,11 @@ class TextConfig:
     def heads(self) -> int:
         """Number of attention heads."""
         return self.width // 64
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees no later one."""
+        return True
 
 
 class ClipOutput(NamedTuple):
@@ -103,6 +108,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
     return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
 
 
+def table(rows: int, width: int) -> nn.Embedding:
+    """Return an embedding of zeros: torch's own start is slow, and ``randomise`` replaces it.
+
+    Args:
+        rows: Number of ids.
+        width: Width of a row.
+    """
+    return nn.Embedding(rows, width, _weight=torch.zeros(rows, width))
+
+
 class ClipAttention(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -148,8 +163,8 @@ class ClipEmbeddings(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocabulary, config.width)
-        self.position_embedding = nn.Embedding(config.positions, config.width)
+        self.token_embedding = table(config.vocabulary, config.width)
+        self.position_embedding = table(config.positions, config.width)
         self.register_buffer("position_ids", torch.arange(config.positions)[None])
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -207,12 +222,36 @@ class ClipText(nn.Module):
         return out
 
 
+class TowerConfig(Protocol):
+    """What the layers of a tower need to know, be it one for text or one for images."""
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+
+    @property
+    def heads(self) -> int:
+        """Number of attention heads."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees no later one."""
+
+    @property
+    def activation(self) -> str:
+        """A key of ``ACTIVATIONS``."""
+
+
 class OpenClipAttention(nn.Module):
     """Attention whose q, k and v are one matrix, stacked by rows in this order."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TowerConfig) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.heads, self.causal = config.heads, config.causal
         self.in_proj_weight = nn.Parameter(torch.randn(3 * config.width, config.width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * config.width))
         self.out_proj = nn.Linear(config.width, config.width)
@@ -220,23 +259,24 @@ class OpenClipAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = functional.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.chunk(3, dim=-1)
-        out: Tensor = self.out_proj(attention(q, k, v, self.heads, causal=True))
+        out: Tensor = self.out_proj(attention(q, k, v, self.heads, self.causal))
         return out
 
 
 class OpenClipMlp(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TowerConfig) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
         self.c_fc = nn.Linear(config.width, 4 * config.width)
         self.c_proj = nn.Linear(4 * config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.c_proj(functional.gelu(self.c_fc(x)))
+        out: Tensor = self.c_proj(self.activation(self.c_fc(x)))
         return out
 
 
 class OpenClipLayer(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.width, eps=1e-5)
         self.attn = OpenClipAttention(config)
@@ -250,7 +290,7 @@ class OpenClipLayer(nn.Module):
 
 
 class OpenClipTransformer(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(OpenClipLayer(config) for _ in range(config.layers))
 
@@ -263,23 +303,21 @@ class OpenClipTransformer(nn.Module):
 
 
 class OpenClipText(nn.Module):
-    """OpenCLIP's text tower.
+    """The text tower of OpenCLIP and, with ``quick_gelu``, of OpenAI's own CLIP code.
 
     Args:
-        config: The hyper-parameters; ``activation`` must be ``gelu``.
+        config: The hyper-parameters.
     """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        if config.activation != "gelu":
-            raise ValueError("OpenCLIP towers use the exact gelu")
         self.config = config
         self.positional_embedding = nn.Parameter(torch.randn(config.positions, config.width))
         # Used as x @ P, so [width, projection]: the transpose of a linear layer's weight.
         self.text_projection = nn.Parameter(torch.randn(config.width, config.projection))
         self.logit_scale = nn.Parameter(torch.zeros(()))  # only for CLIP's loss
         self.transformer = OpenClipTransformer(config)
-        self.token_embedding = nn.Embedding(config.vocabulary, config.width)
+        self.token_embedding = table(config.vocabulary, config.width)
         self.ln_final = nn.LayerNorm(config.width, eps=1e-5)
 
     def forward(self, ids: Tensor) -> OpenClipOutput:
@@ -308,3 +346,4 @@ OPENCLIP_BIGG = TextConfig(width=1280, layers=32, activation="gelu", projection=
 # projection stays square: a forgotten transpose must be caught by values, not by shapes.
 TINY_CLIP = replace(CLIP_L, width=128, layers=3, projection=128)
 TINY_OPENCLIP = replace(OPENCLIP_H, width=192, layers=3, projection=192)
+TINY_X4_OPENCLIP = replace(TINY_OPENCLIP, width=256, projection=256)

@@ -6,7 +6,6 @@ something.
 """
 
 import math
-from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.reference.text import attention
+from tests.reference.layers import ResBlock, SpatialTransformer, downsample, upsample
+from tests.reference.text import table
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -24,7 +24,8 @@ class UNetConfig:
     """Hyper-parameters of a UNet; the defaults are those of SD 1.5.
 
     Attributes:
-        in_channels: Channels of the noisy input (9 for in-painting, 8 for instruct-pix2pix).
+        in_channels: Channels of the noisy input (9 for in-painting, 8 for instruct-pix2pix, 5 with
+            a depth map, 7 with the small image of the upscaler).
         out_channels: Channels of the prediction.
         model_channels: Width of the first level. GroupNorm has 32 groups; at width 32 a group is
             one channel, which hides the time embedding and every bias in front of a norm.
@@ -39,7 +40,10 @@ class UNetConfig:
         num_heads: Heads at every level, or None where ``head_dim`` rules.
         head_dim: Width of a head where ``num_heads`` is None.
         linear_proj: Whether ``proj_in`` and ``proj_out`` are linear; 1x1 convolutions otherwise.
+        cross_only: Levels, 0 the shallowest, without self-attention: both attentions of a block
+            look at the text. The middle always has self-attention.
         adm_channels: Width of the vector behind ``label_emb``, or None.
+        noise_levels: Number of noise levels where ``label_emb`` is a table of them, or None.
         cond_proj_dim: Width of the guidance embedding (LCM), or None.
     """
 
@@ -55,13 +59,17 @@ class UNetConfig:
     num_heads: int | None = 8
     head_dim: int = 64
     linear_proj: bool = False
+    cross_only: tuple[int, ...] = ()
     adm_channels: int | None = None
+    noise_levels: int | None = None
     cond_proj_dim: int | None = None
 
     def __post_init__(self) -> None:
         blocks = [len(level) + 1 for level in self.input_depth]
         if [len(level) for level in reversed(self.output_depth)] != blocks:
             raise ValueError("an output level has one block more than its input level")
+        if self.adm_channels is not None and self.noise_levels is not None:
+            raise ValueError("label_emb takes a vector or a noise level, not both")
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -80,126 +88,19 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-class Attention(nn.Module):
-    """Attention of ``x`` over ``source``; no bias in q, k, v."""
+def run(block: nn.Module, h: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    """Apply the layers of a block, each to what it takes.
 
-    def __init__(self, dim: int, context_dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(context_dim, dim, bias=False)
-        self.to_v = nn.Linear(context_dim, dim, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim), nn.Identity())
+    Args:
+        block: One of ``input_blocks``, ``output_blocks`` or the middle: a Sequential.
+        h: Feature map, shape [B, C, H, W].
+        emb: Time embedding, shape [B, 4 * model_channels].
+        context: Text embedding, shape [B, T, context_dim].
 
-    def forward(self, x: Tensor, source: Tensor) -> Tensor:
-        q, k, v = self.to_q(x), self.to_k(source), self.to_v(source)
-        out: Tensor = self.to_out(attention(q, k, v, self.heads))
-        return out
-
-
-class GEGLU(nn.Module):
-    """Linear layer whose second half gates the first through an exact GELU."""
-
-    def __init__(self, dim: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, 2 * inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        out: Tensor = value * functional.gelu(gate)
-        return out
-
-
-def feed_forward(dim: int) -> nn.Sequential:
-    # The Identity stands where dropout stood, so that the last layer is number 2.
-    net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
-    return nn.Sequential(OrderedDict(net=net))
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each normed before and residual."""
-
-    def __init__(self, dim: int, context_dim: int, heads: int) -> None:
-        super().__init__()
-        self.attn1 = Attention(dim, dim, heads)
-        self.ff = feed_forward(dim)
-        self.attn2 = Attention(dim, context_dim, heads)
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        h = self.norm1(x)
-        x = x + self.attn1(h, h)
-        x = x + self.attn2(self.norm2(x), context)
-        out: Tensor = x + self.ff(self.norm3(x))
-        return out
-
-
-class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map."""
-
-    def __init__(self, channels: int, depth: int, config: UNetConfig) -> None:
-        super().__init__()
-        heads = config.num_heads or channels // config.head_dim
-        self.linear = config.linear_proj
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
-        self.proj_in = self._projection(channels)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, config.context_dim, heads) for _ in range(depth)
-        )
-        self.proj_out = self._projection(channels)
-
-    def _projection(self, channels: int) -> nn.Module:
-        return nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
-
-    def _project(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Apply a layer of either storage to a feature map [B, C, H, W]."""
-        out: Tensor = layer(x.movedim(1, -1)).movedim(-1, 1) if self.linear else layer(x)
-        return out
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        h = self._project(self.proj_in, self.norm(x)).flatten(2).transpose(1, 2)
-        for block in self.transformer_blocks:
-            h = block(h, context)
-        return x + self._project(self.proj_out, h.transpose(1, 2).reshape(x.shape))
-
-
-class ResBlock(nn.Module):
-    """Two convolutions with the time embedding added between them."""
-
-    def __init__(self, channels: int, out_channels: int, time_dim: int) -> None:
-        super().__init__()
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, channels, eps=1e-5),
-            nn.SiLU(),
-            nn.Conv2d(channels, out_channels, 3, padding=1),
-        )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_dim, out_channels))
-        self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, out_channels, eps=1e-5),
-            nn.SiLU(),
-            nn.Identity(),  # dropout's place
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
-        )
-        same = channels == out_channels
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
-        out: Tensor = self.skip_connection(x) + self.out_layers(h)
-        return out
-
-
-def downsample(channels: int) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(op=nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
-
-
-def upsample(channels: int) -> nn.Sequential:
-    conv = nn.Conv2d(channels, channels, 3, padding=1)
-    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=conv))
-
-
-def _run(block: nn.Sequential, h: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-    for layer in block:
+    Returns:
+        Feature map, shape [B, C', H', W'].
+    """
+    for layer in block.children():
         if isinstance(layer, ResBlock):
             h = layer(h, emb)
         elif isinstance(layer, SpatialTransformer):
@@ -209,8 +110,8 @@ def _run(block: nn.Sequential, h: Tensor, emb: Tensor, context: Tensor) -> Tenso
     return h
 
 
-class UNet(nn.Module):
-    """The original UNet.
+class Trunk(nn.Module):
+    """What UNet and ControlNet have in common: the embedding, the input side and the middle.
 
     Args:
         config: The hyper-parameters.
@@ -228,29 +129,86 @@ class UNet(nn.Module):
             self.time_embed["cond_proj"] = nn.Linear(config.cond_proj_dim, width, bias=False)
         if config.adm_channels is not None:
             linears = nn.Linear(config.adm_channels, time_dim), nn.Linear(time_dim, time_dim)
-            self.label_emb = nn.Sequential(nn.Sequential(linears[0], nn.SiLU(), linears[1]))
+            self.label_emb: nn.Module = nn.Sequential(
+                nn.Sequential(linears[0], nn.SiLU(), linears[1])
+            )
+        elif config.noise_levels is not None:
+            self.label_emb = table(config.noise_levels, time_dim)
 
-        channels, skips = width, [width]
+        channels, self.skips = width, [width]
         first = nn.Conv2d(config.in_channels, width, 3, padding=1)
         self.input_blocks = nn.ModuleList([nn.Sequential(first)])
         for level, depths in enumerate(config.input_depth):
             for depth in depths:
                 out = width * config.channel_mult[level]
-                self.input_blocks.append(nn.Sequential(*self._block(channels, out, depth)))
+                self.input_blocks.append(nn.Sequential(*self._block(channels, out, depth, level)))
                 channels = out
-                skips.append(channels)
+                self.skips.append(channels)
             if level < len(config.input_depth) - 1:
                 self.input_blocks.append(nn.Sequential(downsample(channels)))
-                skips.append(channels)
+                self.skips.append(channels)
 
+        self.channels = channels
         self.middle_block = self._middle(channels) if config.has_middle else None
 
+    def _block(self, channels: int, out: int, depth: int, level: int | None) -> list[nn.Module]:
+        config = self.config
+        layers: list[nn.Module] = [ResBlock(channels, out, 4 * config.model_channels)]
+        if depth:
+            heads = config.num_heads or out // config.head_dim
+            cross_only = level in config.cross_only
+            layers.append(
+                SpatialTransformer(
+                    out, depth, config.context_dim, heads, config.linear_proj, cross_only
+                )
+            )
+        return layers
+
+    def _middle(self, channels: int) -> nn.Sequential:
+        layers = self._block(channels, channels, self.config.middle_depth or 0, None)
+        if self.config.middle_depth is not None:
+            layers.append(ResBlock(channels, channels, 4 * self.config.model_channels))
+        return nn.Sequential(*layers)
+
+    def embed(self, timesteps: Tensor, y: Tensor | None, guidance: Tensor | None = None) -> Tensor:
+        """Return the embedding that every resnet adds.
+
+        Args:
+            timesteps: Shape [B].
+            y: Input of ``label_emb`` as it is: a vector, shape [B, adm_channels], or integer noise
+                levels, shape [B]; only where it exists.
+            guidance: Guidance embedding, shape [B, cond_proj_dim]; only where ``cond_proj`` exists.
+
+        Returns:
+            Tensor of shape [B, 4 * model_channels].
+        """
+        emb = timestep_embedding(timesteps, self.config.model_channels)
+        emb = emb.to(next(self.parameters()).dtype)
+        if guidance is not None:
+            emb = emb + self.time_embed["cond_proj"](guidance)
+        emb = self.time_embed["2"](functional.silu(self.time_embed["0"](emb)))
+        if (y is None) == hasattr(self, "label_emb"):
+            raise ValueError("y goes with label_emb")
+        out: Tensor = emb if y is None else emb + self.label_emb(y)
+        return out
+
+
+class UNet(Trunk):
+    """The original UNet.
+
+    Args:
+        config: The hyper-parameters.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        channels, skips = self.channels, list(self.skips)
         self.output_blocks = nn.ModuleList()
         levels = reversed(range(len(config.channel_mult)))
         for level, depths in zip(levels, config.output_depth, strict=True):
             for i, depth in enumerate(depths):
-                out = width * config.channel_mult[level]
-                block = self._block(channels + skips.pop(), out, depth)
+                out = config.model_channels * config.channel_mult[level]
+                block = self._block(channels + skips.pop(), out, depth, level)
                 channels = out
                 if level > 0 and i == len(depths) - 1:
                     block.append(upsample(channels))
@@ -261,18 +219,6 @@ class UNet(nn.Module):
             nn.SiLU(),
             nn.Conv2d(channels, config.out_channels, 3, padding=1),
         )
-
-    def _block(self, channels: int, out: int, depth: int) -> list[nn.Module]:
-        layers: list[nn.Module] = [ResBlock(channels, out, 4 * self.config.model_channels)]
-        if depth:
-            layers.append(SpatialTransformer(out, depth, self.config))
-        return layers
-
-    def _middle(self, channels: int) -> nn.Sequential:
-        layers = self._block(channels, channels, self.config.middle_depth or 0)
-        if self.config.middle_depth is not None:
-            layers.append(ResBlock(channels, channels, 4 * self.config.model_channels))
-        return nn.Sequential(*layers)
 
     def forward(
         self,
@@ -288,30 +234,22 @@ class UNet(nn.Module):
             x: Noisy latents, shape [B, in_channels, H, W]; H and W divisible by 2 per downsample.
             timesteps: Shape [B].
             context: Text embedding, shape [B, T, context_dim].
-            y: Input of ``label_emb`` as it is, shape [B, adm_channels]; only where that exists.
-            guidance: Guidance embedding, shape [B, cond_proj_dim]; only where ``cond_proj`` exists.
+            y: See ``embed``.
+            guidance: See ``embed``.
 
         Returns:
             Tensor of shape [B, out_channels, H, W].
         """
-        emb = timestep_embedding(timesteps, self.config.model_channels).to(x.dtype)
-        if guidance is not None:
-            emb = emb + self.time_embed["cond_proj"](guidance)
-        emb = self.time_embed["2"](functional.silu(self.time_embed["0"](emb)))
-        if (y is None) != (self.config.adm_channels is None):
-            raise ValueError("y goes with label_emb")
-        if y is not None:
-            emb = emb + self.label_emb(y)
-
+        emb = self.embed(timesteps, y, guidance)
         h, skips = x, []
         for block in self.input_blocks:
-            h = _run(block, h, emb, context)  # type: ignore[arg-type]  # a Sequential
+            h = run(block, h, emb, context)
             skips.append(h)
         if self.middle_block is not None:
-            h = _run(self.middle_block, h, emb, context)
+            h = run(self.middle_block, h, emb, context)
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
-            h = _run(block, h, emb, context)  # type: ignore[arg-type]
+            h = run(block, h, emb, context)
         out: Tensor = self.out(h)
         return out
 
@@ -351,6 +289,22 @@ SDXL = replace(
     middle_depth=10,
     context_dim=2048,
     adm_channels=2816,
+)
+SD2_DEPTH = replace(SD21, in_channels=5)
+# The vector is an image embedding and its embedded noise level, each 768 (CLIP ViT-L) or 1024
+# (OpenCLIP ViT-H) wide.
+UNCLIP_L = replace(SD21, adm_channels=2 * 768)
+UNCLIP_H = replace(SD21, adm_channels=2 * 1024)
+X4_UPSCALER = replace(
+    SD21,
+    in_channels=7,
+    model_channels=256,
+    channel_mult=(1, 2, 2, 4),
+    input_depth=((0, 0), (1, 1), (1, 1), (1, 1)),
+    output_depth=((1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 0, 0)),
+    num_heads=8,
+    cross_only=(0, 1, 2),
+    noise_levels=1000,
 )
 REFINER = replace(
     SD21,
@@ -397,4 +351,9 @@ TINY_KOALA = replace(
     has_middle=False,
 )
 TINY_SD1_INPAINT = replace(TINY_SD1, in_channels=9)
+TINY_SD2_DEPTH = replace(TINY_SD2, in_channels=5)
+TINY_UNCLIP = replace(TINY_SD2, adm_channels=2 * 96)
+# As in the published one, the text is as wide as the deepest level: no shape tells there whether
+# attention looks at pixels or at text. Goes with text.TINY_X4_OPENCLIP.
+TINY_X4_UPSCALER = replace(X4_UPSCALER, model_channels=64, context_dim=256)
 TINY_LCM = replace(TINY_SD1, cond_proj_dim=256)

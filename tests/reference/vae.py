@@ -208,7 +208,8 @@ class Vae(nn.Module):
             x: Images, shape [B, in_channels, H, W]; H and W divisible by 2 per downsample.
 
         Returns:
-            Two tensors of shape [B, z_channels, h, w]; h = H / 8 with four levels.
+            Two tensors of shape [B, z_channels, h, w]; h = H / 8 with four levels,
+            H / 4 with three.
         """
         mean, logvar = torch.chunk(self.quant_conv(self.encoder(x)), 2, dim=1)
         return mean, logvar
@@ -227,5 +228,7 @@ class Vae(nn.Module):
 
 
 VAE = VaeConfig()
+X4_VAE = replace(VAE, channel_mult=(1, 2, 4))  # of the x4 upscaler: a latent is a quarter as wide
 TINY_VAE = replace(VAE, channels=64)
+TINY_X4_VAE = replace(X4_VAE, channels=64)
 TINY_VAE_LINEAR = replace(TINY_VAE, linear_attention=True)

@@ -11,14 +11,21 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from ...configs.config import TORCH_NAMES, Config, class_of
+from ...writing.execute import CONFIG_FILES
 from ..expect import Unbuildable, defaults
-from ..saved import CONFIG_FILES, Part
+from ..saved import Part
 from ..verification import Check, Problem
 
 __all__ = ["check_config", "check_index", "class_said", "same"]
 
-NAMES = {"_class_name", "architectures"}
+NAMES = ("_class_name", "architectures", "image_processor_type", "feature_extractor_type")
 """Entries that name the class."""
+RENAMED = {
+    "CLIPFeatureExtractor": "CLIPImageProcessor",
+    "CLIPTokenizerFast": "CLIPTokenizer",
+    "DPTFeatureExtractor": "DPTImageProcessor",
+}
+"""Classes under another name of theirs: of an older release, or of a twin that does the same."""
 DTYPES = ("torch_dtype", "dtype")
 """Entries that say how transformers loads the weights."""
 SCHEDULE = {
@@ -36,10 +43,11 @@ IDLE = {
     "dropout",
     "initializer_factor",
     "initializer_range",
+    "layer_norm_eps of DPTForDepthEstimation",
     "sample_size of AutoencoderKL",
 }
-"""Entries that only training, or the size of a tile, depends on. Published folders disagree with
-each other in them."""
+"""Entries that only training, the size of a tile or the sixth digit depends on. Published folders
+disagree in them, with each other or with the network that their weights were trained in."""
 BY_BLOCK = ("attention_head_dim", "transformer_layers_per_block")
 """Lists with one entry for each block of a UNet; a number stands for the same in all."""
 SAYS = {"assumed": "was only assumed", "constant": "", "measured": "by the weights"}
@@ -131,7 +139,12 @@ def same(have: Any, want: Any, only: Iterable[int] | None = None) -> bool:
 
     >>> same(8, [8, 8, 8]), same(4, [1, 4, 4], only=[1, 2]), same(True, 1)
     (True, True, False)
+
+    Of two mappings, what the first says besides does not matter: it is the configuration of a
+    model inside, which is written with all that it inherits.
     """
+    if isinstance(have, Mapping) and isinstance(want, Mapping):
+        return all(same(have.get(key), value) for key, value in want.items())
     if isinstance(have, (list, tuple)) and isinstance(want, (list, tuple)):
         if len(have) != len(want):
             return False
@@ -167,13 +180,14 @@ def _blocks(config: Config, entry: str) -> list[int] | None:
 
 
 def _class_entry(own: Mapping[str, Any]) -> str:
-    return "_class_name" if "_class_name" in own else "architectures"
+    return next((name for name in NAMES if name in own), NAMES[1])
 
 
 def class_said(own: Mapping[str, Any]) -> Any:
     """Returns the class that a configuration names, whatever it is; None if it names none."""
     said = own.get(_class_entry(own))
-    return said[0] if isinstance(said, list) and len(said) == 1 else said
+    said = said[0] if isinstance(said, list) and len(said) == 1 else said
+    return RENAMED.get(said, said) if isinstance(said, str) else said
 
 
 def _dtype_problems(own: Mapping[str, Any], part: Part, notes: list[str]) -> Iterator[Problem]:
@@ -191,9 +205,9 @@ def _dtype_problems(own: Mapping[str, Any], part: Part, notes: list[str]) -> Ite
 
 
 def _plain(value: Any) -> Any:
-    """Returns an entry of the index with the fast tokenizers' class under its usual name."""
-    if value == ["transformers", "CLIPTokenizerFast"]:
-        return ["transformers", "CLIPTokenizer"]
+    """Returns an entry of the index with the class under its usual name."""
+    if isinstance(value, list):
+        return [RENAMED.get(item, item) if isinstance(item, str) else item for item in value]
     return value
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...planning.plan import ASIDE, Plan, Slot, Step
 from ...reading.header import FLOATS, TensorInfo
 from ...writing.execute import Total
-from ...writing.stream import Piece, pieces
+from ...writing.pieces import Piece, pieces
 from ..compare import Found, compare, look_for_nonfinite
 from ..saved import Part, Saved
 from ..verification import Check, Problem

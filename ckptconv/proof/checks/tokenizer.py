@@ -15,7 +15,8 @@ from ...configs.config import Config
 from ...configs.tokenizer import merges_text, vocabulary
 from ...errors import FileRefused
 from ...files import read_json
-from ..saved import CONFIG_FILES, Part
+from ...writing.execute import CONFIG_FILES
+from ..saved import Part
 from ..verification import Check, Problem
 
 __all__ = ["check_tokenizer"]

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 
 from ...planning.plan import Slot
 from ...reading.header import FLOATS, Header
+from ...writing.execute import CONFIG_FILES
 from ..expect import Expected, Unbuildable, expected
-from ..saved import CONFIG_FILES, Part
+from ..saved import Part
 from ..verification import Check, Problem
 
 __all__ = ["check_weights"]

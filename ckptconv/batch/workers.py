@@ -1,0 +1,118 @@
+"""Works on several files at once, each in a process of its own.
+
+A worker takes one file after the other. If it dies (it was killed, or the memory was full), that is
+the outcome of its file, and another worker takes its place. Only the parent hears of Ctrl-C; it
+ends its workers, and they remove what they have begun. A worker whose parent died ends, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.resource_tracker
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import NoReturn
+
+from .work import Outcome, Pair, Work, attempt
+
+__all__ = ["each"]
+
+PATIENCE = 10.0
+"""Seconds that a worker has to clean up before it is killed."""
+
+
+def each(
+    work: Work, pairs: Sequence[Pair], processes: int, moved: Callable[[int, int, int], None]
+) -> Generator[tuple[int, Outcome]]:
+    """Works on files in several processes; yields the index and the outcome of each as it ends.
+
+    Args:
+        work: what to do.
+        pairs: the files.
+        processes: how many at once.
+        moved: is called with the index of a file, the bytes moved and the bytes in all.
+    """
+    waiting = deque(enumerate(pairs))
+    busy: dict[Connection, tuple[SpawnProcess, int]] = {}
+    workers: list[SpawnProcess] = []
+    try:
+        while waiting or busy:
+            while waiting and len(busy) < processes:
+                connection, worker = _started(work)
+                workers.append(worker)
+                busy[connection] = worker, _hand_over(connection, waiting)
+            for ready in wait(list(busy)):
+                connection = next(c for c in busy if c is ready)
+                worker, index = busy[connection]
+                try:
+                    message = connection.recv()
+                except (EOFError, OSError):
+                    message = _dead(worker, pairs[index])
+                if not isinstance(message, Outcome):
+                    moved(index, *message)
+                    continue
+                if waiting and worker.is_alive():
+                    busy[connection] = worker, _hand_over(connection, waiting)
+                else:
+                    del busy[connection]
+                    connection.close()  # tells the worker to end
+                yield index, message
+    finally:
+        for worker, _ in busy.values():
+            worker.terminate()
+        for worker in workers:
+            worker.join(PATIENCE)
+            worker.kill()
+
+
+def _started(work: Work) -> tuple[Connection, SpawnProcess]:
+    """Starts a worker, deaf to Ctrl-C from its first moment on."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    worker = context.Process(target=_serve, args=(theirs, work))
+    multiprocessing.resource_tracker.ensure_running()  # it would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        worker.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    theirs.close()
+    return ours, worker
+
+
+def _hand_over(connection: Connection, waiting: deque[tuple[int, Pair]]) -> int:
+    index, pair = waiting.popleft()
+    with contextlib.suppress(OSError):  # a worker that is dead is noticed when it should answer
+        connection.send(pair)
+    return index
+
+
+def _dead(worker: SpawnProcess, pair: Pair) -> Outcome:
+    worker.join(PATIENCE)
+    code = worker.exitcode
+    how = f"exit code {code}"
+    if code is not None and code < 0:
+        how = signal.Signals(-code).name
+        how += ", as when the memory is full" if -code == signal.SIGKILL else ""
+    return Outcome(pair, error=f"{pair.source}: the process that worked on it died: {how}")
+
+
+def _serve(connection: Connection, work: Work) -> None:
+    """Is a worker: does what it is told until nobody tells it any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _terminated)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            pair = connection.recv()
+            told = attempt(work, pair, lambda done, total: connection.send((done, total)))
+            connection.send(told)
+
+
+def _terminated(_number: int, _frame: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: let it clean up
+    sys.exit(128 + signal.SIGTERM)

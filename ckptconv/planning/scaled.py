@@ -1,0 +1,165 @@
+"""Weights in fp8 with a scale: the value is the number that is stored, times the scale.
+
+ComfyUI writes two layouts. The older marks the network with a tensor `scaled_fp8`; beside each
+`X.weight` stands `X.scale_weight`, and perhaps `X.scale_input`. The newer one has `X.weight_scale`,
+perhaps `X.input_scale`, and `X.comfy_quant`: JSON, as bytes, that names the format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from ..maps.ops import DROP, OPS
+from ..reading.header import FLOATS, Header
+from .step import Change, Slot, Step, slot_of
+
+__all__ = ["Scales", "read_scales", "scaled"]
+
+MARKER = "scaled_fp8"
+WEIGHTS = {".scale_weight": ".weight", ".weight_scale": ".weight"}
+"""How the key of a scale ends, and that of its weight."""
+INPUTS = (".scale_input", ".input_scale")
+"""How the key of a scale ends that activations are divided by, to compute in fp8 as well."""
+FORMAT = ".comfy_quant"
+FORMATS = ("float8_e4m3fn", "float8_e5m2")
+SETTINGS = {"format", "full_precision_matrix_mult"}
+"""What a format may say; a rotation or a block size, say, would change the values."""
+FEW = 4096
+"""Bytes of a format at most."""
+
+FOLDED = "folded into its weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """What a header says of scales.
+
+    Attributes:
+        header: without the keys that are no weights.
+        scales: by key of the weight, its scale.
+        dropped: why each of the other keys is left out.
+        problems: scales that cannot be used.
+    """
+
+    header: Header
+    scales: Mapping[str, Slot]
+    dropped: Mapping[str, str]
+    problems: tuple[str, ...]
+
+    def by_slot(self) -> Iterator[tuple[Slot, Slot]]:
+        """Yields each weight that has a scale, and the scale."""
+        for weight, scale in self.scales.items():
+            yield slot_of(self.header, weight), scale
+
+    def steps(self, header: Header) -> dict[str, Step]:
+        """Returns the steps for the keys that are no weights, by key.
+
+        Args:
+            header: of the file, with all of its keys.
+        """
+        return {
+            key: Step(DROP, (slot_of(header, key),), (), reason)
+            for key, reason in self.dropped.items()
+        }
+
+
+def read_scales(header: Header) -> Scales:
+    """Returns the scales of a file; there are none in most.
+
+    Args:
+        header: of the file; of a format, its few bytes are read as well.
+    """
+    scales: dict[str, Slot] = {}
+    dropped: dict[str, str] = {}
+    problems: list[str] = []
+    named: set[str] = set()
+    for key in header.tensors:
+        end = next((end for end in WEIGHTS if key.endswith(end)), None)
+        if end:
+            weight = key.removesuffix(end) + WEIGHTS[end]
+            dropped[key] = FOLDED
+            named.add(weight)
+            if problem := _unfit(header, key, weight):
+                problems.append(problem)
+            elif weight in scales:
+                problems.append(f"{key}: {weight} has another scale, {scales[weight].key}")
+            else:
+                scales[weight] = slot_of(header, key)
+        elif key.endswith(INPUTS):
+            dropped[key] = "unused"
+        elif key.endswith(FORMAT):
+            dropped[key] = "unused"
+            problems += _format_problems(header, key)
+    for key in header.tensors:
+        before, _, last = key.rpartition(".")
+        if last == MARKER:
+            dropped[key] = "unused"
+        if (last == MARKER or key.endswith(FORMAT)) and not any(
+            weight.startswith(before) for weight in named
+        ):
+            problems.append(f"{key}: says that weights have scales, and there is none")
+    if not dropped:
+        return Scales(header, {}, {}, ())
+    kept = {key: info for key, info in header.tensors.items() if key not in dropped}
+    return Scales(replace(header, tensors=kept), scales, dropped, tuple(problems))
+
+
+def scaled(step: Step, scales: Mapping[tuple[str, str], Slot], problems: list[str]) -> Step:
+    """Adds the scale of its source to a step, if it has one.
+
+    Args:
+        step: of a plan.
+        scales: by place and key of the weight.
+        problems: gets a sentence where a scale cannot be applied.
+    """
+    (source,) = step.sources
+    scale = scales.get((source.place, source.key))
+    if scale is None or step.op is DROP:
+        return step
+    rows = math.prod(scale.shape) > 1
+    if rows and step.op not in (OPS["rename"], OPS["squeeze"]):
+        problems.append(f"{scale.key}: has a scale for each row, which {step.op.name} would move")
+        return step
+    changes = tuple(Change(t.key, "scale", (("scale", scale),)) for t in step.targets)
+    return replace(step, changes=changes)
+
+
+def _unfit(header: Header, key: str, weight: str) -> str | None:
+    """Says why a scale cannot be used."""
+    scale, info = header.tensors[key], header.tensors.get(weight)
+    if info is None:
+        return f"{key}: is the scale of {weight}, which is missing"
+    if info.dtype not in FLOATS or scale.dtype not in FLOATS:
+        return f"{key}: is {scale.dtype} for a weight of {info.dtype}, needed floats"
+    if scale.numel != 1 and _rows(scale.shape) != info.shape[:1]:
+        return (
+            f"{key}: has shape {list(scale.shape)}, needed one number, or one for each row of "
+            f"{list(info.shape)}"
+        )
+    return None
+
+
+def _rows(shape: Iterable[int]) -> tuple[int, ...]:
+    """Leaves axes of one element behind the first out."""
+    first, *rest = (*shape, 1)
+    return (first, *(n for n in rest if n != 1))
+
+
+def _format_problems(header: Header, key: str) -> list[str]:
+    owner, _ = header.locate(key)
+    info = header.tensors[key]
+    if info.nbytes > FEW:
+        return [f"{key}: has {info.nbytes:,} bytes, needed a short text in JSON"]
+    with owner.path.open("rb") as file:
+        file.seek(info.start)
+        data = file.read(info.nbytes)
+    try:
+        said = json.loads(data)
+    except (ValueError, RecursionError):
+        return [f"{key}: is not JSON"]
+    if not isinstance(said, dict) or said.get("format") not in FORMATS or said.keys() - SETTINGS:
+        return [f"{key}: the format is {json.dumps(said)[:100]}, needed {' or '.join(FORMATS)}"]
+    return []
