@@ -51,7 +51,9 @@ def test_the_bundled_architectures() -> None:
 )
 def test_an_architecture_is_whole(architecture: Architecture) -> None:
     assert {"prediction_type", "zero_terminal_snr"} <= set(architecture.facts)
-    ends = [witnesses[-1].keys() & {"assume", "default"} for witnesses in architecture.facts.values()]
+    ends = [
+        witnesses[-1].keys() & {"assume", "default"} for witnesses in architecture.facts.values()
+    ]
     assert all(ends)
     assert {c.name for c in architecture.models} >= {"unet", "vae"}
     for component in architecture.models:

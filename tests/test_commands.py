@@ -163,7 +163,7 @@ def test_convert_leaves_unknown_keys_out_on_demand(small: Path, tmp_path: Path) 
 
 
 def test_architectures_lists_them_with_their_tasks() -> None:
-    rows = json.loads(run("architectures", "--json").stdout)
+    rows = json.loads(run("architectures", "--json").stdout)["architectures"]
     assert {row["architecture"] for row in rows} >= {"sd1", "sd2", "sdxl", "sdxl-refiner"}
     by_name = {row["architecture"]: row for row in rows}
     assert by_name["sdxl"]["tasks"]["inpainting"] == "StableDiffusionXLInpaintPipeline"

@@ -184,6 +184,47 @@ def test_the_ema_copy_of_a_unet_is_enough(name: str, sample: Sample, tmp_path: P
     assert ckptconv.verify(tmp_path / "ema.safetensors", tmp_path / "out").passed
 
 
+PLACES = {
+    "sdxl": ("conditioner.embedders.1.", "text_encoder_2"),
+    "sdxl-refiner": ("conditioner.embedders.0.", "text_encoder_2"),
+    "sd2": ("cond_stage_model.", "text_encoder"),
+}
+"""Where an OpenCLIP text tower lies, and the component that it becomes."""
+
+
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Splits query, key and value in the names of OpenCLIP, as some merging tools do."""
+    parts: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        if ".attn.in_proj_" in key:
+            for name, part in zip("qkv", value.chunk(3), strict=True):
+                parts[key.replace("in_proj_", f"{name}_proj.")] = part.clone()
+        else:
+            parts[key] = value
+    return parts
+
+
+@pytest.mark.parametrize("kind", ["apart", "as transformers"])
+@pytest.mark.parametrize("name", PLACES)
+def test_an_openclip_tower_may_be_split_already(
+    name: str, kind: str, sample: Sample, tmp_path: Path
+) -> None:
+    prefix, component = PLACES[name]
+    tensors = load_file(sample(name))
+    ckptconv.convert(sample(name), tmp_path / "want", only=[component])
+    want = load_file(tmp_path / "want" / component / "model.safetensors")
+    if kind == "apart":
+        given = apart(tensors)
+    else:
+        given = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+        given |= {f"{prefix}transformer.{k}": v for k, v in want.items()}
+    assert given.keys() != tensors.keys()
+    save_file(given, tmp_path / "given.safetensors")
+    ckptconv.convert(tmp_path / "given.safetensors", tmp_path / "out")
+    assert_equal(load_file(tmp_path / "out" / component / "model.safetensors"), want)
+    round_trip(tmp_path / "given.safetensors", tmp_path / "out")
+
+
 def in_shards(file: Path, folder: Path) -> Path:
     """Splits a checkpoint over three files and returns their index."""
     folder.mkdir()

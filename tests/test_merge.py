@@ -47,8 +47,9 @@ def kohya_with_names_of_diffusers(adapter: Adapter, _path: Path, pipe: Any) -> N
 
 
 def kohya_with_original_names(adapter: Adapter, path: Path, pipe: Any) -> None:
-    blocks = ("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out.2")
-    adapter.kohya("lora_unet_", layers(path, UNET, *blocks))
+    blocks = ("input_blocks.3", "input_blocks.4", "middle_block.1", "output_blocks.2")
+    ends = ("input_blocks.0", "time_embed", "label_emb", "out.2")
+    adapter.kohya("lora_unet_", layers(path, UNET, *blocks, *ends))
     adapter.kohya("lora_te1_", layers(path, CLIP, *TEXT), alpha=None)
     adapter.kohya("lora_te2_", names(pipe.text_encoder_2, "_proj", "fc1", "fc2"), alpha=0.5)
 
@@ -94,7 +95,7 @@ def pipelines() -> dict[str, Any]:
     ("architecture", "write", "changed"),
     [
         ("sd1", kohya_with_names_of_diffusers, 294),
-        ("sdxl", kohya_with_original_names, 338),
+        ("sdxl", kohya_with_original_names, 106),
         ("sd1", peft_with_settings, 104),
         ("sd1", dora_of_peft, 102),
         ("sd1", attention_processors, 134),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import ckptconv
 from ckptconv import CkptconvError, load_pipeline
 from ckptconv.errors import FileRefused, Incomplete, UsageError
-from ckptconv.inference.pipeline import OTHER_TASKS, pipeline_class
+from ckptconv.inference.pipeline import OTHER_TASKS
 from ckptconv.maps.architecture import bundled
 from tests.checkpoints import rewritten
 from tests.conftest import Folder, Sample

@@ -1,9 +1,7 @@
 """Relatives of Stable Diffusion 2 with networks of their own: the x4 upscaler and unCLIP.
 
-What is expected of their configurations is written down from stabilityai/stable-diffusion-x4-upscaler,
-stable-diffusion-2-1-unclip (H) and -unclip-small (L), as remembered and as diffusers and the original
-repository's configurations set them up; `upcast_attention` of unCLIP is that of 2.1, which it was
-trained from. What is computed is compared with the networks in `tests/reference`.
+What their networks compute is compared with those in `tests/reference`, which share nothing with
+the key maps.
 """
 
 from __future__ import annotations
@@ -15,315 +13,238 @@ import diffusers
 import pytest
 import torch
 import transformers
-from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
+    StableUnCLIPImageNormalizer,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ckptconv
-from ckptconv.configs.config import Config, configs, model_index
+from ckptconv import Layout
+from ckptconv.configs.config import configs, model_index
 from ckptconv.detect import detect
 from ckptconv.errors import FileRefused, Incomplete, UsageError
+from ckptconv.files import read_json
 from ckptconv.inference.generation import Settings, call_arguments, check
 from ckptconv.inference.pipeline import load_pipeline
+from ckptconv.maps.architecture import bundled
 from ckptconv.planning.plan import build_plan
-from tests.conftest import made
-from tests.pipelines import parameters, runner
-from tests.published import FOLDERS, FOUR_LEVELS, UNET, meaning
+from tests.conftest import made, shapes
+from tests.published_relatives import EXPECTED, understood
 from tests.reference import files
-from tests.test_components import loaded, round_trip
-from tests.test_oracle import IDS, agree
+from tests.test_components import assert_equal, loaded
+from tests.test_oracle import agree
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Mapping
 
-    from tests.conftest import Sample
-
-VAE = {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 2}
-SD2_VAE = FOLDERS["sd21"]["vae"]
-DDPM = {
-    "_class_name": "DDPMScheduler",
-    "beta_end": 0.02,
-    "beta_start": 0.0001,
-    "clip_sample": True,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "trained_betas": None,
-    "variance_type": "fixed_small",
-}
-SCHEDULER = {
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "prediction_type": "v_prediction",
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "trained_betas": None,
-}
-UNCLIP_UNET = {
-    **UNET,
-    **FOUR_LEVELS,
-    "attention_head_dim": [5, 10, 20, 20],
-    "class_embed_type": "projection",
-    "cross_attention_dim": 1024,
-    "sample_size": 96,
-    "upcast_attention": True,
-    "use_linear_projection": True,
-}
-UNCLIP: dict[str, dict[str, Any]] = {
-    "vae": SD2_VAE,
-    "text_encoder": FOLDERS["sd21"]["text_encoder"],
-    "tokenizer": FOLDERS["sd21"]["tokenizer"],
-    "feature_extractor": {
-        "crop_size": {"height": 224, "width": 224},
-        "do_center_crop": True,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_processor_type": "CLIPImageProcessor",
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "resample": 3,
-        "rescale_factor": 0.00392156862745098,
-        "size": {"shortest_edge": 224},
-    },
-    "image_noising_scheduler": {**DDPM, "beta_schedule": "squaredcos_cap_v2"},
-    "scheduler": {
-        **{k: v for k, v in SCHEDULER.items() if k != "clip_sample"},
-        "_class_name": "PNDMScheduler",
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "skip_prk_steps": True,
-    },
-    "model_index": {
-        "_class_name": "StableUnCLIPImg2ImgPipeline",
-        "feature_extractor": ["transformers", "CLIPImageProcessor"],
-        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
-        "image_noising_scheduler": ["diffusers", "DDPMScheduler"],
-        "image_normalizer": ["stable_diffusion", "StableUnCLIPImageNormalizer"],
-        "scheduler": ["diffusers", "PNDMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    },
-}
-EXPECTED: dict[str, dict[str, dict[str, Any]]] = {
-    "sd2-unclip-h": {
-        **UNCLIP,
-        "unet": {**UNCLIP_UNET, "projection_class_embeddings_input_dim": 2048},
-        "image_encoder": {
-            "hidden_act": "gelu",
-            "hidden_size": 1280,
-            "intermediate_size": 5120,
-            "num_attention_heads": 16,
-            "num_hidden_layers": 32,
-            "patch_size": 14,
-            "projection_dim": 1024,
-        },
-        "image_normalizer": {"embedding_dim": 1024},
-    },
-    "sd2-unclip-l": {
-        **UNCLIP,
-        "unet": {**UNCLIP_UNET, "projection_class_embeddings_input_dim": 1536},
-        "image_encoder": {
-            "hidden_act": "quick_gelu",
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_attention_heads": 16,
-            "num_hidden_layers": 24,
-            "patch_size": 14,
-            "projection_dim": 768,
-        },
-        "image_normalizer": {"embedding_dim": 768},
-    },
-    "x4-upscaler": {
-        "unet": {
-            **UNET,
-            "attention_head_dim": 8,
-            "block_out_channels": [256, 512, 512, 1024],
-            "cross_attention_dim": 1024,
-            "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 3],
-            "in_channels": 7,
-            "num_class_embeds": 1000,
-            "only_cross_attention": [True, True, True, False],
-            "sample_size": 128,
-            "up_block_types": [*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"],
-            "use_linear_projection": True,
-        },
-        "vae": {
-            **VAE,
-            "block_out_channels": [128, 256, 512],
-            "down_block_types": ["DownEncoderBlock2D"] * 3,
-            "sample_size": 256,
-            "scaling_factor": 0.08333,
-            "up_block_types": ["UpDecoderBlock2D"] * 3,
-        },
-        "text_encoder": FOLDERS["sd21"]["text_encoder"],
-        "tokenizer": FOLDERS["sd21"]["tokenizer"],
-        "low_res_scheduler": {**DDPM, "beta_schedule": "scaled_linear"},
-        "scheduler": {
-            **SCHEDULER,
-            "_class_name": "DDIMScheduler",
-            "beta_end": 0.02,
-            "beta_schedule": "scaled_linear",
-            "beta_start": 0.0001,
-        },
-        "model_index": {
-            "_class_name": "StableDiffusionUpscalePipeline",
-            "low_res_scheduler": ["diffusers", "DDPMScheduler"],
-            "max_noise_level": 350,
-            "scheduler": ["diffusers", "DDIMScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        },
-    },
-}
+    from torch import Tensor, nn
 
 
-def understood(component: str, values: Any) -> Any:
-    """Returns a configuration as the class that reads it understands it."""
-    if component == "image_encoder":
-        filled = transformers.CLIPVisionConfig(**values).to_dict()
-        own = ("architectures", "dtype", "transformers_version")
-        return {k: v for k, v in filled.items() if k not in own}
-    if component in ("feature_extractor", "image_normalizer"):
-        return {k: v for k, v in values.items() if k != "_class_name"}
-    return meaning(component, values)
+def published(name: str) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a published file, with the statistics that it leaves out."""
+    architecture = bundled().architectures[name.removesuffix("-h").removesuffix("-l")]
+    tensors = shapes(architecture.layout(architecture.tasks[0].name))
+    if name == "sd2-unclip-l":
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("embedder.")}
+        tensors |= files.layout({"embedder.model.": files.FILES[name]["embedder.model."]})
+        tensors |= {f"noise_augmentor.data_{part}": (1, 768) for part in ("mean", "std")}
+        tensors |= {"model.diffusion_model.label_emb.0.0.weight": (1280, 1536)}
+    return tensors
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_configurations_mean_what_the_published_ones_say(name: str) -> None:
-    shapes = files.layout(files.FILES[name])
-    if name != "x4-upscaler":  # as if the statistics were in the file
-        width = shapes["embedder.model.visual.proj"][1]
-        shapes |= {f"noise_augmentor.data_{part}": (1, width) for part in ("mean", "std")}
-    plan = build_plan(detect(made(shapes)))
+    plan = build_plan(detect(made(published(name))))
     plan.require_complete()
-    built: dict[str, Config] = configs(plan)
-    ours = {part: config.values for part, config in built.items()}
+    built = configs(plan)
+    ours: dict[str, Any] = {part: config.values for part, config in built.items()}
     ours["model_index"] = model_index(plan, built)
     assert ours.keys() == EXPECTED[name].keys()
     for part, values in EXPECTED[name].items():
         assert understood(part, ours[part]) == understood(part, values), part
-    for config in built.values():
-        assert "assumed" not in config.origins.values()
+    assert plan.detection.facts["prediction_type"].source == "task"
+    if name != "x4-upscaler":
+        assert plan.detection.facts["image_encoder"].source == "structure"
+
+
+MEAN, STD = torch.linspace(-1, 1, 96), torch.linspace(0.5, 2, 96)
+"""Statistics of image embeddings, as wide as those of the small networks."""
+
+
+EMBEDDER, ENCODER = "embedder.model.", "image_encoder"
 
 
 class Pair:
-    """The networks of a small file by their prefix, and the folder converted from it."""
+    """Some networks of a small file by their prefix, and the folder converted from it."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.networks: dict[str, nn.Module] = files.networks(files.TINY_FILES[name], 1)
-        self.file = folder / f"{name}.safetensors"
-        tensors = files.tensors(self.networks)  # made in float32, so that nothing is lost
-        save_file({key: tensor.float() for key, tensor in tensors.items()}, self.file)
-        self.out = folder / name
-        self.report = ckptconv.convert(self.file, self.out)
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        *prefixes: str,
+        rest: Mapping[str, Tensor] | None = None,
+        **choices: Any,
+    ) -> None:
+        parts = {prefix: files.TINY_FILES[name][prefix] for prefix in prefixes}
+        self.networks: dict[str, nn.Module] = files.networks(parts, 1)
+        self.file, self.out = folder / f"{name}.safetensors", folder / name
+        # They were made in float32, so that nothing is lost.
+        made = {k: v.float() for k, v in files.tensors(self.networks).items()}
+        self.tensors = {**(rest or {}), **made}
+        save_file(self.tensors, self.file)
+        self.choices = choices
+        self.report = ckptconv.convert(self.file, self.out, **choices)
 
-    def __getitem__(self, prefix: str) -> Any:
-        return self.networks[prefix]
+    @property
+    def without_embedder(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.tensors.items() if not k.startswith(EMBEDDER)}
 
-    def load(self, cls: Any, component: str) -> Any:
-        return loaded(cls, self.out / component)
-
-
-@pytest.fixture(scope="module", params=["x4-upscaler", "sd2-unclip-l", "sd2-unclip-h"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return Pair(request.param, tmp_path_factory.mktemp("relatives"))
+    def prove(self) -> dict[str, Tensor]:
+        """Verifies the folder, and returns what the file holds that it turns back into."""
+        found = ckptconv.verify(self.file, self.out, **self.choices)
+        assert found.passed, found.as_data()
+        found = ckptconv.verify(None, self.out)
+        assert found.passed, found.as_data()
+        back = self.file.with_name("back.safetensors")
+        ckptconv.export(self.out, back)
+        return load_file(back)
 
 
 @torch.no_grad()
-def test_the_networks_compute_the_same(pair: Pair) -> None:
+def compare_unets(pair: Pair, y: Tensor) -> None:
     torch.manual_seed(0)
-    reference = pair["model.diffusion_model."]
-    config = reference.config
-    unet = pair.load(diffusers.UNet2DConditionModel, "unet")
-    x = torch.randn(2, config.in_channels, 16, 16, dtype=torch.float64)
-    context = torch.randn(2, 5, config.context_dim, dtype=torch.float64)
+    reference: Any = pair.networks["model.diffusion_model."]
+    model = loaded(diffusers.UNet2DConditionModel, pair.out / "unet")
+    x = torch.randn(2, reference.config.in_channels, 16, 16, dtype=torch.float64)
+    context = torch.randn(2, 5, reference.config.context_dim, dtype=torch.float64)
     steps = torch.tensor([7.0, 801.0], dtype=torch.float64)
-    y = torch.tensor([20, 350])
-    if config.adm_channels:
-        y = torch.randn(2, config.adm_channels, dtype=torch.float64)
-    agree(unet(x, steps, context, class_labels=y).sample, reference(x, steps, context, y))
-    other = y.flip(0)
-    with pytest.raises(AssertionError):
-        agree(unet(x, steps, context, class_labels=y).sample, reference(x, steps, context, other))
-    text, theirs = pair.load(transformers.CLIPTextModel, "text_encoder")(IDS), IDS
-    theirs = pair["cond_stage_model.model."](IDS)
-    agree(text.last_hidden_state, theirs.penultimate_normed)
-    image = torch.randn(1, 3, 56, 56, dtype=torch.float64)
-    if "embedder.model." in pair.networks:
-        encoder = pair.load(transformers.CLIPVisionModelWithProjection, "image_encoder")
-        agree(encoder(image).image_embeds, pair["embedder.model."].visual(image))
-    vae = pair.load(diffusers.AutoencoderKL, "vae")
-    mean, _ = pair["first_stage_model."].encode(image)
-    agree(vae.encode(image).latent_dist.mean, mean)
-    agree(vae.decode(mean).sample, pair["first_stage_model."].decode(mean))
+    agree(model(x, steps, context, class_labels=y).sample, reference(x, steps, context, y))
 
 
-def test_a_folder_is_proved_and_goes_back(pair: Pair) -> None:
-    round_trip(pair.file, pair.out)
+@pytest.fixture(scope="module")
+def x4(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("x4")
+    rest = ("first_stage_model.", "low_scale_model.", "")
+    return Pair("x4-upscaler", folder, "model.diffusion_model.", *rest)
 
 
-def test_what_the_image_encoder_is_has_evidence(pair: Pair) -> None:
-    facts = pair.report.plan.detection.facts
-    if "sd2-unclip-l" == pair.out.name:
-        assert facts["image_encoder"].value == "openai"
-        assert "transformer.resblocks.0.ln_1.weight" in facts["image_encoder"].detail
-    elif "sd2-unclip-h" == pair.out.name:
-        assert facts["image_encoder"].value == "openclip"
-        assert "no text transformer" in facts["image_encoder"].detail
-    assert (facts["prediction_type"].value, facts["prediction_type"].source) == (
-        "v_prediction",
-        "task",
-    )
-
-
-# The statistics of the image embeddings, which no published file holds.
-
-MEAN, STD = torch.linspace(-1, 1, 96), torch.linspace(0.5, 2, 96)
-
-
-def statistics(kind: str, folder: Path) -> Path:
-    """Writes a donor of some kind."""
-    rows = {"mean": MEAN[None], "std": STD[None]}
-    if kind == "folder":
-        normalizer = StableUnCLIPImageNormalizer(96)
-        normalizer.load_state_dict(rows)
-        normalizer.save_pretrained(folder / kind)
-    elif kind == "safetensors":
-        save_file(rows, folder / kind)
-    elif kind == "dict":
-        torch.save(rows, folder / kind)
-    else:  # as Karlo's
-        torch.save((MEAN, STD), folder / kind)
-    return folder / kind
+@torch.no_grad()
+def test_the_x4_upscaler_computes_the_same_and_goes_back(x4: Pair) -> None:
+    compare_unets(x4, torch.tensor([20, 350]))
+    vae: Any = x4.networks["first_stage_model."]
+    model = loaded(diffusers.AutoencoderKL, x4.out / "vae")
+    image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    mean, _ = vae.encode(image)
+    agree(model.encode(image).latent_dist.mean, mean)
+    agree(model.decode(mean).sample, vae.decode(mean))
+    assert_equal(x4.prove(), x4.tensors)
 
 
 @pytest.fixture(scope="module")
 def unclip(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return Pair("sd2-unclip-l", tmp_path_factory.mktemp("unclip"))
+    """The ViT-L variant, with statistics as Karlo's file has them."""
+    folder = tmp_path_factory.mktemp("unclip")
+    rest = (EMBEDDER, "noise_augmentor.")
+    donor = statistics("pair", folder)
+    return Pair("sd2-unclip-l", folder, "model.diffusion_model.", *rest, image_normalizer=donor)
+
+
+@torch.no_grad()
+def test_unclip_computes_the_same_and_goes_back_with_its_statistics(unclip: Pair) -> None:
+    compare_unets(unclip, torch.randn(2, 2 * 96, dtype=torch.float64))
+    compare_encoders(unclip.networks[EMBEDDER], unclip.out)
+    assert unclip.report.plan.detection.facts["image_encoder"].value == "openai"
+    back = unclip.prove()
+    assert torch.equal(back.pop("noise_augmentor.data_mean"), MEAN[None])
+    assert torch.equal(back.pop("noise_augmentor.data_std"), STD[None])
+    assert_equal(back, unclip.tensors)
+
+
+@pytest.fixture(scope="module")
+def openclip(unclip: Pair, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """The other fixture with the image encoder of the ViT-H variant, which alone is converted."""
+    folder = tmp_path_factory.mktemp("openclip")
+    return Pair("sd2-unclip-h", folder, EMBEDDER, rest=unclip.without_embedder, only=[ENCODER])
+
+
+def test_the_image_encoder_of_openclip_computes_the_same(openclip: Pair) -> None:
+    compare_encoders(openclip.networks[EMBEDDER], openclip.out)
+    # A narrow one is told by the text transformer that it lacks.
+    assert openclip.report.plan.detection.facts["image_encoder"].value == "openclip"
+
+
+def test_an_image_encoder_under_the_names_of_transformers_is_the_same(
+    openclip: Pair, tmp_path: Path
+) -> None:
+    weights, ids = f"{ENCODER}/model.safetensors", torch.arange(17)[None]
+    tensors = load_file(openclip.out / weights)
+    renamed = tensors | {"vision_model.embeddings.position_ids": ids}
+    named = {f"{EMBEDDER}visual.{key}": tensor for key, tensor in renamed.items()}
+    file, out = tmp_path / "file", tmp_path / "out"
+    save_file(openclip.without_embedder | named, file)
+    ckptconv.convert(file, out, only=[ENCODER])
+    assert_equal(load_file(out / weights), tensors)
+    # Old releases of transformers save the positions as well, and read them.
+    for positions, wrong in ((ids, 0), (ids.flip(1), 1)):
+        extra = {"vision_model.embeddings.position_ids": positions.contiguous()}
+        save_file(tensors | extra, out / weights)
+        checks = ckptconv.verify(file, out, only=[ENCODER]).checks
+        assert [len(c.problems) for c in checks if c.kind == "weights"] == [wrong]
+
+
+@torch.no_grad()
+def compare_encoders(embedder: Any, out: Path) -> None:
+    model = loaded(transformers.CLIPVisionModelWithProjection, out / "image_encoder")
+    image = torch.randn(1, 3, 56, 56, dtype=torch.float64)
+    agree(model(image).image_embeds, embedder.visual(image))
+    # Softmax cancels the bias of the keys, so no output shows a wrong one.
+    joined = embedder.state_dict()["visual.transformer.resblocks.0.attn.in_proj_bias"]
+    ours = model.state_dict()["vision_model.encoder.layers.0.self_attn.k_proj.bias"]
+    assert torch.equal(ours, joined.chunk(3)[1])
+
+
+# The statistics of the image embeddings, which no published file holds.
+
+
+def statistics(kind: str, folder: Path) -> Path:
+    """Writes a donor of some kind."""
+    rows = {"mean": MEAN[None].clone(), "std": STD[None].clone()}
+    path = folder / kind
+    if kind == "folder":
+        normalizer = StableUnCLIPImageNormalizer(96)
+        normalizer.load_state_dict(rows)
+        normalizer.save_pretrained(path)
+    elif kind == "vectors":
+        save_file({"mean": MEAN.clone(), "std": STD.clone()}, path)
+    else:
+        torch.save({"dict": rows, "pair": (MEAN, STD)}[kind], path)
+    return path
 
 
 def test_without_statistics_the_folder_says_so_and_a_pipeline_how_to_supply_them(
-    unclip: Pair,
+    unclip: Pair, tmp_path: Path
 ) -> None:
-    (warning,) = unclip.report.warnings
+    report = ckptconv.convert(unclip.file, tmp_path / "out", layout=Layout(weights=False))
+    (warning,) = [text for text in report.warnings if text.startswith("image_normalizer")]
     assert warning.startswith("image_normalizer is not in the file, so model_index.json says null")
     assert "--image-normalizer FILE (with OpenAI's encoder (L) it is ViT-L-14_stats.th" in warning
-    assert ckptconv.files.read_json(unclip.out / "model_index.json")["image_normalizer"] == [
-        None,
-        None,
-    ]
-    with pytest.raises(Incomplete, match="has no image_normalizer, which its pipeline") as caught:
+    index = read_json(tmp_path / "out" / "model_index.json")
+    assert index["image_normalizer"] == [None, None]
+    with pytest.raises(Incomplete, match="no image_normalizer, which its pipeline") as caught:
         load_pipeline(unclip.file, device="cpu")
     assert "ViT-L-14_stats.th of Karlo" in caught.value.hint
 
 
-@pytest.mark.parametrize("kind", ["folder", "safetensors", "dict", "pair"])
+def test_with_statistics_a_pipeline_is_built(unclip: Pair) -> None:
+    absent = {"vae": None, "text_encoder": None}
+    pipe = load_pipeline(unclip.file, device="cpu", components=absent, **unclip.choices)
+    assert type(pipe).__name__ == "StableUnCLIPImg2ImgPipeline"
+    assert torch.equal(pipe.image_normalizer.mean, MEAN[None])
+    assert pipe.feature_extractor.crop_size["height"] == 56, "4 patches of 14 pixels"
+
+
+@pytest.mark.parametrize("kind", ["folder", "vectors", "dict", "pair"])
 def test_statistics_come_from_a_donor(kind: str, unclip: Pair, tmp_path: Path) -> None:
     donor, out, part = statistics(kind, tmp_path), tmp_path / "out", ["image_normalizer"]
     ckptconv.convert(unclip.file, out, only=part, image_normalizer=donor)
@@ -334,61 +255,51 @@ def test_statistics_come_from_a_donor(kind: str, unclip: Pair, tmp_path: Path) -
     assert found.passed, found.as_data()
 
 
-def test_donors_of_another_kind_are_refused(unclip: Pair, sample: Sample, tmp_path: Path) -> None:
+def test_other_donors_are_refused(unclip: Pair, small: Path, tmp_path: Path) -> None:
     torch.save((MEAN[:, None], STD), tmp_path / "columns")
-    with pytest.raises(FileRefused, match="row needs shape"):
-        ckptconv.convert(unclip.file, tmp_path / "out", image_normalizer=tmp_path / "columns")
     torch.save((MEAN,), tmp_path / "half")
-    with pytest.raises(FileRefused, match="std is missing"):
-        ckptconv.convert(unclip.file, tmp_path / "out", image_normalizer=tmp_path / "half")
-    with pytest.raises(FileRefused, match="AutoencoderKL, but a image_normalizer is"):
-        ckptconv.convert(unclip.file, tmp_path / "out", image_normalizer=unclip.out / "vae")
+    for donor, said in {
+        tmp_path / "columns": r"row needs shape \[n\] or \[1, n\], found \[96, 1\]",
+        tmp_path / "half": "image_normalizer: std is missing",
+        unclip.out / "unet": "is that of UNet2DConditionModel",
+    }.items():
+        with pytest.raises(FileRefused, match=said):
+            ckptconv.convert(unclip.file, tmp_path / "out", image_normalizer=donor)
     with pytest.raises(UsageError, match="image_normalizer is given, but it is not"):
-        ckptconv.convert(sample("sd1"), tmp_path / "out", image_normalizer=unclip.out)
+        ckptconv.convert(small, tmp_path / "out", image_normalizer=tmp_path / "half")
 
 
-def test_with_statistics_it_runs_and_they_go_back_into_the_file(
-    unclip: Pair, tmp_path: Path
-) -> None:
-    donor = statistics("pair", tmp_path)
-    pipe = load_pipeline(unclip.file, device="cpu", image_normalizer=donor)
-    assert type(pipe).__name__ == "StableUnCLIPImg2ImgPipeline"
-    assert torch.equal(pipe.image_normalizer.mean, MEAN[None])
-    photo = Image.new("RGB", (96, 48), "gray")
-    arguments = call_arguments(pipe, Settings("a cat", image=Path("x"), noise_level=3), {"image": photo})
-    assert arguments["image"] is photo, "the image is looked at, not painted on"
+# What `generate` makes of an image.
+
+
+UPSCALER: Any = diffusers.StableDiffusionUpscalePipeline
+
+
+def asked(cls: Any, image: Image.Image, **settings: Any) -> dict[str, Any]:
+    """Returns what a pipeline would be called with; it needs no weights for that."""
+    pipe = cls.__new__(cls)
+    return call_arguments(pipe, Settings("a cat", image=Path("x"), **settings), {"image": image})
+
+
+def test_an_image_to_vary_is_looked_at_and_the_result_has_its_own_size() -> None:
+    photo, cls = Image.new("RGB", (96, 48)), diffusers.StableUnCLIPImg2ImgPipeline
+    arguments = asked(cls, photo, noise_level=3)
+    assert arguments["image"] is photo
     assert arguments["noise_level"] == 3
-    assert "height" not in arguments
-    report = ckptconv.convert(unclip.file, tmp_path / "out", image_normalizer=donor)
-    assert report.warnings == ()
-    assert ckptconv.verify(None, tmp_path / "out").passed
-    ckptconv.export(tmp_path / "out", tmp_path / "back.safetensors")
-    back = load_file(tmp_path / "back.safetensors")
-    assert torch.equal(back.pop("noise_augmentor.data_mean"), MEAN[None])
-    assert torch.equal(back.pop("noise_augmentor.data_std"), STD[None])
-    assert back.keys() == load_file(unclip.file).keys()
+    assert not {"width", "height"} & arguments.keys()
+    arguments = asked(cls, photo, size=(64, 128))
+    assert (arguments["width"], arguments["height"]) == (64, 128)
 
 
-def test_an_image_is_upscaled_four_times(sample: Sample, tmp_path: Path) -> None:
-    run, small, out = runner(tmp_path), tmp_path / "small.png", tmp_path / "out.png"
-    Image.new("RGB", (33, 16), "gray").save(small)
-    options = ("--steps", "1", "--seed", "7", "--device", "cpu", "--image", small)
-    run(sample("x4-upscaler"), *options, "--noise-level", "350")
-    assert Image.open(out).size == (128, 64)
-    assert parameters(out)["noise_level"] == 350
-    result = run(sample("x4-upscaler"), *options, "--noise-level", "351", "--overwrite", code=2)
-    assert "noise_level" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        (Settings("a cat", image=Path("x"), size=(72, 64)), "--size does not divide by 32, as up"),
-        (Settings("a cat", size=(64, 64)), "--image is missing: upscaling needs it"),
-        (Settings("a cat", image=Path("x"), strength=0.5), "--strength does not fit"),
-    ],
-)
-def test_settings_that_an_upscaler_cannot_take(settings: Settings, said: str) -> None:
+def test_the_size_of_an_upscaled_image_is_that_of_the_result() -> None:
+    photo, cls = Image.new("RGB", (33, 16)), UPSCALER
+    assert asked(cls, photo)["image"].size == (32, 16)
+    assert asked(cls, photo, size=(128, 64))["image"].size == (32, 16)
+    settings = Settings("a cat", size=(72, 64), strength=0.5)
     with pytest.raises(UsageError) as caught:
-        check(diffusers.StableDiffusionUpscalePipeline, "upscaling", settings)
-    assert said in str(caught.value)
+        check(cls, "upscaling", settings)
+    assert list(caught.value.problems) == [
+        "--strength does not fit: StableDiffusionUpscalePipeline takes none",
+        "--image is missing: upscaling needs it",
+        "--size does not divide by 32, as upscaling needs it",
+    ]

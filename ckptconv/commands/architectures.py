@@ -1,4 +1,4 @@
-"""`ckptconv architectures`: what is known."""
+"""`ckptconv architectures`: what is known, and what works with it."""
 
 from __future__ import annotations
 
@@ -6,31 +6,37 @@ from typing import Any
 
 import click
 
+from ..maps.architecture import KeyMaps
 from .shared import console, echo_json, json_option, key_maps
+
+WORKS = ("detect", "convert", "verify", "export")
+"""What works with every relative; `run` does with those that are a pipeline of their own."""
 
 
 @click.command("architectures")
 @json_option
 def command(*, as_json: bool) -> None:
-    """List the known architectures, their tasks and components."""
-    rows: list[dict[str, Any]] = [
+    """List the known architectures with their tasks, and the relatives that people hold."""
+    maps = key_maps()
+    architectures: list[dict[str, Any]] = [
         {
             "architecture": a.name,
             "title": a.title,
             "tasks": {t.name: t.pipeline for t in a.tasks},
             "components": [c.name for c in a.models],
         }
-        for a in key_maps().architectures.values()
+        for a in maps.architectures.values()
     ]
+    relatives = _relatives(maps)
     if as_json:
-        echo_json(rows)
+        echo_json({"architectures": architectures, "relatives": relatives})
         return
     from rich.table import Table
 
     table = Table("architecture", "title", "task")
-    table.add_column("pipeline", no_wrap=True)
+    table.add_column("class", no_wrap=True)
     table.add_column("components")
-    for row in rows:
+    for row in architectures:
         first: tuple[str, ...] = (str(row["architecture"]), str(row["title"]))
         parts = ", ".join(row["components"])
         for task, pipeline in row["tasks"].items():
@@ -38,3 +44,21 @@ def command(*, as_json: bool) -> None:
             first, parts = ("", ""), ""
         table.add_section()
     console().print(table)
+    table = Table("relative", "architecture", "task", *WORKS, "run")
+    for row in relatives:
+        yes = ["yes" if work in row["works"] else "no" for work in (*WORKS, "run")]
+        table.add_row(row["name"], row["architecture"], row["task"], *yes)
+    console().print(table)
+
+
+def _relatives(maps: KeyMaps) -> list[dict[str, Any]]:
+    """Returns the table of `key_maps/relatives.yaml`."""
+    return [
+        {
+            "name": relative["name"],
+            "architecture": relative["architecture"],
+            "task": relative["task"],
+            "works": [*WORKS, *(["run"] if relative.get("run", True) else [])],
+        }
+        for relative in maps.read("relatives")["relatives"]
+    ]

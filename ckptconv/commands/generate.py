@@ -13,6 +13,7 @@ import click
 from ..inference.adapt import add_loras, find_scheduler, read_loras, set_scheduler
 from ..inference.device import pick_device
 from ..inference.generation import (
+    TASKS,
     Settings,
     call_arguments,
     check,
@@ -24,7 +25,7 @@ from ..inference.generation import (
     save_png,
 )
 from ..inference.libraries import quiet
-from ..inference.pipeline import OFFLOADS, TASKS, load_pipeline, pipeline_class
+from ..inference.pipeline import OFFLOADS, load_pipeline, pipeline_class
 from .shared import FILE, choices_of, echo_json, json_option, plan_options, progress
 
 DTYPE_ON_CPU = "fp32"

@@ -10,7 +10,10 @@ resolvers:
     ${dtype:KEY}              as torch names it          ${fact:NAME}           value of a fact
     ${pick:NAME,{value:x}}    chosen by a fact
     ${side:KEY,AXIS,PATCH}    edge of the square image whose patches, PATCH pixels wide (1 without
-                              it), and one class token have their positions along an axis
+                              it), and one class token have their positions along an axis; with a
+                              fourth argument: that, as assumed, where KEY is missing
+
+A KEY of the converted tensors is one of this component, or COMPONENT/KEY of another.
     ${values:KEY,PUBLISHED}   of a small tensor of the original file that is not converted: a list
                               or one number, as PUBLISHED is, which is assumed where there is none
     ${depth:BLOCK}            transformer blocks of each attention in a block: one number where all
@@ -28,19 +31,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import MapError
-from ..facts import Fact, values_of
+from ..facts import values_of
 from ..files import read_json
 from ..maps.architecture import Component
 from ..planning.plan import Plan, Slot
-from ..reading.header import Header
 
-__all__ = ["Config", "class_of", "configs", "model_index", "module_of"]
+__all__ = ["Config", "class_of", "configs", "find_class", "model_index"]
 
 CLASS_ENTRIES = ("_class_name", "architectures", "tokenizer_class", "image_processor_type")
 """Where a configuration says which class it is for."""
 
 PIPELINES = {"StableUnCLIPImageNormalizer": "stable_diffusion"}
-"""Classes that diffusers does not offer at its top, and the package of pipelines that does."""
+"""Classes that not every diffusers offers at its top, and the package of pipelines that does."""
 
 TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
@@ -84,7 +86,7 @@ def configs(
             values = read_json(donor.config)
             result[name] = Config(component, values, dict.fromkeys(values, "donor"))
             continue
-        measure = _Measure(plan.tensors(name), plan.detection.facts, plan.detection.header)
+        measure = _Measure(plan, name)
         values, origins = _filled(component, measure, architecture.maps.extended)
         wins = (overrides or {}).get(name, {})
         result[name] = Config(
@@ -124,9 +126,13 @@ def class_of(config: Config) -> str:
     return str(said[0] if isinstance(said, list) else said)
 
 
-def module_of(library: str, name: str) -> str:
-    """Returns the name of the module of a library that offers a class."""
-    return f"diffusers.pipelines.{PIPELINES[name]}" if name in PIPELINES else library
+def find_class(library: str, name: str) -> type | None:
+    """Returns the class that a library offers by a name, or None; imports the library."""
+    import importlib
+
+    homes = [library, *(f"diffusers.pipelines.{p}" for n, p in PIPELINES.items() if n == name)]
+    found = (getattr(importlib.import_module(home), name, None) for home in homes)
+    return next((each for each in found if isinstance(each, type)), None)
 
 
 def versioned(config: Config) -> dict[str, Any]:
@@ -147,27 +153,29 @@ def _version(library: str) -> str:
 class _Measure:
     """Answers the holes of one component's configuration, and notes what was asked."""
 
-    def __init__(
-        self, tensors: Mapping[str, Slot], facts: Mapping[str, Fact], header: Header
-    ) -> None:
-        self.tensors = tensors
-        self.facts = facts
-        self.header = header
+    def __init__(self, plan: Plan, component: str) -> None:
+        self.plan = plan
+        self.tensors = plan.tensors(component)
+        self.facts = plan.detection.facts
+        self.header = plan.detection.header
         self.asked: list[str] = []
+
+    def _find(self, key: str) -> Slot | None:
+        component, _, name = key.rpartition("/")
+        return (self.plan.tensors(component) if component else self.tensors).get(name)
 
     def _slot(self, key: str) -> Slot:
         self.asked.append("measured")
-        try:
-            return self.tensors[key]
-        except KeyError:
-            raise MapError(f"a configuration measures {key!r}, which is no converted key") from None
+        if slot := self._find(key):
+            return slot
+        raise MapError(f"a configuration measures {key!r}, which is no converted key")
 
     def dim(self, key: str, axis: int) -> int:
         return self._slot(key).shape[axis]
 
     def dim_or_null(self, key: str, axis: int) -> int | None:
         self.asked.append("measured")
-        return self.dim(key, axis) if key in self.tensors else None
+        return self.dim(key, axis) if self._find(key) else None
 
     def heads(self, key: str, width: int) -> int:
         rows = self._slot(key).shape[0]
@@ -175,7 +183,10 @@ class _Measure:
             raise ValueError(f"{key} has {rows} rows, which are no heads of {width}")
         return rows // width
 
-    def side(self, key: str, axis: int, patch: int = 1) -> int:
+    def side(self, key: str, axis: int, patch: int = 1, published: int | None = None) -> int:
+        if published is not None and not self._find(key):
+            self.asked.append("assumed")
+            return published
         patches = self.dim(key, axis) - 1
         edge = math.isqrt(max(patches, 0))
         if not patches or edge * edge != patches:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = [
+    "TASKS",
     "Pipeline",
     "Settings",
     "call_arguments",
@@ -38,6 +39,12 @@ __all__ = [
 
 Pipeline = Any
 """A pipeline of diffusers, whose attributes depend on its class."""
+
+TASKS = (
+    *("text-to-image", "image-to-image", "inpainting", "instruct-pix2pix", "depth-to-image"),
+    *("image-variation", "upscaling"),
+)
+"""What a pipeline can be asked for by name."""
 
 CHUNK = "ckptconv"
 """Keyword of the text chunk of a PNG that holds the parameters, as JSON."""

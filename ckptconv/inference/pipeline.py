@@ -34,18 +34,13 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-__all__ = ["OFFLOADS", "TASKS", "load_pipeline", "pipeline_class"]
+__all__ = ["OFFLOADS", "load_pipeline", "pipeline_class"]
 
 OFFLOADS = {
     "model": "enable_model_cpu_offload",
     "sequential": "enable_sequential_cpu_offload",
 }
 """How weights wait in main memory for their turn on the GPU, and the method of diffusers."""
-
-TASKS = (
-    *("text-to-image", "image-to-image", "inpainting", "instruct-pix2pix", "depth-to-image"),
-    *("image-variation", "upscaling"),
-)
 
 OTHER_TASKS = {
     "StableDiffusionPipeline": {
@@ -92,7 +87,7 @@ def load_pipeline(
         path: a checkpoint, or a folder with `model_index.json`.
         device: `cuda`, `cuda:1`, `mps`, `cpu`, or `auto` for the first of them that is there; why
             it was taken goes to the log.
-        task: `text-to-image`, `image-to-image`, `inpainting` or `instruct-pix2pix`; by default what
+        task: one of `TASKS`, such as `text-to-image`, that the weights can do; by default what
             the weights are made for.
         components: ready objects that take the place of the file's, by name, such as a VAE that
             two pipelines share; None leaves a component out.

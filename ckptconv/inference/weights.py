@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..configs.config import Config, class_of, module_of
+from ..configs.config import Config, class_of, find_class
 from ..errors import FileRefused, MapError
 from ..planning.plan import Plan, Slot
 from ..reading.header import DTYPE_BITS, TensorInfo
@@ -52,8 +52,8 @@ def component_class(config: Config) -> Any:
         FileRefused: the library has no such class.
     """
     name, library = class_of(config), config.component.library
-    found = getattr(importlib.import_module(module_of(library, name)), name, None)
-    if not isinstance(found, type):
+    found = find_class(library, name)
+    if found is None:
         raise FileRefused(
             f"{config.component.name}: the configuration names the class {name}, which {library} "
             f"{importlib.import_module(library).__version__} does not have",

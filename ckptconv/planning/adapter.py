@@ -7,6 +7,7 @@ key of the adapter is looked up there.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -305,16 +306,21 @@ def _settings(header: Header, problems: list[str]) -> dict[str, dict[str, Any]]:
     return settings
 
 
+@functools.cache
+def _published(architecture: Architecture) -> Homes:
+    """Returns the names of the layers of a published file."""
+    layout = architecture.layout()
+    claims = [best_claim(architecture, c, layout, c.sources) for c in architecture.models]
+    return _homes(architecture, [step for claim in claims for step in claim.steps.values()])
+
+
 def _refusal(architecture: Architecture, adapter: Adapter, found: _Found) -> FileRefused:
     """Says what does not fit, and what the adapter is for, if that can be told."""
     fits, named = [], []
     for other in architecture.maps.architectures.values():
         if other.single or other.name == architecture.name:
             continue
-        layout = other.layout()
-        claims = [best_claim(other, c, layout, c.sources) for c in other.models]
-        steps = [step for claim in claims for step in claim.steps.values()]
-        theirs = _read(adapter, _homes(other, steps), frozenset())
+        theirs = _read(adapter, _published(other), frozenset())
         fits += [other.title] if not theirs.problems else []
         named += [other.title] if found.misplaced and not theirs.misplaced else []
     hint = f"give an adapter that was trained on {architecture.title}"

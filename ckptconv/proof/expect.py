@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from ..configs.config import module_of
+from ..configs.config import find_class
 from ..inference.libraries import quiet
 
 __all__ = ["MODELS", "Expected", "Unbuildable", "defaults", "expected", "has_class"]
@@ -45,7 +45,14 @@ LARGEST = 1 << 20
 
 BACKBONES = ("bit",)
 """What a configuration may name as the model inside: others would be loaded from a hub."""
-NOT_ASKED = {"architectures", "dtype", "id2label", "label2id", "torch_dtype", "transformers_version"}
+NOT_ASKED = {
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "torch_dtype",
+    "transformers_version",
+}
 """What transformers' configurations take and models are not made of."""
 
 
@@ -100,10 +107,8 @@ def has_class(library: str, name: str) -> bool:
 @functools.cache
 def _class(library: str, name: str) -> Any:
     with quiet():
-        known = library in LIBRARIES
-        module = importlib.import_module(module_of(library, name)) if known else None
-        found = getattr(module, name, None)
-    if not isinstance(found, type):
+        found = find_class(library, name) if library in LIBRARIES else None
+    if found is None:
         raise Unbuildable(f"{library} has no class {name}")
     return found
 
@@ -130,7 +135,8 @@ def _check_sizes(name: str, config: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping):
             kind = value.get("model_type")
             if key == "backbone_config" and kind not in BACKBONES:
-                raise Unbuildable(f"{key} of {name} is one of {str(kind)[:80]!r}, expected {BACKBONES[0]!r}")
+                what = f"is one of {str(kind)[:80]!r}, expected {BACKBONES[0]!r}"
+                raise Unbuildable(f"{key} of {name} {what}")
             _check_sizes(f"{key} of {name}", value)
             continue
         limit = MOST_LAYERS if key in COUNTS else LARGEST

@@ -30,8 +30,8 @@ __all__ = ["KINDS", "Patch", "merged"]
 BLOCK = 64 << 10
 """Elements that are computed at a time: they stay in a processor's cache."""
 SMALL = 256 << 10
-"""Multiplications in a product that OpenBLAS computes without threads of its own. Ours would wait for
-those: a conversion took six times as long on a busy machine."""
+"""Multiplications in a product that OpenBLAS computes without threads of its own. Ours would wait
+for those: a conversion took six times as long on a busy machine."""
 
 
 @dataclass(frozen=True, slots=True)

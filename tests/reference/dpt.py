@@ -347,12 +347,11 @@ class Dpt(nn.Module):
 
 DPT_HYBRID = DptConfig()
 
-# A bottleneck is a quarter of its stage: at 128 a norm's group would be one channel. Layers and
-# hooks are as published: no shape tells which layers are used.
+# A bottleneck is a quarter of its stage: at 128 a norm's group would be one channel. Depths, layers
+# and hooks are as published: no shape tells which layers are used.
 TINY_DPT = replace(
     DPT_HYBRID,
     stages=(256, 384, 512),
-    depths=(1, 2, 2),
     width=128,
     grid=4,
     neck=(96, 160),

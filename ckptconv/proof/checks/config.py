@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from ...configs.config import TORCH_NAMES, Config, class_of
+from ...configs.config import PIPELINES, TORCH_NAMES, Config, class_of
 from ...writing.execute import CONFIG_FILES
 from ..expect import Unbuildable, defaults
 from ..saved import Part
@@ -205,10 +205,12 @@ def _dtype_problems(own: Mapping[str, Any], part: Part, notes: list[str]) -> Ite
 
 
 def _plain(value: Any) -> Any:
-    """Returns an entry of the index with the class under its usual name."""
-    if isinstance(value, list):
-        return [RENAMED.get(item, item) if isinstance(item, str) else item for item in value]
-    return value
+    """Returns an entry of the index with the class under its usual name, in its usual place."""
+    if not isinstance(value, list):
+        return value
+    plain = [RENAMED.get(item, item) if isinstance(item, str) else item for item in value]
+    homes = [PIPELINES[item] for item in plain if isinstance(item, str) and item in PIPELINES]
+    return [*homes[:1], *plain[len(homes[:1]) :]]
 
 
 def _show(value: Any) -> str:

@@ -14,7 +14,7 @@ from ..verification import Check, Problem
 
 __all__ = ["check_weights"]
 
-POSITION_IDS = "text_model.embeddings.position_ids"
+POSITION_IDS = ".embeddings.position_ids"
 """Saved by old releases of transformers, read by none of today's."""
 INTEGERS = {"I64": "q", "I32": "i"}
 
@@ -54,7 +54,7 @@ def _names(part: Part, model: Expected, headers: Mapping[str, Header]) -> Iterat
         if key not in part.tensors:
             yield Problem(key, "is missing: the class expects it")
     for key, slot in part.tensors.items():
-        if key == POSITION_IDS and key not in model.shapes:
+        if key.endswith(POSITION_IDS) and key not in model.shapes:
             yield from _position_ids(slot, headers[slot.place])
         elif key not in model.shapes:
             yield Problem(slot.key, "is left over: the class has no such tensor")
@@ -76,7 +76,7 @@ def _position_ids(slot: Slot, header: Header) -> Iterator[Problem]:
     info = header.tensors[slot.key]
     letter = INTEGERS.get(info.dtype)
     if not letter or info.shape[:-1] not in ((), (1,)) or not 0 < info.numel <= 4096:
-        what = f"is {info.dtype} of shape {list(info.shape)}, expected I64 of shape [1, 77]"
+        what = f"is {info.dtype} of shape {list(info.shape)}, expected I64 of shape [1, positions]"
         yield Problem(slot.key, what)
         return
     with header.path.open("rb") as file:
