@@ -164,7 +164,34 @@ def _plan(path: str | Path, choices: Choices) -> tuple[Plan, OriginalConfig | No
         dtype=choices.get("dtype"),
         adapters=[read_adapter(text) for text in choices.get("lora") or ()],
     )
+    _require_fit(made)
     return made, original
+
+
+def _require_fit(made: Plan) -> None:
+    """Checks that what comes from elsewhere has the width of the component that it is joined to.
+
+    Raises:
+        FileRefused: they have not.
+    """
+    problems = []
+    for component in made.detection.require()[0].models:
+        for key, other in component.fits.items():
+            neighbour, _, its = other.partition("/")
+            if made.donors.keys().isdisjoint({component.name, neighbour}):
+                continue
+            one, two = made.tensors(component.name).get(key), made.tensors(neighbour).get(its)
+            if one and two and one.shape[-1:] != two.shape[:1]:
+                problems.append(
+                    f"{component.name}: {key} has shape {list(one.shape)}, which does not fit "
+                    f"{list(two.shape)}, the shape of {other}"
+                )
+    if problems:
+        raise FileRefused(
+            f"{made.detection.header.path}: its components do not fit together",
+            problems=problems,
+            hint="give components of the same model",
+        )
 
 
 def _donor(name: str, place: Path) -> Donor:

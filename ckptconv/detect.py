@@ -226,13 +226,16 @@ def _task(
         found = f"{architecture.root} has shape {list(root.shape)}, needed a 4-D convolution"
         return None, Line(found, False)
     for task in sorted(architecture.tasks, key=lambda task: not task.key):
-        if task.channels in (None, root.shape[1:2][0]) and (not task.key or task.key in tensors):
+        if (task.channels is None or root.shape[1:2] == (task.channels,)) and (
+            not task.key or task.key in tensors
+        ):
             count = f"has {task.channels} input channels" if task.channels else "is there"
             also = f", and the file holds {task.key}" if task.key else ""
             return task, Line(f"the {what} {count}{also}: {task.name}", True)
     by_channels = [task for task in architecture.tasks if not task.key]
     known = ", ".join(f"{task.channels} ({task.name})" for task in by_channels)
-    return None, Line(f"the {what} has {root.shape[1]} input channels, needed {known}", False)
+    channels = root.shape[1] if len(root.shape) > 1 else "no"
+    return None, Line(f"the {what} has {channels} input channels, needed {known}", False)
 
 
 def _why(task: Task) -> str:

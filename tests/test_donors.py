@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 import ckptconv
 from ckptconv.errors import FileRefused, Incomplete
 from ckptconv.files import read_json
 from tests.checkpoints import raw, rewritten
 from tests.conftest import Folder, Sample
+from tests.reference import text
 
 VAE = "first_stage_model."
 
@@ -131,3 +133,13 @@ def test_a_donor_without_the_component_is_refused(
     with pytest.raises(Incomplete) as caught:
         ckptconv.convert(small, tmp_path / "out", vae=without_vae)
     assert f"vae: {without_vae} holds none in a layout that is known" in caught.value.problems
+
+
+def test_a_text_encoder_of_another_width_is_no_donor(sample: Sample, tmp_path: Path) -> None:
+    wide = text.ClipText(text.TINY_CLIP).state_dict()
+    save_file(wide, tmp_path / "wide.safetensors")
+    with pytest.raises(FileRefused, match="do not fit together") as caught:
+        ckptconv.convert(sample("sd2"), tmp_path / "o", text_encoder=tmp_path / "wide.safetensors")
+    (problem,) = caught.value.problems
+    assert problem.startswith("unet: down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k")
+    assert "text_encoder/text_model.final_layer_norm.weight" in problem

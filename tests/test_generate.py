@@ -33,6 +33,7 @@ CASES = [
 ]
 NEEDS = {
     "text-to-image": (),
+    "controlnet": ("image",),
     "image-to-image": ("image",),
     "depth-to-image": ("image",),
     "instruct-pix2pix": ("image",),

@@ -279,7 +279,7 @@ def test_verify_writes_a_page_whether_it_passes_or_not(
 ) -> None:
     passed = (Check("vae", "data", (), (), "248 tensors"),)
     failed = (Check("vae", "data", (Problem("a.key", "differs"),)),)
-    runner, command = CliRunner(), "ckptconv.commands.verify.verify"
+    runner, command = CliRunner(), "ckptconv.batch.work.verify"
     for checks, code, said in ((passed, 0, "Verified."), (failed, 1, "Not verified.")):
         result = verification(checks, small)
         monkeypatch.setattr(command, lambda *_args, _result=result, **_choices: _result)

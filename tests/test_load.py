@@ -14,7 +14,9 @@ import pytest
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
+    StableUnCLIPImageNormalizer,
+)
 
 import ckptconv
 from ckptconv import Layout
@@ -33,6 +35,7 @@ TASKS = [
 MODELS = {
     "unet": diffusers.UNet2DConditionModel,
     "vae": diffusers.AutoencoderKL,
+    "controlnet": diffusers.ControlNetModel,
     "text_encoder": transformers.CLIPTextModel,
     "text_encoder_2": transformers.CLIPTextModelWithProjection,
     "depth_estimator": transformers.DPTForDepthEstimation,
@@ -166,7 +169,8 @@ def test_the_configs_serve_from_single_file_offline_and_it_reads_the_same_weight
     theirs = classes[name].from_single_file(
         str(sample(name)), config=str(configs), local_files_only=True
     )
-    for component in bundled().architectures[name].models:
+    architecture = bundled().architectures[name]
+    for component in architecture.for_task(architecture.tasks[0]).models:
         _check_weights(getattr(theirs, component.name), folder(name) / component.name)
 
 

@@ -258,10 +258,13 @@ def test_statistics_come_from_a_donor(kind: str, unclip: Pair, tmp_path: Path) -
 def test_other_donors_are_refused(unclip: Pair, small: Path, tmp_path: Path) -> None:
     torch.save((MEAN[:, None], STD), tmp_path / "columns")
     torch.save((MEAN,), tmp_path / "half")
+    StableUnCLIPImageNormalizer(128).save_pretrained(tmp_path / "wide")
     for donor, said in {
         tmp_path / "columns": r"row needs shape \[n\] or \[1, n\], found \[96, 1\]",
         tmp_path / "half": "image_normalizer: std is missing",
         unclip.out / "unet": "is that of UNet2DConditionModel",
+        tmp_path
+        / "wide": r"\[1, 128\], which does not fit \[96, 128\], the shape of image_encoder",
     }.items():
         with pytest.raises(FileRefused, match=said):
             ckptconv.convert(unclip.file, tmp_path / "out", image_normalizer=donor)

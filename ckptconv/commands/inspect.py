@@ -118,8 +118,8 @@ def _summary(data: dict[str, Any]) -> list[RenderableType]:
         f"architecture: {data['architecture']}    pipeline: {data['pipeline']}",
     ]
     for name in ("prediction_type", "zero_terminal_snr"):
-        fact = data[name]
-        parts.append(f"{name}: {fact['value']} ({fact['source']}: {fact['detail']})")
+        if fact := data.get(name):  # a lone component has none
+            parts.append(f"{name}: {fact['value']} ({fact['source']}: {fact['detail']})")
     if data["components"]:
         parts.append(_components(data["components"]))
     parts.append("evidence:")

@@ -90,6 +90,8 @@ class Component:
         tasks: names of the tasks whose pipelines have it; empty for all.
         layout: the header of its tensors, where `layout.json` has none, since most files lack it.
         supply: where it may be taken from, if a file has none; for people.
+        fits: by key of one of its tensors, `COMPONENT/KEY` of another's: the last axis of the one
+            is as long as the first of the other, which a donor may not know.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Component:
     tasks: tuple[str, ...] = ()
     layout: str = ""
     supply: str = ""
+    fits: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def weights(self) -> str:
@@ -379,5 +382,5 @@ def _component(name: str, part: Mapping[str, Any]) -> Component:
     if bool(sources) != (kind == "model"):
         raise ValueError(f"component {name!r}: a model needs sources, and nothing else has them")
     tasks = tuple(part.get("tasks", ()))
-    more = part.get("layout", ""), part.get("supply", "")
+    more = part.get("layout", ""), part.get("supply", ""), part.get("fits", {})
     return Component(name, kind, part["library"], sources, part["config"], tasks, *more)

@@ -105,6 +105,8 @@ class _Tree:
 
     def find(self, key: Pattern) -> tuple[Rule, int, Pattern] | None:
         """Returns (rule, number of the pattern in it, segments that the stars stand for)."""
+        if any("*" in segment for segment in key):
+            return None  # no published key has one, and it would pass for that of a pattern
         return _find(self.root, key, ())
 
 

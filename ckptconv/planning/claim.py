@@ -65,7 +65,7 @@ def best_claim(
         sources: to try.
     """
     claims = [_claim(architecture, component, header, source) for source in sources]
-    return max(claims, key=lambda claim: claim.known)
+    return max(claims, key=lambda claim: (claim.known, -len(claim.problems)))
 
 
 def _claim(
@@ -90,7 +90,7 @@ def _claim(
         given.update(match.targets)
         ranks = [layout.get(keymap.template(target)) for target in match.targets]
         if None not in ranks:
-            known += 1
+            known += len(ranks)
         elif not keymap.is_optional(short):
             problems.append(f"{key}: not a key of a {architecture.title} {component.name}")
         try:
@@ -182,7 +182,7 @@ def donated(
     as_is = [Source("", AS_IS)]
     if component.library == "transformers":
         as_is.insert(0, Source("", TRANSFORMERS_MAP))
-    sources = dict.fromkeys([*elsewhere, *alone, *as_is])
+    sources = dict.fromkeys([*component.sources, *elsewhere, *alone, *as_is])
     claim = best_claim(architecture, component, header, sources)
     if claim.known:
         problems += claim.problems

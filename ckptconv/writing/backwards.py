@@ -112,7 +112,7 @@ def _read(
     for component in architecture.models:
         if component.name in saved.parts:
             found = [_component(architecture, component, s, saved) for s in component.sources]
-            best = max(found, key=lambda each: (_remembered(each.steps, saved), len(each.steps)))
+            best = max(found, key=lambda each: (_remembered(each.steps, saved), each.tensors))
             steps |= {step.targets[0].key: step for step in best.steps}
             problems += best.problems
     for key, slot in saved.aside.items():
@@ -129,6 +129,11 @@ def _read(
 class _Component:
     steps: tuple[Step, ...]
     problems: tuple[str, ...]
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors of the folder have a way back."""
+        return sum(len(step.sources) for step in self.steps)
 
 
 def _component(
