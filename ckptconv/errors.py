@@ -32,6 +32,7 @@ __all__ = [
     "OutputError",
     "UnsafePickle",
     "UsageError",
+    "printable",
 ]
 
 SHOWN = 20
@@ -49,11 +50,26 @@ class CkptconvError(Exception):
 
     def __str__(self) -> str:
         lines = [self.message, *(f"  - {problem}" for problem in self.problems[:SHOWN])]
+        lines = [printable(line) for line in lines]
         if len(self.problems) > SHOWN:
             lines.append(f"  ... and {len(self.problems) - SHOWN} more")
         if self.hint:
-            lines.append(f"hint: {self.hint}")
+            lines.append(f"hint: {printable(self.hint)}")
         return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    r"""Returns a text in which nothing commands a terminal: names and metadata are a stranger's.
+
+    What cannot be printed is escaped, but for the bytes of names of files that are not UTF-8.
+
+    >>> printable("weight\x1b[2J")
+    'weight\\x1b[2J'
+    """
+    return "".join(
+        c if c.isprintable() or "\udc80" <= c <= "\udcff" else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 class FileRefused(CkptconvError):

@@ -28,7 +28,10 @@ from tests.pages import HOSTILE, hostile_file, verification
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"needs one of {', '.join(NAMES)}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason=f"needs one of {', '.join(NAMES)}"),
+]
 
 FLAGS = (
     "--headless",

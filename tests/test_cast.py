@@ -145,3 +145,14 @@ def test_a_fp16_is_the_nearest_of_its_neighbours(value: float) -> None:
 def test_a_dtype_that_torch_lacks_is_named(name: str) -> None:
     with pytest.raises(UsageError, match=f"has no dtype for {name}"):
         torch_dtype(name)
+
+
+def test_scales_of_eight_exponent_bits_cast_too() -> None:
+    from ckptconv.writing.cast import cast
+
+    codes = bytes([126, 127, 128, 254])  # 2 to the power of code - 127
+    view, overflows = cast(bytearray(codes), "F8_E8M0", "F16")
+    values = np.frombuffer(view, dtype="<f2")
+    assert values[:3].tolist() == [0.5, 1, 2]
+    assert np.isinf(values[3])
+    assert overflows == 1

@@ -22,6 +22,8 @@ from ckptconv.showing.markdown import markdown
 from tests.conftest import Sample
 from tests.pages import EVIL, HOSTILE, hostile_file, verification
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
 STEPS: list[dict[str, Any]] = ACTION["runs"]["steps"]

@@ -209,3 +209,18 @@ def test_demo_without_a_place_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     result = run("demo", tmp_path / name, code=1)
     assert "no folder can be made" in result.stderr
+
+
+def test_names_and_metadata_do_not_command_the_terminal(tmp_path: Path) -> None:
+    evil, path = "evil\x1b[2J\u202e", tmp_path / "evil.safetensors"
+    save({evil: ("F16", (1,), b"\0\0")}, path)
+    assert "evil\\x1b[2J\\u202e" in run("inspect", path, code=1).stdout
+    save(
+        {**raw(midget(tmp_path / "small.safetensors")), evil: ("F16", (1,), b"\0\0")},
+        path,
+        {"x": evil},
+    )
+    shown = [run("inspect", path).stdout, run("plan", path, code=1).stdout]
+    shown.append(run("convert", path, tmp_path / "out", code=1).stderr)
+    assert all("evil\\x1b[2J\\u202e" in text for text in shown)
+    assert not any("\x1b" in text or "\u202e" in text for text in shown)

@@ -153,6 +153,7 @@ def test_a_file_without_vae_comes_back_without(sample: Sample, tmp_path: Path) -
 # Folders that ckptconv did not write.
 
 
+@pytest.mark.slow
 def test_a_folder_that_diffusers_saved_becomes_a_file_that_converts_back(
     sample: Sample, folder: Folder, tmp_path: Path
 ) -> None:

@@ -27,7 +27,7 @@ from tests import shell
 from tests.checkpoints import raw_folder
 from tests.conftest import Folder
 
-pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
+pytestmark = [pytest.mark.slow, pytest.mark.allow_hosts(["127.0.0.1"])]
 
 WHO = {"AWS_ACCESS_KEY_ID": "us", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
 PORTS = ("master", "volume", "filer", "s3")

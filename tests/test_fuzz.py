@@ -11,6 +11,8 @@ import pytest
 from tests import fuzz
 from tests.fuzz_inputs import Trial
 
+pytestmark = pytest.mark.slow
+
 
 def test_damaged_files_are_taken_or_refused_in_words(tmp_path: Path) -> None:
     tally = fuzz.fuzz(3 / 60, 0, tmp_path / "findings", converting=0)

@@ -109,6 +109,7 @@ def loaded() -> dict[str, dict[str, Any]]:
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "task"), TASKS)
 def test_the_models_and_the_pipeline_of_every_task_load_without_a_complaint(
     name: str,

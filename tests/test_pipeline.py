@@ -44,6 +44,7 @@ def said() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "task"), [(name, task.name) for name, task in TASKS])
 def test_every_task_is_bit_identical_to_the_converted_folder(
     architecture: str, task: str, sample: Sample, tmp_path: Path, said: list[str]

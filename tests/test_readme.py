@@ -56,6 +56,7 @@ def test_contributing_shows_the_architecture_as_it_is() -> None:
     assert shown[1] == (ROOT / "key_maps" / "ssd-1b" / "arch.yaml").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workplace")
 def test_the_commands_of_contributing_run() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

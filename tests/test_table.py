@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     Parts = dict[str, Callable[[], nn.Module]]
 
+pytestmark = pytest.mark.slow
+
 README = Path(__file__).parent.parent / "README.md"
 RELATIVES = {relative["name"]: relative for relative in bundled().read("relatives")["relatives"]}
 
@@ -68,7 +70,13 @@ def whole(family: str, network: unet.UNetConfig) -> Parts:
 MEAN, STD = torch.tensor([0.1, -0.2, 0.3, 0.4]), torch.tensor([0.9, 1.1, 1.2, 0.8])
 NOTHING = torch.zeros(0)
 SIGMAS = {"edm_vpred.sigma_max": torch.tensor(80.0), "edm_vpred.sigma_min": torch.tensor(0.002)}
-SDXL_EDIT = replace(unet.TINY_SDXL, in_channels=8)
+SHALLOW = replace(
+    unet.TINY_SDXL,
+    input_depth=((0, 0), (1, 1), (2, 2)),
+    output_depth=((2, 2, 2), (1, 1, 1), (0, 0, 0)),
+    middle_depth=2,
+)
+SDXL_EDIT = replace(SHALLOW, in_channels=8)
 FAT_BIAS = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 """The tensor of SD2 whose values spread more widely in the 768-v model."""
 
@@ -96,16 +104,16 @@ FILES: dict[str, tuple[Parts, Mapping[str, Tensor]]] = {
     "SD2.1 unCLIP L": (TINY_FILES["sd2-unclip-l"], {}),
     "SD2.1 unCLIP H": (TINY_FILES["sd2-unclip-h"], {}),
     "SD2 x4 upscaler": (TINY_FILES["x4-upscaler"], {}),
-    "Stable Diffusion XL": (whole("sdxl", unet.TINY_SDXL), {}),
+    "Stable Diffusion XL": (whole("sdxl", SHALLOW), {}),
     "SDXL refiner": (whole("refiner", unet.TINY_REFINER), {}),
-    "SDXL inpainting": (whole("sdxl", replace(unet.TINY_SDXL, in_channels=9)), {}),
+    "SDXL inpainting": (whole("sdxl", replace(SHALLOW, in_channels=9)), {}),
     "SDXL InstructPix2Pix": (whole("sdxl", SDXL_EDIT), {}),
     "SDXL v-prediction, zero terminal SNR": (
-        whole("sdxl", unet.TINY_SDXL),
+        whole("sdxl", SHALLOW),
         {"v_pred": NOTHING, "ztsnr": NOTHING},
     ),
-    "Playground v2.5": (whole("sdxl", unet.TINY_SDXL), {"edm_mean": MEAN, "edm_std": STD}),
-    "CosXL": (whole("sdxl", unet.TINY_SDXL), SIGMAS),
+    "Playground v2.5": (whole("sdxl", SHALLOW), {"edm_mean": MEAN, "edm_std": STD}),
+    "CosXL": (whole("sdxl", SHALLOW), SIGMAS),
     "CosXL-edit": (whole("sdxl", SDXL_EDIT), SIGMAS),
     "Segmind SSD-1B": (whole("sdxl", UNETS["ssd-1b"]), {}),
     "Segmind Vega": (whole("sdxl", UNETS["vega"]), {}),

@@ -89,6 +89,7 @@ def test_a_damage_is_found_and_named(
 # Folders that ckptconv did not write.
 
 
+@pytest.mark.slow
 def test_a_folder_that_diffusers_saved_verifies(
     sample: Sample, folder: Folder, tmp_path: Path
 ) -> None:

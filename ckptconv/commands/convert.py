@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..batch.work import Conversion, Outcome, conversion
-from ..errors import UsageError
+from ..errors import UsageError, printable
 from ..proof.verification import Verification
 from ..showing.numbers import size
 from ..writing.execute import Layout, Report, parse_size
@@ -89,7 +89,7 @@ def command(
 
 def _print(report: Report, found: Verification | None) -> None:
     for warning in report.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        click.echo(f"warning: {printable(warning)}", err=True)
     architecture, task = report.plan.detection.require()
     total = size(sum(report.files.values()))
     click.echo(f"{architecture.title}, {task.name}: {task.pipeline}", err=True)
@@ -106,7 +106,7 @@ def _print_several(outcomes: Sequence[Outcome]) -> None:
     """Prints the warnings, and the folders that are done."""
     for outcome in outcomes:
         for warning in outcome.data.get("warnings", ()):
-            click.echo(f"warning: {outcome.pair.source}: {warning}", err=True)
+            click.echo(f"warning: {outcome.pair.source}: {printable(warning)}", err=True)
         if not outcome.error:
             click.echo(outcome.pair.out)
 

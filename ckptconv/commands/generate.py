@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ..errors import printable
 from ..inference.adapt import add_loras, find_scheduler, read_loras, set_scheduler
 from ..inference.device import pick_device
 from ..inference.generation import (
@@ -136,7 +137,7 @@ def command(
     with quiet():
         if chosen:
             for warning in set_scheduler(pipe, chosen):
-                click.echo(f"warning: {warning}", err=True)
+                click.echo(f"warning: {printable(warning)}", err=True)
         add_loras(pipe, adapters)
         if compiled:
             pipe.unet.compile()

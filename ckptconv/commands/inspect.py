@@ -9,6 +9,7 @@ import click
 
 from ..batch.work import Inspection, Outcome
 from ..detect import Detection, inspect
+from ..errors import printable
 from ..planning.plan import build_plan
 from ..showing.numbers import millions, size
 from ..showing.report import hashes, inspection
@@ -99,14 +100,14 @@ def _print(data: dict[str, Any], detection: Detection, *, tree: bool, verdicts: 
         out.print(str(detection.refusal), markup=False)
     else:
         for part in _summary(data):
-            out.print(part, markup=False) if isinstance(part, str) else out.print(part)
+            out.print(printable(part) if isinstance(part, str) else part, markup=False)
         if tree and not data["problems"]:
             out.print(_tree(detection))
     if verdicts:
         for name, verdict in data["verdicts"].items():
             out.print(f"{name}: {'matches' if verdict['matches'] else 'does not match'}")
             for line in verdict["failing"]:
-                out.print(f"  - {line}", markup=False)
+                out.print(printable(f"  - {line}"), markup=False)
     for name, value in data.get("hashes", {}).items():
         out.print(f"{name}: {value}")
 

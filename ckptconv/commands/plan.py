@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..convert import plan
+from ..errors import printable
 from ..showing.report import plan_rows
 from .shared import FILE, choices_of, echo_json, json_option, plan_options
 
@@ -40,10 +41,11 @@ def command(ctx: click.Context, /, file: Path, *, as_json: bool, **options: Any)
             reason = f" ({row['reason']})" if row["reason"] and row["targets"] else ""
             cast = row["target_dtype"] or row["dtype"]
             dtype = row["dtype"] if cast == row["dtype"] else f"{row['dtype']} to {cast}"
-            click.echo(f"{row['source']}\t{row['op']}\t{targets}{reason}\t{dtype} {row['shape']}")
+            cells = (row["source"], row["op"], f"{targets}{reason}", f"{dtype} {row['shape']}")
+            click.echo("\t".join(map(printable, cells)))
         counts = f"{len(rows):,} keys; {'lossless' if made.lossless else 'not lossless'}"
         click.echo(f"{counts}; missing components: {', '.join(made.absent) or 'none'}", err=True)
         for problem in made.problems:
-            click.echo(f"problem: {problem}", err=True)
+            click.echo(f"problem: {printable(problem)}", err=True)
     if made.problems or made.unclaimed:
         ctx.exit(1)

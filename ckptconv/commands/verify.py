@@ -11,7 +11,7 @@ import click
 
 from ..batch.work import Proof
 from ..detect import inspect
-from ..errors import SHOWN, OutputError
+from ..errors import SHOWN, OutputError, printable
 from ..proof.verification import Check, Verification
 from ..showing.html import check_page, page, write_page
 from ..showing.junit import junit
@@ -147,8 +147,8 @@ def checks_as_text(checks: Sequence[Check]) -> str:
         state = _problems(len(check.problems)) if check.problems else "ok"
         line = f"{check.component:{width}}  {check.kind:12}  {state}"
         lines.append(f"{line}: {check.extent}" if check.extent else line)
-        lines += [f"    note: {note}" for note in check.notes]
-        lines += [f"  - {problem}" for problem in check.problems[:left]]
+        lines += [f"    note: {printable(note)}" for note in check.notes]
+        lines += [f"  - {printable(str(problem))}" for problem in check.problems[:left]]
         left -= min(left, len(check.problems))
     hidden = sum(len(check.problems) for check in checks) - SHOWN
     return "\n".join([*lines, *([f"  ... and {hidden:,} more (--json shows all)"] * (hidden > 0))])

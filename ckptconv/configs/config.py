@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import MapError
+from ..errors import FileRefused, MapError
 from ..facts import values_of
 from ..files import read_json
 from ..maps.architecture import Component
@@ -74,7 +74,7 @@ def configs(
 
     Raises:
         MapError: a configuration of the architecture is malformed.
-        FileRefused: the config.json of a donor cannot be read.
+        FileRefused: the config.json of a donor cannot be read, or heads do not fit the widths.
     """
     architecture, _ = plan.detection.require()
     result = {}
@@ -87,7 +87,14 @@ def configs(
             result[name] = Config(component, values, dict.fromkeys(values, "donor"))
             continue
         measure = _Measure(plan, name)
-        values, origins = _filled(component, measure, architecture.maps.extended)
+        try:
+            values, origins = _filled(component, measure, architecture.maps.extended)
+        except OddWidth as error:
+            raise FileRefused(
+                f"{plan.detection.header.path}: the {name} is of no width that its heads fit",
+                problems=[str(error)],
+                hint="the file is damaged, or of a relative that is not known",
+            ) from error
         wins = (overrides or {}).get(name, {})
         result[name] = Config(
             component, values | dict(wins), origins | dict.fromkeys(wins, "original config")
@@ -150,6 +157,10 @@ def _version(library: str) -> str:
     return importlib.metadata.version(library)
 
 
+class OddWidth(ValueError):
+    """A tensor of the file has a width from which nothing can be measured."""
+
+
 class _Measure:
     """Answers the holes of one component's configuration, and notes what was asked."""
 
@@ -180,7 +191,7 @@ class _Measure:
     def heads(self, key: str, width: int) -> int:
         rows = self._slot(key).shape[0]
         if rows % width:
-            raise ValueError(f"{key} has {rows} rows, which are no heads of {width}")
+            raise OddWidth(f"{key} has {rows} rows, which are no heads of {width}")
         return rows // width
 
     def side(self, key: str, axis: int, patch: int = 1, published: int | None = None) -> int:
@@ -282,6 +293,8 @@ def _fill(value: Any) -> Any:
     try:
         filled = OmegaConf.create({"value": value})["value"]
     except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, OddWidth):
+            raise error.__cause__ from error
         raise MapError(
             f"a configuration has a hole that cannot be filled: {value}: {error}"
         ) from error
