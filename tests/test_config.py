@@ -278,7 +278,7 @@ def test_a_hole_that_cannot_be_filled_is_refused(tmp_path: Path, hole: str, said
 
 
 def test_a_width_that_no_heads_fit_is_the_files_fault() -> None:
-    odd = {k: tuple(n + (n == 1024) for n in s) for k, s in shapes(HEADERS["sd21"]).items()}
+    odd = {k: tuple(n + (n == 1280) for n in s) for k, s in shapes(HEADERS["sd21"]).items()}
     with pytest.raises(FileRefused, match="of no width that its heads fit") as caught:
         built(made(odd))
-    assert "1025 rows, which are no heads of 64" in str(caught.value)
+    assert "1281 rows, which are no heads of 64" in str(caught.value)
