@@ -170,6 +170,7 @@ class _Measure:
         self.facts = plan.detection.facts
         self.header = plan.detection.header
         self.asked: list[str] = []
+        self.odd: OddWidth | None = None  # OmegaConf does not pass on what a resolver raises
 
     def _find(self, key: str) -> Slot | None:
         component, _, name = key.rpartition("/")
@@ -191,7 +192,8 @@ class _Measure:
     def heads(self, key: str, width: int) -> int:
         rows = self._slot(key).shape[0]
         if rows % width:
-            raise OddWidth(f"{key} has {rows} rows, which are no heads of {width}")
+            self.odd = OddWidth(f"{key} has {rows} rows, which are no heads of {width}")
+            raise self.odd
         return rows // width
 
     def side(self, key: str, axis: int, patch: int = 1, published: int | None = None) -> int:
@@ -293,8 +295,8 @@ def _fill(value: Any) -> Any:
     try:
         filled = OmegaConf.create({"value": value})["value"]
     except OmegaConfBaseException as error:
-        if isinstance(error.__cause__, OddWidth):
-            raise error.__cause__ from error
+        if odd := _measure.get().odd:
+            raise odd from error
         raise MapError(
             f"a configuration has a hole that cannot be filled: {value}: {error}"
         ) from error
