@@ -195,12 +195,12 @@ def option_fact(name: str, value: Any) -> Fact:
 
 def _judge(architecture: Architecture, tensors: Mapping[str, TensorInfo]) -> Verdict:
     """Tries the prefixes that the network may have, and keeps the one that fits best."""
-    verdicts = []
+    verdicts, conditions = [], architecture.conditions
     for prefix in architecture.prefixes:
         task, line = _task(architecture, prefix, tensors)
         lines = [
             line,
-            *(_test(condition, prefix, tensors) for condition in architecture.conditions),
+            *(_test(each, prefix, tensors, _network(architecture)) for each in conditions),
         ]
         if architecture.single:
             lines.append(_alone(prefix, tensors))
@@ -217,7 +217,7 @@ def _task(
 ) -> tuple[Task | None, Line]:
     """Returns the first task that fits, and why; None, and why not, if none does."""
     root = tensors.get(prefix + architecture.root)
-    what = "UNet" if architecture.root == UNET_ROOT else architecture.rooted.name
+    what = _network(architecture)
     if root is None:
         missing = f"{architecture.root} is missing: the file holds no {what} in the original layout"
         return None, Line(missing, False)
@@ -252,14 +252,24 @@ def _alone(prefix: str, tensors: Mapping[str, TensorInfo]) -> Line:
     return Line(f"the file holds other things, such as {other}, needed none", False)
 
 
-def _test(condition: Condition, prefix: str, tensors: Mapping[str, TensorInfo]) -> Line:
+def _network(architecture: Architecture) -> str:
+    """Returns what people call the network that tells an architecture."""
+    if architecture.root == UNET_ROOT:
+        return "UNet"
+    name = architecture.rooted.name
+    return "VAE" if name == "vae" else name.replace("_", " ")
+
+
+def _test(
+    condition: Condition, prefix: str, tensors: Mapping[str, TensorInfo], network: str
+) -> Line:
     key, because = condition.key, f" ({condition.because})" if condition.because else ""
     found: Any
     if condition.kind in ("has", "lacks"):
         found = "has" if prefix + key in tensors else "lacks"
         needed = f", needed {'the key' if condition.kind == 'has' else 'none'}"
         holds = found == condition.kind
-        return Line(f"the UNet {found} {key}{because if holds else needed}", holds)
+        return Line(f"the {network} {found} {key}{because if holds else needed}", holds)
     if condition.kind == "rank":
         info = tensors.get(prefix + key)
         found = len(info.shape) if info else None

@@ -265,6 +265,17 @@ def test_a_part_of_a_checkpoint_is_refused_with_its_index_named(
     assert "model.safetensors.index.json" in (caught.value.hint or "")
 
 
+def test_no_tensor_is_lost_to_a_name_that_another_has(sample: Sample, tmp_path: Path) -> None:
+    ckptconv.convert(sample("sd2"), tmp_path / "whole", only=["unet"])
+    tensors = load_file(tmp_path / "whole/unet/diffusion_pytorch_model.safetensors")
+    twin = "model.diffusion_model.out.0.bias"
+    save_file({**tensors, twin: torch.ones(3)}, tmp_path / "twin.safetensors")
+    plan = ckptconv.plan(tmp_path / "twin.safetensors")
+    sources = {source.key for step in plan.steps for source in step.sources}
+    assert sources | set(plan.unclaimed) == {*tensors, twin}
+    assert plan.unclaimed == ("conv_norm_out.bias",)
+
+
 def test_a_component_alone_is_no_pipeline(tmp_path: Path) -> None:
     net = unet.randomise(vae.Vae(vae.TINY_VAE), 1)
     file = saved(net, tmp_path / "vae.safetensors")

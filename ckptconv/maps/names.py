@@ -37,7 +37,7 @@ def in_original_names(header: Header, maps: KeyMaps) -> Header:
     if _holds(header, (a for a in architectures if not a.single)):
         return header
     if any(key.startswith(EMA_PREFIX) for key in header.tensors) and (
-        copies := dict(_with_dots(header, maps))
+        copies := _free(dict(_with_dots(header, maps)), header)
     ):
         return renamed(header, copies, "the EMA copy is all that the file has of its UNet")
     if _holds(header, architectures):
@@ -45,7 +45,7 @@ def in_original_names(header: Header, maps: KeyMaps) -> Header:
     best: dict[str, str] = {}
     for architecture in architectures:
         for source in {s.keymap: s for s in reversed(architecture.rooted.sources)}.values():
-            names = _backwards(header, architecture, source)
+            names = _free(_backwards(header, architecture, source), header)
             if len(names) > len(best) and source.prefix + architecture.root in names.values():
                 best = names
     if not best:
@@ -64,6 +64,11 @@ def present_name(key: str) -> str:
     place, _, leaf = key.rpartition(".")
     before, _, name = place.rpartition(".")
     return f"{before}.{OLD_ATTENTION.get(name, name)}.{leaf}"
+
+
+def _free(names: Mapping[str, str], header: Header) -> dict[str, str]:
+    """Leaves out new names that a tensor of the file has already: neither tensor may be lost."""
+    return {old: new for old, new in names.items() if new not in header.tensors}
 
 
 def _holds(header: Header, architectures: Iterable[Architecture]) -> bool:
