@@ -26,7 +26,7 @@ def test_damaged_files_are_taken_or_refused_in_words(tmp_path: Path) -> None:
         (lambda: 1 // 0, "ZeroDivisionError: integer division or modulo by zero"),
         (lambda: os._exit(9), "the process ended with 9"),
         (lambda: bytearray(2 * fuzz.ROOM), "MemoryError"),
-        (lambda: (b"x" * (64 * fuzz.MiB))[:0], "it takes more than 33,554,432 bytes of memory"),
+        (lambda: (b"x" * (400 * fuzz.MiB))[:0], "it takes more than 33,554,432 bytes of memory"),
     ],
 )
 def test_it_finds_and_keeps_an_input_that_does_harm(
