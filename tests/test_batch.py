@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -152,8 +153,15 @@ def test_ctrl_c_leaves_nothing_half_written(sample: Sample, tmp_path: Path) -> N
     for file in files:
         os.link(sample("sd1"), file)
     command = [sys.executable, "-m", "ckptconv", "convert", "-j", "2", *map(str, files), str(out)]
+    # Whatever runs in the background of a shell ignores Ctrl-C, and so does what it starts.
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(  # noqa: S603  (no shell)
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heeds,
     ) as running:
         while running.poll() is None and not (out.is_dir() and any(out.iterdir())):
             time.sleep(0.005)
