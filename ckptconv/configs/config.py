@@ -12,13 +12,13 @@ resolvers:
     ${side:KEY,AXIS,PATCH}    edge of the square image whose patches, PATCH pixels wide (1 without
                               it), and one class token have their positions along an axis; with a
                               fourth argument: that, as assumed, where KEY is missing
-
-A KEY of the converted tensors is one of this component, or COMPONENT/KEY of another.
     ${values:KEY,PUBLISHED}   of a small tensor of the original file that is not converted: a list
                               or one number, as PUBLISHED is, which is assumed where there is none
     ${depth:BLOCK}            transformer blocks of each attention in a block: one number where all
                               are alike, else a list; 1 where there is none
     ${up_depths:}             the depths of `up_blocks`; null where they mirror `down_blocks`
+
+A KEY of the converted tensors is one of this component, or COMPONENT/KEY of another.
 """
 
 from __future__ import annotations

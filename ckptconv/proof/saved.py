@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import FileRefused
 from ..files import read_json
 from ..maps.names import present_name
-from ..planning.plan import ASIDE, Slot
+from ..planning.step import ASIDE, Slot, slot_of
 from ..reading.folder import component_headers
 from ..reading.header import Header, header_from_json, read_header
 from ..writing.execute import CONFIG_FILES, DROPPED, INDEX, LAYOUT, RECORD
@@ -175,8 +175,7 @@ def _part(
 
 
 def _slots(header: Header) -> dict[str, Slot]:
-    place = str(header.path)
-    return {k: Slot(place, k, info.dtype, info.shape) for k, info in header.tensors.items()}
+    return {key: slot_of(header, key) for key in header.tensors}
 
 
 def _current(key: str, stored: Mapping[str, Slot]) -> str:
