@@ -9,17 +9,16 @@
 Importing this package imports neither torch nor diffusers.
 """
 
-__version__ = "0.1.0"
-
-from .convert import convert, plan
-from .detect import Detection, inspect
+from .conversion.convert import convert, plan
+from .conversion.export import Exported, export
+from .conversion.write import Layout, Report
+from .detection.detect import Detection, inspect
 from .errors import CkptconvError
 from .inference.pipeline import load_pipeline
 from .planning.plan import Plan
-from .proof.verification import Verification
-from .proof.verify import verify
-from .writing.execute import Layout, Report
-from .writing.export import Exported, export
+from .verification.result import Verification
+from .verification.verify import verify
+from .version import __version__
 
 __all__ = [
     "CkptconvError",

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 import click
 
-from . import __version__
 from .errors import CkptconvError, UsageError
+from .version import __version__
 
 __all__ = ["main"]
 

@@ -13,8 +13,8 @@ import ckptconv
 from ckptconv.maps.architecture import bundled
 from ckptconv.reading.header import Header, TensorInfo, header_from_json
 from ckptconv.sample import layout_of, write_sample
-from tests.checkpoints import midget
 from tests.mutations import linked
+from tests.support.checkpoints import midget
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -31,7 +31,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from ckptconv.cli import main as command_line
-from tests.fuzz_inputs import Trial, good, layouts, trial
+from tests.support.fuzz_inputs import Trial, good, layouts, trial
 
 SECONDS = 10.0
 """Of the processor that an input may take: a whole SDXL header takes 0.3, converted 2."""

@@ -17,10 +17,10 @@ import pytest
 import yaml
 
 import ckptconv
-from ckptconv.proof.verification import Check, Problem
-from ckptconv.showing.markdown import markdown
+from ckptconv.reports.markdown import markdown
+from ckptconv.verification.result import Check, Problem
 from tests.conftest import Sample
-from tests.pages import EVIL, HOSTILE, hostile_file, verification
+from tests.support.pages import EVIL, HOSTILE, hostile_file, verification
 
 pytestmark = pytest.mark.slow
 

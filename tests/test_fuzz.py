@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import fuzz
-from tests.fuzz_inputs import Trial
+from tests.support.fuzz_inputs import Trial
 
 pytestmark = pytest.mark.slow
 

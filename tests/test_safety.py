@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 
 import ckptconv
+from ckptconv.conversion import write as execute
 from ckptconv.errors import FileRefused, OutputError
-from ckptconv.writing import execute, stream
-from tests.checkpoints import raw_folder
+from ckptconv.streaming import stream
 from tests.conftest import Folder, Sample
 from tests.kill import Killer
+from tests.support.checkpoints import raw_folder
 
 
 def _names(folder: Path) -> list[str]:
@@ -191,7 +192,7 @@ def test_a_source_that_shrinks_midway_is_refused_and_leaves_nothing(
 
 SLOW = """
 import signal, sys, time
-from ckptconv.writing import stream
+from ckptconv.streaming import stream
 from ckptconv.cli import main
 
 def slow(*args, copy=stream._copy_some):

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ckptconv.detect import inspect
+from ckptconv.detection.detect import inspect
 from ckptconv.errors import OutputError, UsageError
 from ckptconv.maps.architecture import Architecture, bundled
 from ckptconv.planning.plan import build_plan
 from ckptconv.reading.header import FLOATS, read_header
 from ckptconv.sample import Tensor, _encoded, layout_of, write_sample
-from tests.checkpoints import metadata, raw
 from tests.conftest import Sample
+from tests.support.checkpoints import metadata, raw
 
 ARCHITECTURES = bundled().architectures
 UNET = "model.diffusion_model."

@@ -7,8 +7,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ..errors import UsageError
+from ..version import __version__
 from .storage import EXTRA, Staged
 from .work import Outcome, Pair, attempt
 

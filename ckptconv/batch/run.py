@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from ..errors import CkptconvError, UsageError
+from ..folder.names import CONFIG_FILES, INDEX
 from ..planning.plan import ASIDE
-from ..writing.execute import CONFIG_FILES, INDEX
 from .storage import INDEX_SUFFIX, Staged, check_urls, is_url, listed, size_of
 from .work import Outcome, Pair, Work, attempt
 

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from ..convert import Choices, convert
-from ..detect import inspect
+from ..conversion.convert import Choices, convert
+from ..conversion.write import Layout, Report
+from ..detection.detect import inspect
 from ..errors import CkptconvError
 from ..maps.architecture import KeyMaps, bundled
-from ..proof.verification import Verification
-from ..proof.verify import verify
-from ..showing.report import hashes, inspection
-from ..writing.execute import Layout, Report
+from ..reports.report import hashes, inspection
+from ..verification.result import Verification
+from ..verification.verify import verify
 
 __all__ = [
     "Conversion",

@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from ..batch.work import Conversion, Outcome, conversion
+from ..conversion.write import Layout, Report, parse_size
 from ..errors import UsageError, printable
-from ..proof.verification import Verification
-from ..showing.numbers import size
-from ..writing.execute import Layout, Report, parse_size
+from ..reports.numbers import size
+from ..verification.result import Verification
 from .many import PLACE, asked, finish, many_options, outcomes_of, what_it_is, why_not
 from .shared import choices_of, echo_json, json_option, plan_options, progress
 from .verify import as_text

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from ..convert import convert
-from ..detect import inspect
+from ..conversion.convert import convert
+from ..detection.detect import inspect
 from ..errors import OutputError, UsageError
-from ..inference.libraries import quiet
+from ..libraries import quiet
+from ..reports.report import inspection
 from ..sample import layout_of, write_sample
-from ..showing.report import inspection
 from .shared import FILE, key_maps
 
 STEPS = 2

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
+from ..conversion.export import Exported, export
 from ..planning.plan import DTYPES
-from ..showing.numbers import size
-from ..writing.export import Exported, export
+from ..reports.numbers import size
 from .shared import FILE, echo_json, json_option, key_maps, progress
 
 

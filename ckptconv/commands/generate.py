@@ -25,8 +25,8 @@ from ..inference.generation import (
     parse_pixels,
     save_png,
 )
-from ..inference.libraries import quiet
 from ..inference.pipeline import OFFLOADS, load_pipeline, pipeline_class
+from ..libraries import quiet
 from .shared import FILE, choices_of, echo_json, json_option, plan_options, progress
 
 DTYPE_ON_CPU = "fp32"

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..batch.work import Inspection, Outcome
-from ..detect import Detection, inspect
+from ..detection.detect import Detection, inspect
 from ..errors import printable
 from ..planning.plan import build_plan
-from ..showing.numbers import millions, size
-from ..showing.report import hashes, inspection
+from ..reports.numbers import millions, size
+from ..reports.report import hashes, inspection
 from .many import PLACE, asked, finish, many_options, outcomes_of, refuse_for_several, why_not
 from .shared import FILE, console, echo_json, json_option, key_maps
 
@@ -59,7 +59,7 @@ def command(
         finish(outcomes, COLUMNS | (HASHES if hashed else {}), as_json=as_json, err=False)
         return
     if html:
-        from ..showing.html import (  # a tenth of the time of an inspection
+        from ..reports.html import (  # a tenth of the time of an inspection
             check_page,
             page,
             write_page,
@@ -168,7 +168,7 @@ def _components(components: dict[str, dict[str, Any]]) -> RenderableType:
 def _tree(detection: Detection) -> RenderableType:
     from rich.tree import Tree
 
-    from ..showing.network import blocks
+    from ..reports.network import blocks
 
     plan = build_plan(detection)
     architecture, task = detection.require()

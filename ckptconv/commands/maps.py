@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from ..maps.check import check_maps
+from ..conversion.write import layout_text
 from ..reading.source import open_header
-from ..writing.execute import layout_text
+from ..verification.map_checks import check_maps
 from .shared import FILE, echo_json, json_option, key_maps
 from .verify import checks_as_text
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from ..convert import plan
+from ..conversion.convert import plan
 from ..errors import printable
-from ..showing.report import plan_rows
+from ..reports.report import plan_rows
 from .shared import FILE, choices_of, echo_json, json_option, plan_options
 
 

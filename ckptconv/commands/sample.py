@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from ..errors import UsageError
+from ..reports.numbers import size
 from ..sample import layout_of, write_sample
-from ..showing.numbers import size
 from .shared import FILE, key_maps, progress
 
 

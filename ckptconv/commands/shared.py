@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..convert import Choices
+from ..conversion.convert import Choices
 from ..errors import UsageError
 from ..maps.architecture import KeyMaps, bundled
 

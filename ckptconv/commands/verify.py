@@ -10,13 +10,13 @@ from typing import Any
 import click
 
 from ..batch.work import Proof
-from ..detect import inspect
+from ..detection.detect import inspect
 from ..errors import SHOWN, OutputError, printable
-from ..proof.verification import Check, Verification
-from ..showing.html import check_page, page, write_page
-from ..showing.junit import junit
-from ..showing.markdown import markdown
-from ..showing.numbers import size
+from ..reports.html import check_page, page, write_page
+from ..reports.junit import junit
+from ..reports.markdown import markdown
+from ..reports.numbers import size
+from ..verification.result import Check, Verification
 from .many import (
     PLACE,
     asked,

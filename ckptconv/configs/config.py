@@ -2,8 +2,8 @@
 
 A configuration in `key_maps/` reads like the published file with holes. A value without a hole is
 *constant*; one that asks for a shape or a count is *measured* on the tensors that the plan gives;
-one that asks for a fact (`ckptconv.facts`) is as sure as its witness. The holes are OmegaConf
-resolvers:
+one that asks for a fact (`ckptconv.detection.facts`) is as sure as its witness. The holes are
+OmegaConf resolvers:
 
     ${dim:KEY,AXIS}           length of an axis          ${heads:KEY,WIDTH}     first axis / WIDTH
     ${dim_or_null:KEY,AXIS}   null if KEY is missing     ${count:CONTAINER}     its entries
@@ -30,8 +30,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..detection.facts import values_of
 from ..errors import FileRefused, MapError
-from ..facts import values_of
 from ..files import read_json
 from ..maps.architecture import Component
 from ..planning.plan import Plan, Slot

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..detection.facts import Fact
 from ..errors import FileRefused
-from ..facts import Fact
 from ..maps.architecture import KeyMaps
 from .config import Config
 

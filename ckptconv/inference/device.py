@@ -76,7 +76,7 @@ def check_dtype(device: torch.device, dtype: str) -> None:
     import torch
 
     from ..planning.plan import DTYPES
-    from ..writing.cast import torch_dtype
+    from ..streaming.cast import torch_dtype
 
     if device.type == "cuda":  # asked, not tried: loading the convolution library takes long
         with torch.cuda.device(device):

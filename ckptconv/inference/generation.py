@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ..errors import DeviceError, FileRefused, OutputError, UsageError
 from ..files import whole
+from ..version import __version__
 from .device import memory_errors
 
 if TYPE_CHECKING:

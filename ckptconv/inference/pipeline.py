@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any, Unpack
 from ..configs.config import Config, model_index
 from ..configs.original_config import read_original_config
 from ..configs.tokenizer import tokenizer_files
-from ..convert import Choices, configured, option_for, plan
-from ..detect import inspect
+from ..conversion.convert import Choices, configured, option_for, plan
+from ..detection.detect import inspect
 from ..errors import DeviceError, FileRefused, Incomplete, UsageError
 from ..files import read_json
+from ..folder.names import INDEX
+from ..folder.weights import component_headers
+from ..libraries import quiet, reading, uncollected
 from ..maps.architecture import Architecture, KeyMaps, Task, bundled
 from ..planning.plan import DTYPES, Plan
-from ..reading.folder import component_headers
 from ..reading.header import FLOATS
-from ..writing.cast import torch_dtype
-from ..writing.execute import INDEX
+from ..streaming.cast import torch_dtype
 from .device import check_dtype, free_memory, memory_errors, pick_device, spread
-from .libraries import quiet, reading, uncollected
 from .weights import Devices, component_class, empty_module, fill
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Builds the modules of a plan and puts the tensors of the file into them.
 
 A module is made on the meta device, where parameters have shapes and no memory. Then each tensor
-goes from the file to its place, by the same pieces that `ckptconv.writing.stream` copies for
+goes from the file to its place, by the same pieces that `ckptconv.streaming.stream` copies for
 `convert`. On the CPU a tensor whose bytes stay as they are becomes a view of the mapped file: it
 takes no memory beside the page cache, and a write to it is private. Everything else passes through
 small buffers, one a thread, that for CUDA are page-locked.
@@ -26,9 +26,9 @@ from ..configs.config import Config, class_of, find_class
 from ..errors import FileRefused, MapError
 from ..planning.plan import Plan, Slot
 from ..reading.header import DTYPE_BITS, TensorInfo
-from ..writing.cast import torch_dtype
-from ..writing.pieces import Piece, pieces
-from ..writing.stream import Files, converted
+from ..streaming.cast import torch_dtype
+from ..streaming.stream import Files, converted
+from ..streaming.transfers import Piece, pieces
 
 if TYPE_CHECKING:
     import torch

@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..detect import Detection
+from ..detection.detect import Detection
+from ..detection.spellings import EMA_NAMES, EMA_OF, EMA_PREFIX
 from ..errors import Incomplete, UsageError
 from ..maps.architecture import Architecture
-from ..maps.names import EMA_NAMES, EMA_OF, EMA_PREFIX
 from ..maps.ops import DROP
 from ..reading.header import FLOATS, Header
 from ..reading.view import files_of
-from .adapter import Adapter, with_adapters
-from .claim import Donor, best_claim, donated
+from .adapters import Adapter, with_adapters
+from .components import Donor, best_claim, donated
 from .scaled import read_scales, scaled
 from .step import ASIDE, Slot, Step, dropped, slot_of
 

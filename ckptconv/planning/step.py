@@ -36,7 +36,7 @@ class Change:
 
     Attributes:
         key: of the target.
-        kind: a key of `ckptconv.writing.merge.KINDS`: how the values change.
+        kind: a key of `ckptconv.streaming.deltas.KINDS`: how the values change.
         parts: the tensors that say by how much, by their role.
         factor: multiplies what is added.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import FileRefused
 from ..files import opened
 from .header import Header, read_header
-from .view import open_index
+from .shards import open_index
 
 __all__ = ["is_zip", "open_header"]
 

@@ -8,37 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 
-from .folder import read_shards
 from .header import Header, TensorInfo
 
-__all__ = ["files_of", "open_index", "renamed", "stored"]
-
-
-def open_index(path: Path) -> Header:
-    """Returns the shards that an index names as one header.
-
-    Args:
-        path: a `.safetensors.index.json`.
-
-    Raises:
-        FileRefused: the index and the shards do not agree, or one of them cannot be read.
-    """
-    shards = read_shards(path)
-    origins = {key: (shard, key) for shard in shards for key in shard.tensors}
-    metadata: dict[str, str] = {}
-    for shard in shards:
-        metadata |= shard.metadata
-    return Header(
-        path,
-        {key: shard.tensors[key] for key, (shard, _) in origins.items()},
-        metadata,
-        0,
-        sum(shard.size for shard in shards),
-        (f"the checkpoint lies in {len(shards)} files",),
-        origins,
-    )
+__all__ = ["files_of", "renamed", "stored"]
 
 
 def renamed(header: Header, names: Mapping[str, str], note: str) -> Header:

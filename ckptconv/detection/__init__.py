@@ -1,0 +1,1 @@
+"""What a file is: the architecture, the task and the facts, with the evidence."""

@@ -1,0 +1,356 @@
+"""Which architecture a file has, told from its header, with the evidence.
+
+Every architecture is judged, and every verdict is kept: a report can show why a file is what it
+is, and why it is not something else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Ambiguous, NotACheckpoint, UsageError
+from ..maps.architecture import UNET_ROOT, Architecture, Condition, KeyMaps, Task, bundled
+from ..reading.header import Header, TensorInfo
+from ..reading.source import open_header
+from .facts import Fact, find_fact, hints
+from .spellings import in_original_names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Detection", "Line", "Verdict", "detect", "inspect", "option_fact"]
+
+CONV_OUT = "out.2.weight"
+"""Its last, which a ControlNet, the copy of the first half of a UNet, does not have."""
+
+FACT_VALUES: dict[str, tuple[Any, ...]] = {
+    "prediction_type": ("epsilon", "v_prediction"),
+    "zero_terminal_snr": (False, True),
+    "family": ("sd1", "sd2", "sdxl"),
+}
+"""What a fact can be set to by an option."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One condition, put to a file."""
+
+    text: str
+    holds: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an architecture says of a file: its conditions, with the prefix that fits best.
+
+    Attributes:
+        architecture: its name.
+        prefix: of the keys of the network that tells architectures apart.
+        lines: the conditions.
+        task: what the file can do; None where the network is missing or of no known task.
+    """
+
+    architecture: str
+    prefix: str
+    lines: tuple[Line, ...]
+    task: Task | None = None
+
+    @property
+    def matches(self) -> bool:
+        """Whether every condition holds."""
+        return all(line.holds for line in self.lines)
+
+    @property
+    def failing(self) -> tuple[Line, ...]:
+        """The conditions that do not hold."""
+        return tuple(line for line in self.lines if not line.holds)
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """What a file is.
+
+    Attributes:
+        header: of the file.
+        verdicts: of every known architecture.
+        architecture: the one that matches, or None.
+        task: what the input channels tell; None without an architecture.
+        facts: by name, what names and shapes cannot tell and how it was decided.
+        refusal: why the file is not a known checkpoint; None with an architecture.
+        notes: what else the file holds, and where its metadata or a decision disagree with it.
+    """
+
+    header: Header
+    verdicts: tuple[Verdict, ...]
+    architecture: Architecture | None = None
+    task: Task | None = None
+    facts: Mapping[str, Fact] = field(default_factory=dict)
+    refusal: NotACheckpoint | None = None
+    notes: tuple[str, ...] = ()
+
+    def require(self) -> tuple[Architecture, Task]:
+        """Returns the architecture and the task.
+
+        Raises:
+            NotACheckpoint: none matched.
+        """
+        if self.refusal:
+            raise self.refusal
+        assert self.architecture is not None  # noqa: S101  (one or the other, by construction)
+        assert self.task is not None  # noqa: S101
+        return self.architecture, self.task
+
+    @property
+    def evidence(self) -> tuple[str, ...]:
+        """The conditions of the matching architecture, as sentences."""
+        name = self.architecture.name if self.architecture else ""
+        return tuple(line.text for v in self.verdicts if v.architecture == name for line in v.lines)
+
+
+def inspect(path: str | Path, *, maps: KeyMaps | None = None) -> Detection:
+    """Says what a file is, from its header alone (and a look at a few values).
+
+    Args:
+        path: a safetensors file or a PyTorch checkpoint.
+        maps: the key maps to use; those that come with ckptconv by default.
+
+    Raises:
+        FileRefused: the file cannot be read, or is neither, or it names code.
+        Ambiguous: several architectures match.
+    """
+    return detect(open_header(path), maps=maps)
+
+
+def detect(
+    header: Header,
+    *,
+    maps: KeyMaps | None = None,
+    decided: Mapping[str, Fact] | None = None,
+) -> Detection:
+    """Puts a header to every architecture.
+
+    Args:
+        header: of the file.
+        maps: the key maps to use; those that come with ckptconv by default.
+        decided: facts that an option or an original configuration decides.
+
+    Raises:
+        Ambiguous: several architectures match.
+    """
+    maps = maps or bundled()
+    given, header = header, in_original_names(header, maps)
+    verdicts = tuple(_judge(a, header.tensors) for a in maps.architectures.values())
+    matching = [v for v in verdicts if v.matches]
+    if len(matching) > 1:
+        raise Ambiguous(
+            f"{header.path}: several architectures match",
+            problems=[
+                f"{v.architecture}: {'; '.join(line.text for line in v.lines)}" for v in matching
+            ],
+            hint="their conditions in arch.yaml overlap: add one that only one of them meets",
+        )
+    if not matching:
+        refusal = _refusal(header, given, verdicts, maps)
+        return Detection(given, verdicts, refusal=refusal, notes=given.notes)
+    architecture, task = maps.architectures[matching[0].architecture], matching[0].task
+    assert task is not None  # noqa: S101  (without one, a line fails)
+    architecture = architecture.for_task(task)
+    found = {
+        name: find_fact(name, witnesses, header, task.name)
+        for name, witnesses in architecture.facts.items()
+    }
+    facts = {name: (decided or {}).get(name, fact) for name, fact in found.items()}
+    overruled = [_overruled(found[name], fact) for name, fact in facts.items()]
+    facts["task"] = Fact("task", task.name, "structure", _why(task))
+    return Detection(
+        header,
+        verdicts,
+        architecture,
+        task,
+        facts,
+        notes=(
+            *header.notes,
+            *_disagreements(header, architecture, maps),
+            *filter(None, overruled),
+            *(() if architecture.single else hints(header, facts, maps.read("shared/hints"))),
+        ),
+    )
+
+
+def option_fact(name: str, value: Any) -> Fact:
+    """Returns a fact that the user has set.
+
+    Raises:
+        UsageError: the fact cannot have this value.
+    """
+    if value not in FACT_VALUES[name]:
+        allowed = ", ".join(map(str, FACT_VALUES[name]))
+        raise UsageError(f"{name} cannot be {value!r}: it is one of {allowed}")
+    return Fact(name, value, "option", "set by an option")
+
+
+def _judge(architecture: Architecture, tensors: Mapping[str, TensorInfo]) -> Verdict:
+    """Tries the prefixes that the network may have, and keeps the one that fits best."""
+    verdicts, conditions = [], architecture.conditions
+    for prefix in architecture.prefixes:
+        task, line = _task(architecture, prefix, tensors)
+        lines = [
+            line,
+            *(_test(each, prefix, tensors, _network(architecture)) for each in conditions),
+        ]
+        if architecture.single:
+            lines.append(_alone(prefix, tensors))
+        verdicts.append(Verdict(architecture.name, prefix, tuple(lines), task))
+    # Where there is no network, conditions that ask for less than there is hold for no reason.
+    return max(
+        verdicts,
+        key=lambda v: (v.prefix + architecture.root in tensors, sum(x.holds for x in v.lines)),
+    )
+
+
+def _task(
+    architecture: Architecture, prefix: str, tensors: Mapping[str, TensorInfo]
+) -> tuple[Task | None, Line]:
+    """Returns the first task that fits, and why; None, and why not, if none does."""
+    root = tensors.get(prefix + architecture.root)
+    what = _network(architecture)
+    if root is None:
+        missing = f"{architecture.root} is missing: the file holds no {what} in the original layout"
+        return None, Line(missing, False)
+    counts = [task.channels for task in architecture.tasks]
+    if None not in counts and len(root.shape) != 4:
+        found = f"{architecture.root} has shape {list(root.shape)}, needed a 4-D convolution"
+        return None, Line(found, False)
+    for task in sorted(architecture.tasks, key=lambda task: not task.key):
+        if (task.channels is None or root.shape[1:2] == (task.channels,)) and (
+            not task.key or task.key in tensors
+        ):
+            count = f"has {task.channels} input channels" if task.channels else "is there"
+            also = f", and the file holds {task.key}" if task.key else ""
+            return task, Line(f"the {what} {count}{also}: {task.name}", True)
+    by_channels = [task for task in architecture.tasks if not task.key]
+    known = ", ".join(f"{task.channels} ({task.name})" for task in by_channels)
+    channels = root.shape[1] if len(root.shape) > 1 else "no"
+    return None, Line(f"the {what} has {channels} input channels, needed {known}", False)
+
+
+def _why(task: Task) -> str:
+    if task.key:
+        return f"the file holds {task.key}"
+    return "the UNet's input channels tell the task" if task.channels else "it has no other"
+
+
+def _alone(prefix: str, tensors: Mapping[str, TensorInfo]) -> Line:
+    """Whether a component is all that a file holds: in anything more, it is a part of the whole."""
+    other = next((key for key in tensors if not key.startswith(prefix)), None)
+    if other is None:
+        return Line("nothing else is in the file", True)
+    return Line(f"the file holds other things, such as {other}, needed none", False)
+
+
+def _network(architecture: Architecture) -> str:
+    """Returns what people call the network that tells an architecture."""
+    if architecture.root == UNET_ROOT:
+        return "UNet"
+    name = architecture.rooted.name
+    return "VAE" if name == "vae" else name.replace("_", " ")
+
+
+def _test(
+    condition: Condition, prefix: str, tensors: Mapping[str, TensorInfo], network: str
+) -> Line:
+    key, because = condition.key, f" ({condition.because})" if condition.because else ""
+    found: Any
+    if condition.kind in ("has", "lacks"):
+        found = "has" if prefix + key in tensors else "lacks"
+        needed = f", needed {'the key' if condition.kind == 'has' else 'none'}"
+        holds = found == condition.kind
+        return Line(f"the {network} {found} {key}{because if holds else needed}", holds)
+    if condition.kind == "rank":
+        info = tensors.get(prefix + key)
+        found = len(info.shape) if info else None
+        said = f"{key} has rank {found}" if info else f"{key} is missing"
+    else:
+        found = tuple(_indices(prefix + key, tensors))
+        said = f"{key}: * is {', '.join(map(str, found)) or 'nothing'}"
+    if found == condition.expected:
+        return Line(said + because, True)
+    expected = condition.expected
+    needed = ", ".join(map(str, expected)) if isinstance(expected, tuple) else str(expected)
+    needed = needed or "nothing"
+    return Line(f"{said}, needed {needed}{because}", False)
+
+
+def _indices(pattern: str, keys: Mapping[str, TensorInfo]) -> Iterator[int]:
+    """Yields, in order, the numbers that stand for the `*` in the keys."""
+    before, after = pattern.split("*")
+    found = re.compile(re.escape(before) + r"(0|[1-9]\d{0,4})" + re.escape(after))
+    yield from sorted(int(m[1]) for key in keys if (m := found.fullmatch(key)))
+
+
+def _refusal(
+    header: Header, given: Header, verdicts: tuple[Verdict, ...], maps: KeyMaps
+) -> NotACheckpoint:
+    """Says what the file is instead, or which architecture is nearest and where it fails.
+
+    Args:
+        header: of the file, under original names.
+        given: the same, under its own.
+        verdicts: of every architecture.
+        maps: the key maps.
+    """
+    if not header.tensors:
+        return NotACheckpoint(f"{header.path}: the file holds no tensors", hint="check its source")
+    whole = [v for v in verdicts if not maps.architectures[v.architecture].single]
+    nearest = min(whole, key=lambda verdict: len(verdict.failing))
+    ends = [(v.prefix + UNET_ROOT, v.prefix + CONV_OUT) for v in whole]
+    if not any(first in header.tensors and last in header.tensors for first, last in ends):
+        for entry in maps.read("foreign")["foreign"]:
+            if key := next((k for k in given.tensors if _is_like(k, entry)), None):
+                return NotACheckpoint(
+                    f"{header.path}: this is {entry['what']}",
+                    problems=[f"it holds the key {key!r}"],
+                    hint=entry["hint"],
+                )
+        some = ", ".join(list(given.tensors)[:3])
+        return NotACheckpoint(
+            f"{header.path}: this is not a Stable Diffusion checkpoint: no key is one of theirs",
+            problems=[f"it holds {len(header.tensors):,} tensors, such as {some}"],
+            hint="`ckptconv architectures` lists what is known",
+        )
+    return NotACheckpoint(
+        f"{header.path}: no known architecture matches; the nearest is {nearest.architecture}",
+        problems=[line.text for line in nearest.failing],
+        hint="`ckptconv inspect --verdicts FILE` shows what every architecture says of the file",
+    )
+
+
+def _is_like(key: str, entry: Mapping[str, Any]) -> bool:
+    return (
+        key in entry.get("keys", ())
+        or key.startswith(tuple(entry.get("starts", ())))
+        or key.endswith(tuple(entry.get("ends", ())))
+    )
+
+
+def _disagreements(header: Header, architecture: Architecture, maps: KeyMaps) -> Iterator[str]:
+    """Yields where the metadata names another architecture; names and shapes win."""
+    for key in ("modelspec.architecture", "ss_base_model_version"):
+        said = header.metadata.get(key, "")
+        known = tuple(alias for other in maps.architectures.values() for alias in other.aliases)
+        if said.startswith(known) and not said.startswith(tuple(architecture.aliases)):
+            yield f"the metadata says {key} = {said}, the keys are those of {architecture.name}"
+
+
+def _overruled(found: Fact, used: Fact) -> str:
+    """Says where a decision differs from what the file says; empty if it does not."""
+    if used.value == found.value or (used.source, found.source) == ("option", "assumed"):
+        return ""
+    return (
+        f"{used.name} is {used.value} ({used.detail}), where the file alone gives {found.value} "
+        f"({found.detail})"
+    )

@@ -1,0 +1,16 @@
+"""The names of the files in a diffusers folder."""
+
+__all__ = ["CONFIG_FILES", "DROPPED", "INDEX", "LAYOUT", "RECORD"]
+
+INDEX = "model_index.json"
+RECORD = "source.json"
+DROPPED = "dropped.safetensors"
+CONFIG_FILES = {
+    "model": "config.json",
+    "scheduler": "scheduler_config.json",
+    "processor": "preprocessor_config.json",
+    "tokenizer": "tokenizer_config.json",
+}
+"""By kind of the component, the file that configures it."""
+LAYOUT = "layout.json"
+"""The header of the source, in the form of `key_maps/*/layout.json`: for the way back."""

@@ -1,0 +1,197 @@
+"""A diffusers folder as it lies on the disk, whoever wrote it.
+
+Libraries changed the names of some tensors over the years and still read the older ones. Here
+every tensor is known by the name that `ckptconv convert` writes, and keeps the one that it has in
+its file:
+
+    embeddings.*, encoder.*, ...        -> text_model.*     (transformers 5 saves a text encoder so)
+    mid_block.attentions.0.query.weight -> ...to_q.weight   (the VAE of diffusers before 0.17)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..detection.spellings import present_name
+from ..errors import FileRefused
+from ..files import read_json
+from ..folder.names import CONFIG_FILES, DROPPED, INDEX, LAYOUT, RECORD
+from ..planning.step import ASIDE, Slot, slot_of
+from ..reading.header import Header, header_from_json, read_header
+from .weights import component_headers
+
+__all__ = ["Part", "Saved", "read_saved"]
+
+FLAT = "embeddings.token_embedding.weight"
+"""In a text encoder: its names lack the segment `text_model.`."""
+
+SINGLE = {
+    "AutoencoderKL": "vae",
+    "CLIPTextModel": "text_encoder",
+    "CLIPTextModelWithProjection": "text_encoder",
+    "ControlNetModel": "controlnet",
+}
+"""By class, the component that a folder without `model_index.json` is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One component's folder.
+
+    Attributes:
+        folder: its path.
+        config: content of its configuration; None if it cannot be read.
+        tensors: by current name, where they are: `place` is the path of the file, `key` the name
+            in it. Empty for tokenizers and schedulers.
+        problems: what cannot be read, as sentences.
+        unread: further weight files, which a library reads only if told to.
+    """
+
+    folder: Path
+    config: Mapping[str, Any] | None
+    tensors: Mapping[str, Slot] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A diffusers folder.
+
+    Attributes:
+        path: the folder.
+        index: content of `model_index.json`; None without that file.
+        parts: the components, by name.
+        headers: every weight file that is read, by path.
+        record: what ckptconv noted of the source (`ckptconv/source.json`); empty without it.
+        layout: the header of the source, as ckptconv noted it; None without it.
+        aside: the tensors that ckptconv kept aside, by name.
+        problems: what cannot be read outside the components.
+        single: name of the component whose files lie in the folder itself; empty for a whole model.
+    """
+
+    path: Path
+    index: Mapping[str, Any] | None
+    parts: Mapping[str, Part]
+    headers: Mapping[str, Header]
+    record: Mapping[str, Any]
+    layout: Header | None
+    aside: Mapping[str, Slot]
+    problems: tuple[str, ...] = ()
+    single: str = ""
+
+
+def read_saved(path: str | Path, models: Iterable[str]) -> Saved:
+    """Reads a folder: its configurations and the headers of its weights.
+
+    Args:
+        path: the folder.
+        models: names of components whose weights are of interest.
+
+    Raises:
+        FileRefused: it is no folder, or holds no component.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        what = "a file" if path.exists() else "missing"
+        raise FileRefused(f"{path}: is {what}; needed a diffusers folder", hint="check the path")
+    problems: list[str] = []
+    index = _json(path / INDEX, problems) if (path / INDEX).exists() else None
+    headers: dict[str, Header] = {}
+    parts = {
+        folder.name: _part(folder, headers, weights=folder.name in set(models))
+        for folder in sorted(path.iterdir())
+        if folder.is_dir() and any((folder / name).exists() for name in CONFIG_FILES.values())
+    }
+    for name in models:  # a folder that lost its configuration
+        if name not in parts and (path / name).is_dir():
+            parts[name] = _part(path / name, headers, weights=True)
+    single = "" if parts else _single(path)
+    if single:
+        for kind, name in CONFIG_FILES.items():
+            if (path / name).exists():
+                part = single if kind == "model" else kind
+                parts[part] = _part(path, headers, weights=kind == "model", config=name)
+    if not parts:
+        raise FileRefused(
+            f"{path}: holds no component of a diffusers model: no subfolder has a config.json",
+            hint="give the folder that holds model_index.json, or that of one component",
+        )
+    aside: dict[str, Slot] = {}
+    layout = None
+    try:
+        if (path / ASIDE / DROPPED).exists():
+            kept = read_header(path / ASIDE / DROPPED)
+            headers[str(kept.path)] = kept
+            aside = _slots(kept)
+        if (path / ASIDE / LAYOUT).exists():
+            layout = header_from_json(path / ASIDE / LAYOUT)
+    except FileRefused as error:
+        problems += _sentences(error)
+    record = _json(path / ASIDE / RECORD, problems) if (path / ASIDE / RECORD).exists() else None
+    found = tuple(problems)
+    return Saved(path, index, parts, headers, record or {}, layout, aside, found, single)
+
+
+def _single(path: Path) -> str:
+    """Returns the name of the component that a folder is; empty if it is none that is known."""
+    config = _json(path / CONFIG_FILES["model"], [])
+    said = (config or {}).get("_class_name") or (config or {}).get("architectures")
+    return SINGLE.get(str(said[0] if isinstance(said, list) and said else said), "")
+
+
+def _part(
+    folder: Path, headers: dict[str, Header], *, weights: bool, config: str | None = None
+) -> Part:
+    """Reads a component's folder; `config` names its configuration where it holds several."""
+    problems: list[str] = []
+    names = [n for n in CONFIG_FILES.values() if (folder / n).exists() and config in (None, n)]
+    values = _json(folder / names[0], problems) if names else None
+    if not names:
+        problems.append(f"{folder}: holds no {CONFIG_FILES['model']}")
+    if not weights:
+        return Part(folder, values, problems=tuple(problems))
+    try:
+        found = component_headers(folder)
+    except FileRefused as error:
+        return Part(folder, values, problems=(*problems, *_sentences(error)))
+    headers |= {str(header.path): header for header in found}
+    stored: dict[str, Slot] = {}
+    for header in found:
+        twice = stored.keys() & header.tensors.keys()
+        problems += [f"{key}: is in several shards" for key in sorted(twice)]
+        stored |= _slots(header)
+    read = {header.path for header in found}
+    return Part(
+        folder,
+        values,
+        {_current(key, stored): slot for key, slot in stored.items()},
+        tuple(problems),
+        tuple(sorted(p.name for p in folder.glob("*.safetensors") if p not in read)),
+    )
+
+
+def _slots(header: Header) -> dict[str, Slot]:
+    return {key: slot_of(header, key) for key in header.tensors}
+
+
+def _current(key: str, stored: Mapping[str, Slot]) -> str:
+    """Returns the name that a tensor has today."""
+    if FLAT in stored and not key.startswith("text_projection."):
+        return f"text_model.{key}"
+    return present_name(key)
+
+
+def _json(path: Path, problems: list[str]) -> Mapping[str, Any] | None:
+    try:
+        return read_json(path)
+    except FileRefused as error:
+        problems += _sentences(error)
+        return None
+
+
+def _sentences(error: FileRefused) -> list[str]:
+    return [error.message, *error.problems]

@@ -1,0 +1,42 @@
+"""A verification as a JUnit XML report, which every CI system shows."""
+
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree as ET  # writes only; nothing is parsed
+
+from ..verification.result import CHECKS, Verification
+
+__all__ = ["junit"]
+
+FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that XML 1.0 cannot hold."""
+
+
+def junit(verification: Verification) -> bytes:
+    """Returns the report: one test case per component and check.
+
+    Args:
+        verification: what was found.
+    """
+    failed = sum(bool(check.problems) for check in verification.checks)
+    counts = {"tests": str(len(verification.checks)), "failures": str(failed), "errors": "0"}
+    seconds = f"{verification.seconds:.3f}"
+    suites = ET.Element("testsuites", {**counts, "time": seconds})
+    name = _text(f"ckptconv verify {verification.folder}")
+    suite = ET.SubElement(suites, "testsuite", {"name": name, **counts, "time": seconds})
+    for check in verification.checks:
+        named = {"classname": _text(f"ckptconv.{check.component}"), "name": check.kind}
+        case = ET.SubElement(suite, "testcase", named)
+        if check.problems:
+            message = f"{check.component}: {check.problems[0]} (of {len(check.problems):,})"
+            failure = ET.SubElement(case, "failure", {"message": _text(message), "type": "problem"})
+            failure.text = _text("\n".join(map(str, check.problems)))
+        said = [f"{CHECKS[check.kind]}: {check.extent}", *(f"note: {n}" for n in check.notes)]
+        ET.SubElement(case, "system-out").text = _text("\n".join(said))
+    ET.indent(suites)
+    return bytes(ET.tostring(suites, encoding="utf-8", xml_declaration=True))
+
+
+def _text(text: str) -> str:
+    return FORBIDDEN.sub("\ufffd", text)

@@ -1,0 +1,55 @@
+"""A verification as Markdown, for the summary of a CI job and the like."""
+
+from __future__ import annotations
+
+import re
+
+from ..detection.detect import Detection
+from ..errors import SHOWN
+from ..verification.result import Check, Verification
+
+__all__ = ["markdown"]
+
+_SPACE = re.compile(r"[\x00-\x20\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
+
+
+def markdown(verification: Verification, detection: Detection | None = None) -> str:
+    """Returns a heading, the checks as a table, and the first problems.
+
+    What stands in a file cannot leave the code span that it is put into.
+
+    Args:
+        verification: what was found.
+        detection: of the file, for what it is and what was assumed.
+    """
+    source, folder = verification.source, _code(verification.folder)
+    of = f"is {_code(source)} converted" if source else "is consistent"
+    said = f"Verified: {folder} {of}" if verification.passed else f"Not verified: {folder}"
+    lines = [f"### {said}", ""]
+    if detection and detection.architecture and detection.task:
+        what = f"{detection.architecture.title}, {detection.task.name}"
+        facts = [f for f in detection.facts.values() if f.source == "assumed"]
+        assumed = "".join(f"; assumed {_code(f'{f.name} = {f.value}')}" for f in facts)
+        lines += [f"{what}{assumed}", ""]
+    lines += ["| component | check | result |", "| --- | --- | --- |"]
+    lines += [
+        f"| {_code(check.component)} | {check.kind} | {_result(check)} |"
+        for check in verification.checks
+    ]
+    problems = verification.problems
+    if problems:
+        lines += ["", f"{len(problems):,} problem{'s' * (len(problems) > 1)}:", ""]
+        lines += [f"- {_code(problem)}" for problem in problems[:SHOWN]]
+        if len(problems) > SHOWN:
+            lines.append(f"- and {len(problems) - SHOWN:,} more")
+    return "\n".join([*lines, "", ""])
+
+
+def _result(check: Check) -> str:
+    return f"{len(check.problems):,} wrong" if check.problems else f"ok: {_code(check.extent)}"
+
+
+def _code(value: object) -> str:
+    """Returns a value as a code span that it cannot end, in one cell of a table."""
+    plain = _SPACE.sub(" ", str(value)).replace("`", "'").replace("|", "\\|").strip()
+    return f"`{plain or ' '}`"

@@ -1,0 +1,223 @@
+"""Do the key maps hold what they promise? For whoever writes one.
+
+Every map is built, which checks its laws. Then each architecture is tried on the header of its
+published file, with every number of input channels that it knows, and as a small sample: it must
+be recognised, every key must have a line, every line must lead back, and the real classes, built
+from the configurations that come out, must expect just these tensors.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ..configs.config import Config, class_of, configs, model_index
+from ..detection.detect import detect
+from ..errors import CkptconvError
+from ..maps.architecture import Architecture, KeyMaps
+from ..maps.ops import Shape
+from ..planning.plan import Plan, Slot, Step, build_plan
+from ..reading.header import Header
+from ..sample import layout_of
+from ..streaming.stream import lay_out
+from .classes import Unbuildable, defaults, expected, has_class
+from .result import Check, Problem
+
+__all__ = ["check_maps"]
+
+SECTIONS = {"blocks", "drop", "kinds", "optional", "repeats"}
+"""A YAML file with one of these at its top is a map."""
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+"""What Python says of data of another form than was expected."""
+
+
+def check_maps(maps: KeyMaps) -> tuple[Check, ...]:
+    """Checks every map and every architecture.
+
+    Args:
+        maps: the key maps.
+
+    Returns:
+        One check for the maps, one for the architectures' files, and then, for each architecture,
+        one for each header that it was tried on.
+    """
+    checks = [_check_files(maps)]
+    try:
+        architectures = maps.architectures
+    except CkptconvError as error:
+        return (*checks, Check("architectures", "arch", tuple(_problems("arch.yaml", error))))
+    checks.append(Check("architectures", "arch", (), (), ", ".join(architectures)))
+    for architecture in architectures.values():
+        checks += _check_architecture(architecture)
+    return tuple(checks)
+
+
+def _check_files(maps: KeyMaps) -> Check:
+    """Builds every map."""
+    problems: list[Problem] = []
+    names = {
+        path.relative_to(folder).with_suffix("").as_posix()
+        for folder in maps.folders
+        for path in folder.rglob("*.yaml")
+    }
+    lines = count = 0
+    for name in sorted(names):
+        try:
+            if SECTIONS & maps.read(name).keys():
+                lines += len(maps.keymap(name).rules)
+                count += 1
+        except CkptconvError as error:
+            problems += _problems(name, error)
+        except MALFORMED as error:
+            problems.append(_malformed(name, error))
+    return Check("maps", "map", tuple(problems), (), f"{count} maps of {lines:,} lines")
+
+
+def _check_architecture(architecture: Architecture) -> Iterator[Check]:
+    published = _check_header(architecture, "layout", None)
+    yield published
+    for task in architecture.tasks:
+        if not architecture.shows(task):  # an optional key more, that no published layout has
+            continue
+        # The published file has one of the tasks itself, but not what other files have besides.
+        more = any(c.layout and task.name in c.tasks for c in architecture.models)
+        if more or not published.extent.startswith(f"{task.name}:"):
+            yield _check_header(architecture, "task", task.name)
+    yield _check_header(architecture, "sample", None)
+
+
+def _check_header(architecture: Architecture, kind: str, task: str | None) -> Check:
+    problems: list[Problem] = []
+    extent = ""
+    try:
+        header = architecture.layout()
+        if kind != "layout":
+            header = _header(architecture, header, task=task, full=kind == "task")
+        made = _recognised(architecture, header, problems)
+        if made:
+            extent = f"{made.detection.require()[1].name}: {len(header.tensors):,} keys"
+            problems += _check_plan(architecture, made)
+            built = configs(made)
+            model_index(made, built)
+            problems += _check_classes(made, built)
+    except CkptconvError as error:
+        problems += _problems(kind, error)
+    except Unbuildable as error:
+        problems.append(Problem(kind, str(error)))
+    except MALFORMED as error:
+        problems.append(_malformed(f"{architecture.name}/arch.yaml", error))
+    return Check(architecture.name, kind, tuple(problems), (), extent)
+
+
+def _header(architecture: Architecture, layout: Header, *, task: str | None, full: bool) -> Header:
+    slots = [Slot("", *tensor) for tensor in layout_of(architecture, task=task, full=full)]
+    tensors = lay_out(Path(), slots, {}).tensors
+    return Header(layout.path, tensors, layout.metadata, 0, 0)
+
+
+def _recognised(architecture: Architecture, header: Header, problems: list[Problem]) -> Plan | None:
+    """Returns the plan of a header; None if it is not taken for this architecture."""
+    detection = detect(header, maps=architecture.maps)
+    if detection.architecture and detection.architecture.name == architecture.name:
+        return build_plan(detection)
+    if detection.architecture:
+        what = f"is taken for {detection.architecture.name}: no line of `detect` rules that out"
+        problems.append(Problem("layout.json", what))
+    for verdict in detection.verdicts:
+        if verdict.architecture == architecture.name:
+            problems += [
+                Problem("detect", f"does not hold for layout.json: {line.text}")
+                for line in verdict.failing
+            ]
+    return None
+
+
+def _check_plan(architecture: Architecture, made: Plan) -> Iterator[Problem]:
+    """Yields keys without a line, and lines that do not lead back."""
+    maps = architecture.maps
+    sources = [(c, s) for c in architecture.models for s in c.sources]
+    for text in made.problems:
+        yield Problem("layout.json", text)
+    for key in made.unclaimed:
+        near = [s for _, s in sources if s.prefix and key.startswith(s.prefix)]
+        where = maps.find(f"{near[0].keymap}.yaml") if near else "the map of its component"
+        what = f"no line covers it: add one to `blocks` of {where}, or to `drop` with a reason"
+        yield Problem(key, what)
+    for name in made.absent:
+        if architecture.components[name].layout:  # published files have none
+            continue
+        yield Problem(name, "no key of layout.json begins with the prefix of one of its sources")
+    for step in made.steps:
+        for part, target in enumerate(step.targets):
+            origins = [
+                (source.prefix + origin.source, origin.part)
+                for component, source in sources
+                if component.name == target.place
+                and (origin := maps.keymap(source.keymap).origin(target.key))
+            ]
+            if step.reason == "" and (step.sources[0].key, part) not in origins:
+                yield Problem(target.key, f"does not lead back to {step.sources[0].key}")
+
+
+def _check_classes(made: Plan, built: Mapping[str, Config]) -> Iterator[Problem]:
+    """Yields where the real classes expect something else."""
+    architecture, task = made.detection.require()
+    library = architecture.rooted.library if architecture.single else "diffusers"
+    if not has_class(library, task.pipeline):
+        what = "class" if architecture.single else "pipeline"
+        yield Problem("tasks", f"{library} has no {what} {task.pipeline}")
+    for name, config in built.items():
+        library, class_name = config.component.library, class_of(config)
+        if config.component.kind != "model":
+            defaults(library, class_name)
+            continue
+        model = expected(library, class_name, config.values)
+        from_key = {t.key: step for step in made.steps for t in step.targets if t.place == name}
+        have = made.tensors(name)
+        lost = [key for key in model.shapes if key not in have]
+        extra = [key for key in have if key not in model.shapes]
+        for key in extra:
+            what = f"{from_key[key].sources[0].key} becomes it, but {class_name} has no such tensor"
+            yield Problem(f"{name}: {key}", what + _nearest(key, lost, "it expects"))
+        for key in lost:
+            what = f"{class_name} expects it, but no line gives it"
+            yield Problem(f"{name}: {key}", what + _nearest(key, extra, "a line gives"))
+        for key, shape in model.shapes.items():
+            if key in have and have[key].shape != shape:
+                what = f"{class_name} expects {list(shape)}, {_from(from_key[key])}"
+                yield Problem(f"{name}: {key}", what + _advice(from_key[key], key, shape))
+
+
+def _nearest(key: str, others: list[str], what: str) -> str:
+    found = difflib.get_close_matches(key, others[:200], 1)
+    return f"; the nearest that {what} is {found[0]}" if found else ""
+
+
+def _from(step: Step) -> str:
+    source, target = step.sources[0], step.targets[0]
+    return f"{source.key} {list(source.shape)} gives {list(target.shape)}"
+
+
+def _advice(step: Step, key: str, shape: Shape) -> str:
+    """Says which operation would give the shape."""
+    have = step.sources[0].shape
+    if have == shape[::-1]:
+        return f": if the name is right, write {{transpose: {key}}}"
+    if have == (*shape, 1, 1):
+        return f": write {{squeeze: {key}}}"
+    if have[:1] == (3 * shape[0],) and have[1:] == shape[1:]:
+        return ": write {split_rows: [the query's name, the key's, the value's]}"
+    return ": check the line, and the configuration in arch.yaml"
+
+
+def _problems(where: str, error: CkptconvError) -> list[Problem]:
+    hint = f" ({error.hint})" if error.hint else ""
+    if not error.problems:
+        return [Problem(where, error.message + hint)]
+    return [Problem(where, f"{error.message}: {problem}{hint}") for problem in error.problems]
+
+
+def _malformed(where: str, error: Exception) -> Problem:
+    what = f"is malformed: {type(error).__name__}: {error}; docs/key-maps.md describes the format"
+    return Problem(where, what)

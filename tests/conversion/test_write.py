@@ -1,0 +1,200 @@
+"""How weights are laid out in files, and what may become of a destination."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ckptconv
+from ckptconv import Layout
+from ckptconv.conversion.write import parse_size
+from ckptconv.errors import OutputError, UsageError
+from tests.conftest import Folder
+from tests.support.checkpoints import raw, raw_folder
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("5GB", 5 * 10**9),
+        ("500 MiB", 500 * 2**20),
+        (" 7kb ", 7000),
+        ("3KiB", 3072),
+        ("2gib", 2**31),
+        ("12", 12),
+    ],
+)
+def test_sizes(text: str, nbytes: int) -> None:
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "0", "0GB", "-5GB", "5XB", "GB", "1.5GB", "5 G B", "9" * 13])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a size") as caught:
+        parse_size(text)
+    assert "such as 5GB" in caught.value.hint
+
+
+@pytest.mark.parametrize("variant", ["a/b", "../up", "fp16.old", "ü", " "])
+def test_a_variant_that_no_file_name_can_hold_is_refused(variant: str) -> None:
+    with pytest.raises(UsageError, match="cannot stand in a file name"):
+        Layout(variant=variant)
+
+
+def test_a_variant_stands_in_the_names_of_the_weights(small: Path, tmp_path: Path) -> None:
+    report = ckptconv.convert(small, tmp_path / "out", layout=Layout(variant="fp16"))
+    assert [name for name in report.files if name.endswith(".safetensors")] == [
+        "ckptconv/dropped.safetensors",
+        "text_encoder/model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(("variant", "limit"), [("", 100_000), ("fp16", 3_000)])
+def test_shards_hold_every_tensor_once_and_the_index_says_where(
+    variant: str, limit: int, small: Path, folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    ckptconv.convert(small, out, layout=Layout(variant=variant, max_shard=limit))
+    dot = f".{variant}" if variant else ""
+    for component, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        index = json.loads((out / component / f"{stem}.safetensors.index{dot}.json").read_text())
+        shards = sorted((out / component).glob("*.safetensors"))
+        assert [path.name for path in shards] == [
+            f"{stem}{dot}-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)
+        ]
+        assert len(shards) > 2
+        found = {path.name: raw(path) for path in shards}
+        assert index["weight_map"] == {key: name for name, held in found.items() for key in held}
+        whole = raw(folder("small") / component / f"{stem}.safetensors")
+        assert {key: value for held in found.values() for key, value in held.items()} == whole
+        sizes = [[len(data) for _, _, data in held.values()] for held in found.values()]
+        assert index["metadata"] == {"total_size": sum(map(sum, sizes))}
+        assert all(0 < sum(held) <= limit or len(held) == 1 for held in sizes)
+
+
+def test_weights_that_fit_one_shard_have_no_index(small: Path, tmp_path: Path) -> None:
+    report = ckptconv.convert(small, tmp_path / "out", layout=Layout(max_shard=10**9))
+    assert "unet/diffusion_pytorch_model.safetensors" in report.files
+    assert not any("index.json" in name and "/" in name for name in report.files)
+
+
+def _make(kind: str, out: Path, folder: Folder) -> None:
+    """Puts something at the destination that --overwrite must leave alone."""
+    if kind == "a file":
+        out.write_text("precious")
+    elif kind == "a folder of the user":
+        out.mkdir()
+        (out / "thesis.txt").write_text("precious")
+    elif kind == "a diffusers folder from elsewhere":
+        shutil.copytree(folder("small"), out)
+        shutil.rmtree(out / "ckptconv")
+    elif kind == "a link to a converted folder":
+        out.symlink_to(folder("small"))
+    else:
+        out.symlink_to("nowhere")
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """Tells whether a path is still the same thing, and untouched."""
+    found = path.lstat()
+    return found.st_ino, found.st_mode, found.st_mtime_ns
+
+
+KINDS = [
+    *("a file", "a folder of the user", "a diffusers folder from elsewhere"),
+    *("a link to a converted folder", "a link to nowhere"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_at_the_destination_stays(
+    kind: str, overwrite: bool, small: Path, folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    _make(kind, out, folder)
+    before = _state(out)
+    with pytest.raises(OutputError) as caught:
+        ckptconv.convert(small, out, overwrite=overwrite)
+    if overwrite:
+        assert "is not a converted folder, so --overwrite does not remove it" in str(caught.value)
+    else:
+        assert caught.value.message == f"{out}: exists"
+        assert "--overwrite replaces it" in caught.value.hint
+    assert _state(out) == before
+    assert _names(tmp_path) == ["out"]
+
+
+def test_a_converted_folder_is_replaced_on_demand(
+    small: Path, folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    ckptconv.convert(small, out, only=["vae"])
+    with pytest.raises(OutputError, match="exists"):
+        ckptconv.convert(small, out)
+    assert _names(out) == ["ckptconv", "vae"]
+    ckptconv.convert(small, out, overwrite=True)
+    assert raw_folder(out) == raw_folder(folder("small"))
+    assert _names(tmp_path) == ["out"]
+
+
+def test_an_empty_folder_is_replaced_on_demand(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="exists"):
+        ckptconv.convert(small, tmp_path / "out")
+    ckptconv.convert(small, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("role", ["source", "donor"])
+def test_a_folder_that_holds_an_input_is_not_replaced(
+    role: str, small: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    ckptconv.convert(small, out)
+    inside = out / "models" / "inside.safetensors"
+    inside.parent.mkdir()
+    shutil.copyfile(small, inside)
+    given: dict[str, Any] = {"path": inside} if role == "source" else {"path": small, "vae": inside}
+    with pytest.raises(OutputError, match="holds the input") as caught:
+        ckptconv.convert(**given, out=out, overwrite=True)
+    assert str(inside) in str(caught.value)
+    assert inside.is_file()
+
+
+def test_a_missing_parent_is_named(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="no such folder") as caught:
+        ckptconv.convert(small, tmp_path / "a" / "b")
+    assert caught.value.message == f"{tmp_path / 'a'}: no such folder"
+    assert caught.value.hint == "make it first, with mkdir -p"
+
+
+def test_a_name_that_is_too_long_is_refused(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="File name too long"):
+        ckptconv.convert(small, tmp_path / ("x" * 300))
+
+
+def test_the_index_that_makes_a_folder_load_is_written_last(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    real = Path.write_text
+
+    def spy(self: Path, *args: Any, **options: Any) -> int:
+        written.append(self.name)
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Path, "write_text", spy)
+    ckptconv.convert(small, tmp_path / "out")
+    assert len(written) > 8
+    assert written.index("model_index.json") == len(written) - 1

@@ -1,0 +1,300 @@
+"""A plan accounts for every key of a file, and says what is wrong with one that is not whole."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ckptconv.detection.detect import detect
+from ckptconv.errors import Incomplete, NotACheckpoint
+from ckptconv.planning.plan import ASIDE, Plan, Step, build_plan
+from tests.conftest import PUBLISHED, made, published, shapes
+
+if TYPE_CHECKING:
+    from ckptconv.reading.header import Header
+
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+CLIP = "cond_stage_model.transformer."
+OPENCLIP = "cond_stage_model.model."
+SD1, SD1_EMA, SD2 = "sd15-emaonly-fp32", "sd15-full-ema-fp32", "sd21-768-fp32"
+SDXL, REFINER = "sdxl-base-fp16", "sdxl-refiner-fp16"
+
+# Tensors that diffusers and transformers need: UNets and VAE as published; 16 a layer and 4 around
+# them in a CLIP tower, plus the projection.
+COUNTS = {
+    SD1: {"unet": 686, "vae": 248, "text_encoder": 16 * 12 + 4},
+    SD1_EMA: {"unet": 686, "vae": 248, "text_encoder": 16 * 12 + 4},
+    "sd15-inpainting-fp16": {"unet": 686, "vae": 248, "text_encoder": 16 * 12 + 4},
+    SD2: {"unet": 686, "vae": 248, "text_encoder": 16 * 23 + 4},
+    SDXL: {"unet": 1680, "vae": 248, "text_encoder": 16 * 12 + 4, "text_encoder_2": 16 * 32 + 5},
+    REFINER: {"unet": 1220, "vae": 248, "text_encoder_2": 16 * 32 + 5},
+}
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def plan_of(tensors: Header | Shapes, **choices: Any) -> Plan:
+    return build_plan(detect(made(tensors) if isinstance(tensors, dict) else tensors), **choices)
+
+
+def incomplete(tensors: Shapes, **choices: Any) -> str:
+    """The message with which a plan is refused as not complete."""
+    with pytest.raises(Incomplete) as caught:
+        plan_of(tensors, **choices).require_complete()
+    assert caught.value.hint
+    return str(caught.value)
+
+
+def steps_of(plan: Plan) -> dict[str, Step]:
+    return {source.key: step for step in plan.steps for source in step.sources}
+
+
+def without(name: str, *starts: str) -> Shapes:
+    return {k: s for k, s in shapes(published(name)).items() if not k.startswith(starts)}
+
+
+def renamed(name: str, old: str, new: str) -> Shapes:
+    return {
+        new + k.removeprefix(old) if k.startswith(old) else k: s
+        for k, s in shapes(published(name)).items()
+    }
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_key_of_a_published_file_is_accounted_for_once(name: str) -> None:
+    header = published(name)
+    plan = plan_of(header)
+    plan.require_complete()
+    keys = Counter(slot.key for step in plan.steps for slot in step.sources)
+    assert keys + Counter(plan.unclaimed) == Counter(list(header.tensors))
+    assert plan.unclaimed == plan.problems == plan.absent == ()
+    targets = Counter((slot.place, slot.key) for step in plan.steps for slot in step.targets)
+    assert max(targets.values()) == 1
+    assert {place for place, _ in targets} - {ASIDE} == set(COUNTS[name])
+    assert {c: len(plan.tensors(c)) for c in COUNTS[name]} == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_steps_keep_dtypes_and_every_element(name: str) -> None:
+    header = published(name)
+    for step in plan_of(header).steps:
+        (source,) = step.sources
+        info = header.tensors[source.key]
+        assert (source.place, source.dtype, source.shape) == (
+            str(header.path),
+            info.dtype,
+            info.shape,
+        )
+        assert {target.dtype for target in step.targets} <= {info.dtype}
+        assert not step.casts
+        if step.targets:
+            assert sum(math.prod(target.shape) for target in step.targets) == info.numel
+        assert bool(step.reason) == (step.op.name == "drop")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_inverse_gives_back_the_file(name: str) -> None:
+    header = published(name)
+    plan = plan_of(header)
+    back = {slot.key: slot for step in plan.inverse() for slot in step.targets}
+    ema = {key for key in header.tensors if key.startswith("model_ema.")}
+    assert {k: (s.dtype, s.shape) for k, s in back.items()} == {
+        k: (t.dtype, t.shape) for k, t in header.tensors.items() if k not in ema
+    }
+    assert plan.lossless == (not ema)
+    assert all(step.inverse().inverse() == step for step in plan.steps)
+
+
+def test_ops_of_a_plan() -> None:
+    sdxl = steps_of(plan_of(published(SDXL)))
+    block = "conditioner.embedders.1.model.transformer.resblocks.7."
+    split = sdxl[f"{block}attn.in_proj_weight"]
+    assert split.op.name == "split_rows"
+    assert [(t.key, t.shape) for t in split.targets] == [
+        (f"text_model.encoder.layers.7.self_attn.{part}_proj.weight", (1280, 1280))
+        for part in "qkv"
+    ]
+    projection = sdxl["conditioner.embedders.1.model.text_projection"]
+    assert projection.op.name == "transpose"
+    assert [t.key for t in projection.targets] == ["text_projection.weight"]
+    squeezed = sdxl[f"{VAE}decoder.mid.attn_1.q.weight"]
+    assert squeezed.op.name == "squeeze"
+    assert [t.shape for t in squeezed.targets] == [(512, 512)]
+    ids = sdxl["conditioner.embedders.0.transformer.text_model.embeddings.position_ids"]
+    assert (ids.op.name, ids.reason, [t.place for t in ids.targets]) == ("drop", "derived", [ASIDE])
+    assert sdxl["denoiser.sigmas"].reason == "derived"
+
+
+def test_sd2_conditions_on_the_layer_before_the_last() -> None:
+    plan = plan_of(published(SD2))
+    steps = steps_of(plan)
+    for key, step in steps.items():
+        if key.startswith(f"{OPENCLIP}transformer.resblocks.23.") or key in (
+            f"{OPENCLIP}text_projection",
+            f"{OPENCLIP}logit_scale",
+        ):
+            assert (step.op.name, step.reason) == ("drop", "unused")
+            assert [t.place for t in step.targets] == [ASIDE]
+    layers = {k.split(".")[3] for k in plan.tensors("text_encoder") if ".layers." in k}
+    assert sorted(map(int, layers)) == list(range(23))
+
+
+def test_an_sd2_file_of_23_layers_keeps_them_all() -> None:
+    last = f"{OPENCLIP}transformer.resblocks.23."
+    plan = plan_of(without(SD2, last, f"{OPENCLIP}text_projection", f"{OPENCLIP}logit_scale"))
+    plan.require_complete()
+    assert set(plan.tensors("text_encoder")) == set(plan_of(published(SD2)).tensors("text_encoder"))
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [(SD1, CLIP), (SDXL, "conditioner.embedders.0.transformer.")]
+)
+def test_clip_with_and_without_its_text_model_segment_gives_the_same(
+    name: str, prefix: str
+) -> None:
+    plan = plan_of(renamed(name, f"{prefix}text_model.", prefix))
+    plan.require_complete()
+    assert set(plan.tensors("text_encoder")) == set(
+        plan_of(published(name)).tensors("text_encoder")
+    )
+    assert steps_of(plan)[f"{prefix}embeddings.position_ids"].reason == "derived"
+
+
+@pytest.mark.parametrize("name", [SD1, SDXL])
+def test_attention_of_the_vae_may_be_stored_with_two_axes(name: str) -> None:
+    tensors = shapes(published(name))
+    attention = [k for k, s in tensors.items() if ".attn_1." in k and len(s) == 4]
+    assert len(attention) == 8
+    plan = plan_of(tensors | {key: tensors[key][:2] for key in attention})
+    plan.require_complete()
+    published_plan = plan_of(published(name))
+    for key in attention:
+        step = steps_of(plan)[key]
+        as_published = steps_of(published_plan)[key]
+        assert step.targets[0].shape == as_published.targets[0].shape == (512, 512)
+        assert step.inverse().targets[0].shape == (512, 512)
+        assert as_published.inverse().targets[0].shape == (512, 512, 1, 1)
+
+
+def lcm() -> Shapes:
+    return shapes(published(SD1)) | {f"{UNET}time_embed.cond_proj.weight": (320, 256)}
+
+
+def test_a_distilled_unet_may_have_a_guidance_embedding() -> None:
+    plan = plan_of(lcm())
+    plan.require_complete()
+    assert plan.tensors("unet")["time_embedding.cond_proj.weight"].shape == (320, 256)
+
+
+LAYER = f"{CLIP}text_model.encoder.layers.5."
+IN_PROJ = f"{OPENCLIP}transformer.resblocks.3.attn.in_proj_weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "problems"),
+    [
+        (
+            SD1,
+            {f"{UNET}out.2.bias": None, f"{VAE}quant_conv.weight": None},
+            ["unet: conv_out.bias is missing", "vae: quant_conv.weight is missing"],
+        ),
+        (
+            SD1,
+            {f"{UNET}output_blocks.3.1.transformer_blocks.0.norm2.weight": None},
+            ["unet: up_blocks.1.attentions.0.transformer_blocks.0.norm2.weight is missing"],
+        ),
+        (
+            SD2,
+            {IN_PROJ: None},
+            [
+                f"text_encoder: text_model.encoder.layers.3.self_attn.{part}_proj.weight is missing"
+                for part in "qkv"
+            ],
+        ),
+        (
+            SD1,
+            {f"{VAE}encoder.mid.block_1.norm1.gain": (512,)},
+            [f"{VAE}encoder.mid.block_1.norm1.gain: not a key of a Stable Diffusion 1.x vae"],
+        ),
+        (
+            SD1,
+            {f"{UNET}input_blocks.1.1.transformer_blocks.0.attn3.to_q.weight": (320, 320)},
+            [f"{UNET}input_blocks.1.1.transformer_blocks.0.attn3.to_q.weight: not a key of a Stab"],
+        ),
+        (
+            SD1,
+            {f"{UNET}out.2.weight": (4, 320)},
+            [f"{UNET}out.2.weight: has shape [4, 320], needed 4 axes"],
+        ),
+        (
+            SD1,
+            {f"{VAE}encoder.mid.attn_1.q.weight": (512, 512, 3, 3)},
+            [f"{VAE}encoder.mid.attn_1.q.weight: squeeze needs shape [out, in, 1, 1] or [out, in"],
+        ),
+        (
+            SD2,
+            {IN_PROJ: (3071, 1024)},
+            [f"{IN_PROJ}: split_rows needs rows that divide by 3, found [3071, 1024]"],
+        ),
+        (
+            SDXL,
+            {"conditioner.embedders.1.model.text_projection": (1280,)},
+            ["conditioner.embedders.1.model.text_projection: transpose needs a matrix, found [128"],
+        ),
+    ],
+)
+def test_a_file_that_is_not_whole_is_refused_with_every_key(
+    name: str, changes: dict[str, tuple[int, ...] | None], problems: list[str]
+) -> None:
+    tensors = shapes(published(name))
+    for key, shape in changes.items():
+        if shape is None:
+            del tensors[key]
+        else:
+            tensors[key] = shape
+    message = incomplete(tensors)
+    assert message.startswith("made.safetensors: the file is not a whole Stable Diffusion ")
+    assert all(f"  - {line}" in message for line in problems)
+    assert len(message.splitlines()) == 2 + len(problems), message
+
+
+def test_a_tower_with_a_layer_missing_in_the_middle_is_refused() -> None:
+    message = incomplete(without(SD1, LAYER))
+    assert (
+        "  - text_encoder: text_model.encoder.layers.* has only the entries "
+        "0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11\n"
+    ) in message
+
+
+def test_a_tower_may_be_shorter() -> None:
+    plan = plan_of(without(SD1, f"{CLIP}text_model.encoder.layers.11."))
+    plan.require_complete()
+    assert len(plan.tensors("text_encoder")) == 16 * 11 + 4
+
+
+def test_keys_that_no_map_knows_are_refused_unless_they_may_be_left_out() -> None:
+    tensors = shapes(published(SD1)) | {"control_model.x": (1,), "embedder.y": (2,)}
+    message = incomplete(tensors)
+    assert "made.safetensors: no key map knows 2 of the keys\n" in message
+    assert "  - control_model.x: unknown\n  - embedder.y: unknown\n" in message
+    assert "hint: --ignore-unclaimed leaves them out" in message
+    plan = plan_of(tensors)
+    plan.require_complete(ignore_unclaimed=True)
+    assert plan.unclaimed == ("control_model.x", "embedder.y")
+    assert not plan.lossless
+
+
+def test_no_architecture_means_no_plan() -> None:
+    with pytest.raises(NotACheckpoint):
+        plan_of({"fc.weight": (1, 1)})
+
+
+def test_a_missing_component_is_absent_and_the_rest_is_converted() -> None:
+    plan = plan_of(without(SDXL, VAE, "conditioner.embedders.1."))
+    plan.require_complete()
+    assert plan.absent == ("vae", "text_encoder_2")
+    assert plan_of(without(SDXL, VAE), only=["unet"]).absent == ()

@@ -1,0 +1,304 @@
+"""The page: whole, true to the plan, and deaf to what a stranger wrote into the file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from ckptconv import inspect
+from ckptconv.cli import main
+from ckptconv.detection.detect import detect
+from ckptconv.errors import OutputError
+from ckptconv.planning.plan import build_plan
+from ckptconv.reading.header import Header, TensorInfo
+from ckptconv.reports.html import page, write_page
+from ckptconv.reports.html.markup import element, text
+from ckptconv.reports.network import blocks
+from ckptconv.verification.result import Check, Problem
+from tests.conftest import PUBLISHED, Sample, published
+from tests.support.pages import (
+    EVIL,
+    HOSTILE,
+    Parsed,
+    drawn,
+    hostile_file,
+    published_page,
+    verification,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_page_is_well_formed_and_shows_every_key_and_every_block(name: str) -> None:
+    detection, parsed = detect(published(name)), published_page(name)
+    content = parsed.content
+    assert parsed.open == []
+    assert content.startswith('<!doctype html>\n<html lang="en">')
+    shown = parsed.texts["code"]
+    assert detection.header.tensors.keys() <= set(shown)
+    plan = build_plan(detection)
+    targets = {f"{t.place}/{t.key}" for s in plan.steps if not s.reason for t in s.targets}
+    assert targets <= set(shown)
+    names = {block.name for block in blocks(plan, "unet") + blocks(plan, "vae")}
+    assert names <= drawn(content)
+    ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
+    assert max(Counter(ids).values()) == 1
+    links = {a["href"][1:] for a in parsed.of("a") if not a["href"].startswith("#find=")}
+    assert links <= set(ids)
+
+
+def test_the_policy_admits_the_style_and_the_script_of_the_page_and_nothing_else() -> None:
+    parsed = published_page("sd15-emaonly-fp32")
+    (policy,) = (m["content"] for m in parsed.of("meta") if "http-equiv" in m)
+    hashes = {
+        tag: base64.b64encode(hashlib.sha256("".join(parsed.texts[tag]).encode()).digest()).decode()
+        for tag in ("style", "script")
+    }
+    assert policy == (
+        f"default-src 'none'; style-src 'sha256-{hashes['style']}'; "
+        f"script-src 'sha256-{hashes['script']}'; base-uri 'none'; form-action 'none'"
+    )
+    places = [tag for tag, attributes in parsed.elements if "http-equiv" in attributes]
+    assert places == ["meta"]
+    before = [tag for tag, _ in parsed.elements].index("meta")
+    assert [tag for tag, _ in parsed.elements[:before]] == ["html", "head"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "checkpoint"])
+def test_hostile_keys_and_metadata_stay_text(kind: str, sample: Sample, tmp_path: Path) -> None:
+    source = sample("sd1") if kind == "checkpoint" else None
+    detection = inspect(hostile_file(tmp_path / "<b>x.safetensors", checkpoint=source))
+    found = tuple(Problem(value, value) for value in HOSTILE)
+    checks = (Check("unet", "weights", found, HOSTILE, HOSTILE[0]),)
+    parsed = Parsed(page(detection, verification(checks, Path(EVIL))))
+    assert parsed.open == []
+    clean = Parsed(page(detect(published("sd15-emaonly-fp32")), verification(())))
+    known = {tag for tag, _ in clean.elements} | {"h3", "em", "details", "summary"}
+    assert {tag for tag, _ in parsed.elements} <= known
+    for tag in ("script", "style", "title"):
+        assert len(parsed.of(tag)) == len(clean.of(tag)) or tag == "title"
+    for tag, attributes in parsed.elements:
+        assert not [name for name in attributes if name.startswith("on") or name == "src"], tag
+        assert attributes.get("href", "#").startswith("#")
+    shown = "".join(parsed.texts["code"])
+    assert shown.count(EVIL) >= 3  # key, metadata, problem
+    assert "\u202e" not in shown
+    assert r"\u202e" in shown
+
+
+def test_a_refused_file_gets_a_page_that_says_what_it_is(tmp_path: Path) -> None:
+    parsed = Parsed(page(inspect(hostile_file(tmp_path / "lora.safetensors"))))
+    said = " ".join(parsed.texts["p"])
+    assert "This is a LoRA" in said
+    assert "load_lora_weights" in said
+    assert not parsed.of("polyline")
+    assert len(parsed.of("tr")) > len(HOSTILE)
+
+
+def test_a_file_with_missing_keys_gets_a_page_that_names_them(sample: Sample) -> None:
+    header = inspect(sample("sd1")).header
+    gone = "model.diffusion_model.out.2.bias"
+    tensors = {key: info for key, info in header.tensors.items() if key != gone}
+    tensors["a.stranger"] = TensorInfo("F32", (1,), 0, 4)
+    parsed = Parsed(page(detect(Header(header.path, tensors, {}, 0, header.size))))
+    assert any("conv_out.bias is missing" in line for line in parsed.texts["li"])
+    assert "a.stranger" in parsed.texts["li"]
+    assert not parsed.of("polyline")
+
+
+def test_assumed_facts_are_marked_and_others_are_not() -> None:
+    assumed = published_page("sd15-emaonly-fp32")
+    decided = published_page("sdxl-base-fp16")
+    assert "metadata" in decided.texts["span"]
+    for parsed, sources in ((assumed, ["assumed"]), (decided, [])):
+        row = parsed.content.split(">prediction_type</code>")[1].split("</tr>")[0]
+        assert re.findall("<mark>(.*?)</mark>", row) == sources
+
+
+def test_every_problem_of_a_verification_is_on_the_page() -> None:
+    problems = tuple(Problem(f"key.{n}", f"differs in {n} values") for n in range(50))
+    checks = (
+        Check("unet", "data", problems, ("a note",), "686 tensors"),
+        Check("vae", "data", (), (), "248 tensors"),
+    )
+    content = page(detect(published("sd15-emaonly-fp32")), verification(checks, Path("f")))
+    parsed = Parsed(content)
+    assert {problem.where for problem in problems} <= set(parsed.texts["code"])
+    assert "Not verified." in content
+    assert "50 problems in 1 of 2 checks" in content
+    assert content.count("\u2713 passed") == 1
+    assert "30 more" in parsed.texts["summary"]
+
+
+def test_a_folder_verified_alone_gets_a_page_of_its_own() -> None:
+    made = verification((Check("vae", "weights", (), (), "248 tensors"),))
+    parsed = Parsed(page(None, made))
+    assert parsed.texts["h1"] == ["out"]
+    assert "is consistent" in " ".join(parsed.texts["p"])
+    assert not parsed.of("input")
+
+
+def test_shares_of_the_file_add_up(sample: Sample) -> None:
+    content = page(inspect(sample("sd1", ema=True)))
+    section = re.search(r'<section id="shares".*?</section>', content, re.DOTALL)
+    assert section
+    assert "not converted: training" in section[0]
+    cells = re.findall(r'data-name="bytes"[^>]*>.*?<small>([\d.]+)%', section[0])
+    assert 98 < sum(map(float, cells)) <= 100.5
+
+
+def test_long_tables_and_long_values_are_cut_and_say_so() -> None:
+    info = TensorInfo("F16", (1,), 0, 2)
+    tensors = {f"lora_unet_{n}.alpha": info for n in range(20_500)}
+    header = Header(Path("big.safetensors"), tensors, {"tags": "x" * 5000}, 0, 0)
+    content = page(detect(header))
+    assert "20,500 keys. The first 20,000 are shown." in content
+    assert "lora_unet_20499.alpha" not in content
+    assert "and 3,000 more characters" in content
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(), st.text())
+@example("&lt;</p>", "\" onclick='x")
+def test_any_text_comes_back_as_text(content: str, attribute: str) -> None:
+    parsed = Parsed(element("p", content, title=attribute))
+    assert [tag for tag, _ in parsed.elements] == ["p"]
+    visible = re.compile(
+        "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+    )
+    if not visible.search(content + attribute):
+        assert "".join(parsed.texts.get("p", [])) == content
+        assert parsed.of("p") == [{"title": attribute}]
+    element("p", content).encode()
+
+
+def test_markup_stays_markup_and_attributes_may_be_absent() -> None:
+    assert element("b", element("i", "1 < 2"), hidden=True, id=None) == (
+        "<b hidden><i>1 &lt; 2</i></b>"
+    )
+    assert text("\ud800") == r"\ud800"
+
+
+def _luminance(color: str) -> float:
+    """Returns the relative luminance of WCAG 2.2 of a color written as #rrggbb."""
+    parts = [int(color[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _themes() -> Mapping[str, dict[str, str]]:
+    css = (Path(page.__code__.co_filename).parent / "report.css").read_text()
+    light, dark = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+    colors = [dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in (light, dark)]
+    return dict(zip(("light", "dark"), colors, strict=True))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_has_the_contrast_that_wcag_asks_for(theme: str) -> None:
+    colors = _themes()[theme]
+    pairs = [
+        (ink, back) for ink in ("ink", "muted", "link", "ok", "bad") for back in ("paper", "card")
+    ]
+    pairs += [("on", kind) for kind in ("resnet", "attention", "resample")]
+    pairs += [("on-mark", "mark"), ("attention", "card")]
+    for ink, back in pairs:
+        bright, dim = sorted((_luminance(colors[ink]), _luminance(colors[back])), reverse=True)
+        assert (bright + 0.05) / (dim + 0.05) >= 4.5, (ink, back)
+
+
+def test_a_page_is_not_replaced_unless_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    first = page(None, verification(()))
+    write_page(path, first)
+    with pytest.raises(OutputError, match=r"page\.html: exists") as refused:
+        write_page(path, "<!doctype html>\nsecond")
+    assert "--overwrite" in refused.value.hint
+    assert path.read_text() == first
+    write_page(path, "<!doctype html>\nsecond", overwrite=True)
+    assert path.read_text() == "<!doctype html>\nsecond"
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_nothing_but_a_page_is_ever_replaced(tmp_path: Path) -> None:
+    path, link, inside = tmp_path / "model.safetensors", tmp_path / "link", tmp_path / "folder"
+    path.write_bytes(b"weights")
+    link.symlink_to(path)
+    inside.mkdir()
+    for place in (path, link, inside):
+        with pytest.raises(OutputError, match="is not a page"):
+            write_page(place, "<!doctype html>\n", overwrite=True)
+    assert path.read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("gone/page.html", "no such folder"), ("x" * 300, "cannot be looked at: File name too long")],
+)
+def test_a_place_that_cannot_be_written_is_an_error(name: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=said):
+        write_page(tmp_path / name, "<!doctype html>\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_fails_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_self: Path, _target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OutputError, match="cannot be written: No space left on device"):
+        write_page(tmp_path / "page.html", "<!doctype html>\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_writes_a_page_and_keeps_its_output_and_exit_code(
+    sample: Sample, tmp_path: Path
+) -> None:
+    lora, runner = hostile_file(tmp_path / "lora.safetensors"), CliRunner()
+    for file, code in ((sample("sd1"), 0), (lora, 1)):
+        out = tmp_path / f"{code}.html"
+        done = runner.invoke(main, ["inspect", str(file), "--html", str(out), "--json", "--hash"])
+        assert done.exit_code == code
+        data = json.loads(done.stdout)
+        assert done.stderr == f"page: {out}\n"
+        assert data["hashes"]["sha256"] in out.read_text()
+        again = runner.invoke(main, ["inspect", str(file), "--html", str(out)])
+        assert again.exit_code == 1
+        assert "--overwrite replaces it" in again.stderr
+        forced = runner.invoke(main, ["inspect", str(file), "--html", str(out), "--overwrite"])
+        assert forced.exit_code == code
+
+
+def test_verify_writes_a_page_whether_it_passes_or_not(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed = (Check("vae", "data", (), (), "248 tensors"),)
+    failed = (Check("vae", "data", (Problem("a.key", "differs"),)),)
+    runner, command = CliRunner(), "ckptconv.batch.work.verify"
+    for checks, code, said in ((passed, 0, "Verified."), (failed, 1, "Not verified.")):
+        result = verification(checks, small)
+        monkeypatch.setattr(command, lambda *_args, _result=result, **_choices: _result)
+        out = tmp_path / f"{code}.html"
+        paths = [str(small), "out", "--html", str(out)]
+        done = runner.invoke(main, ["verify", *paths])
+        assert done.exit_code == code, done.output
+        assert f"page: {out}" in done.stderr
+        parsed = Parsed(out.read_text())
+        assert said in parsed.texts["strong"][0]
+        assert parsed.of("polyline")  # the drawing of the source
+    monkeypatch.delattr(command)  # refused before the work
+    again = runner.invoke(main, ["verify", *paths])
+    assert "--overwrite replaces it" in again.stderr

@@ -1,0 +1,128 @@
+"""Whole files in the original layout: which networks stand behind which prefix.
+
+``layout(FILES["x4-upscaler"])`` is every key and shape of the published file, and
+``tensors(networks(TINY_FILES["x4-upscaler"], 1))`` a small file of the same structure.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from tests.support.reference import controlnet, dpt, text, unet, vae, vision
+from tests.support.reference.controlnet import ControlNet
+from tests.support.reference.schedule import NoiseAugmentation, Schedule, scaled_linear
+
+Parts = dict[str, Callable[[], nn.Module]]
+"""What builds the network behind each prefix."""
+
+SD_BETAS = (0.00085, 0.012)
+X4_BETAS = (1e-4, 0.02)
+"""First and last variance. The upscaler's diffusion and the noise on its image share theirs."""
+
+
+def _schedule(betas: tuple[float, float], posterior: bool) -> Schedule:
+    return Schedule(scaled_linear(*betas), posterior=posterior)
+
+
+def _latent(
+    network: unet.UNetConfig,
+    autoencoder: vae.VaeConfig,
+    encoder: text.TextConfig,
+    betas: tuple[float, float] = SD_BETAS,
+) -> Parts:
+    """Return what every relative of SD 2 has; the diffusion's own schedule has no prefix."""
+    return {
+        "": partial(_schedule, betas, posterior=True),
+        "model.diffusion_model.": partial(unet.UNet, network),
+        "first_stage_model.": partial(vae.Vae, autoencoder),
+        "cond_stage_model.model.": partial(text.OpenClipText, encoder),
+    }
+
+
+def _depth(config: dpt.DptConfig) -> Parts:
+    return {"depth_model.model.": partial(dpt.Dpt, config)}
+
+
+def _image(image: vision.VisionConfig, words: text.TextConfig, *, text_transformer: bool) -> Parts:
+    embedder = partial(vision.Embedder, image, words, text_transformer=text_transformer)
+    return {"embedder.model.": embedder, "noise_augmentor.": NoiseAugmentation}
+
+
+_LOW_SCALE: Parts = {"low_scale_model.": partial(_schedule, X4_BETAS, posterior=False)}
+
+FILES: dict[str, Parts] = {
+    "sd2-depth": _latent(unet.SD2_DEPTH, vae.VAE, text.OPENCLIP_H) | _depth(dpt.DPT_HYBRID),
+    "x4-upscaler": _latent(unet.X4_UPSCALER, vae.X4_VAE, text.OPENCLIP_H, X4_BETAS) | _LOW_SCALE,
+    "sd2-unclip-l": _latent(unet.UNCLIP_L, vae.VAE, text.OPENCLIP_H)
+    | _image(vision.VIT_L, vision.TEXT_L, text_transformer=True),
+    "sd2-unclip-h": _latent(unet.UNCLIP_H, vae.VAE, text.OPENCLIP_H)
+    | _image(vision.VIT_H, vision.TEXT_H, text_transformer=False),
+    "controlnet-sd1": {"control_model.": partial(ControlNet, controlnet.CONTROL_SD1)},
+    "controlnet-sd2": {"control_model.": partial(ControlNet, controlnet.CONTROL_SD2)},
+    "controlnet-sdxl": {"control_model.": partial(ControlNet, controlnet.CONTROL_SDXL)},
+}
+
+TINY_FILES: dict[str, Parts] = {
+    "sd2-depth": _latent(unet.TINY_SD2_DEPTH, vae.TINY_VAE, text.TINY_OPENCLIP)
+    | _depth(dpt.TINY_DPT),
+    "x4-upscaler": _latent(unet.TINY_X4_UPSCALER, vae.TINY_X4_VAE, text.TINY_X4_OPENCLIP, X4_BETAS)
+    | _LOW_SCALE,
+    "sd2-unclip-l": _latent(unet.TINY_UNCLIP, vae.TINY_VAE, text.TINY_OPENCLIP)
+    | _image(vision.TINY_VIT_L, vision.TINY_TEXT_L, text_transformer=True),
+    "sd2-unclip-h": _latent(unet.TINY_UNCLIP, vae.TINY_VAE, text.TINY_OPENCLIP)
+    | _image(vision.TINY_VIT_H, vision.TINY_TEXT_H, text_transformer=False),
+    "controlnet-sd1": {"control_model.": partial(ControlNet, controlnet.TINY_CONTROL_SD1)},
+    "controlnet-sd2": {"control_model.": partial(ControlNet, controlnet.TINY_CONTROL_SD2)},
+    "controlnet-sdxl": {"control_model.": partial(ControlNet, controlnet.TINY_CONTROL_SDXL)},
+}
+
+
+def layout(parts: Parts) -> dict[str, tuple[int, ...]]:
+    """Return every key of a file with its shape; nothing is allocated.
+
+    Args:
+        parts: An entry of ``FILES`` or ``TINY_FILES``, or several merged.
+
+    Returns:
+        Shapes by key.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for prefix, build in parts.items():
+        with torch.device("meta"):
+            state = build().state_dict()
+        shapes |= {prefix + key: tuple(tensor.shape) for key, tensor in state.items()}
+    return shapes
+
+
+def networks(parts: Parts, seed: int) -> dict[str, nn.Module]:
+    """Build the networks of a file with random weights.
+
+    Args:
+        parts: An entry of ``TINY_FILES``, or several merged.
+        seed: Seed of the first network; each that follows has one more.
+
+    Returns:
+        Networks by prefix, float64. Schedules keep their values.
+    """
+    return {
+        prefix: unet.randomise(build(), seed + i).double()
+        for i, (prefix, build) in enumerate(parts.items())
+    }
+
+
+def tensors(made: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Return what a file of these networks holds.
+
+    Args:
+        made: Networks by prefix.
+
+    Returns:
+        Contiguous tensors by key.
+    """
+    return {
+        prefix + key: tensor.contiguous()
+        for prefix, network in made.items()
+        for key, tensor in network.state_dict().items()
+    }

@@ -1,0 +1,125 @@
+"""`verify` reads in little memory, and reports on the terminal, as JSON and as JUnit XML."""
+
+from __future__ import annotations
+
+import json
+import os
+import tracemalloc
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+from click.testing import CliRunner
+
+import ckptconv
+from ckptconv.cli import main
+from ckptconv.errors import FileRefused, UsageError
+from ckptconv.reports.junit import junit
+from ckptconv.verification.result import CHECKS, Check, Problem, Verification
+from tests.conftest import Copy, Folder, Sample
+from tests.support.altering import resave
+from tests.support.checkpoints import raw
+
+# Streaming.
+
+
+def test_comparing_and_looking_take_little_memory(sample: Sample, folder: Folder) -> None:
+    from ckptconv.folder.read import read_saved
+    from ckptconv.verification.checks.data import Bytes
+
+    saved = read_saved(folder("sd2"), {"unet", "vae", "text_encoder"})
+    read = Bytes.of(saved, ckptconv.plan(sample("sd2")), finite=True)
+    assert read.nbytes > 150e6
+    steps: list[int] = []
+    tracemalloc.start()
+    try:
+        read.run(lambda done, _total: steps.append(done))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert not read.different
+    assert not read.nonfinite
+    assert peak < 25e6
+    assert steps == sorted(steps)
+    assert steps[-1] >= 2 * read.nbytes
+
+
+def test_a_file_that_shrinks_meanwhile_is_refused(sample: Sample, copy: Copy) -> None:
+    folder = copy("sd1")
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = path.read_bytes()
+    path.unlink()
+    path.write_bytes(whole)
+    cut = False
+
+    def progress(_done: int, _total: int) -> None:
+        nonlocal cut
+        if not cut:
+            cut = True
+            os.truncate(path, 1_000_000)
+
+    with pytest.raises(FileRefused, match="became shorter"):
+        ckptconv.verify(sample("sd1"), folder, progress=progress)
+
+
+# Reports.
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_the_command_reports_and_exits_with_one_on_problems(
+    sample: Sample, copy: Copy, tmp_path: Path
+) -> None:
+    folder = copy("sd1")
+    good = run("verify", sample("sd1"), folder, "--finite")
+    assert good.exit_code == 0
+    assert good.stdout.splitlines()[-1].startswith(
+        f"passed: {folder} is {sample('sd1')}, converted"
+    )
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    resave(path, lambda key: key.replace("up_blocks", "on_blocks"))
+    bad = run("verify", sample("sd1"), folder, "--junit", tmp_path / "report.xml")
+    assert bad.exit_code == 1
+    assert bad.stdout.count("\n  - ") == 20
+    assert "more (--json shows all)" in bad.stdout
+    data = json.loads(run("verify", sample("sd1"), folder, "--json").stdout)
+    assert data["passed"] is False
+    problems = [p["where"] for c in data["checks"] for p in c["problems"]]
+    lost = [key for key in raw(path) if key.startswith("on_blocks")]
+    assert set(problems) == {*lost, *(key.replace("on_blocks", "up_blocks") for key in lost)}
+    suite = ET.parse(tmp_path / "report.xml").getroot()[0]  # noqa: S314  (ours)
+    cases = {(case.get("classname"), case.get("name")): case for case in suite}
+    assert set(cases) == {(f"ckptconv.{c['component']}", c["check"]) for c in data["checks"]}
+    failed = {key for key, case in cases.items() if case.find("failure") is not None}
+    assert failed == {("ckptconv.unet", "weights"), ("ckptconv.unet", "data")}
+    assert suite.get("failures") == "2"
+    failure = cases["ckptconv.unet", "data"].find("failure")
+    assert failure is not None
+    assert set(lost) <= {line.partition(":")[0] for line in str(failure.text).splitlines()}
+
+
+def test_wrong_usage_of_the_command_exits_with_two(sample: Sample, folder: Folder) -> None:
+    assert run("verify").exit_code == 2
+    assert run("verify", "a", "x/a", "b").exit_code == 2  # two folders of one name
+    assert run("verify", sample("sd1"), folder("sd1"), "--only", "nothing").exit_code == 2
+    with pytest.raises(UsageError):
+        ckptconv.verify(sample("sd1"), folder("sd1"), only=["nothing"])
+    report = run("verify", sample("sd1"), folder("sd1"), "--junit", "/no/such/folder/x.xml")
+    assert (report.exit_code, "cannot be written" in report.stderr) == (1, True)
+
+
+def test_a_junit_report_holds_any_name(tmp_path: Path) -> None:
+    nasty = "a\x00\x1b[31m<&\ud800\uffff]]>"
+    check = Check("unet", "data", (Problem(nasty, "differs"),), (nasty,))
+    text = junit(Verification(tmp_path, None, "", "", (check,), 0, 0.0))
+    failure = ET.fromstring(text)[0][0].find("failure")  # noqa: S314  (ours)
+    assert failure is not None
+    assert failure.text == "a\ufffd\ufffd[31m<&\ufffd\ufffd]]>: differs"
+
+
+def test_every_kind_of_check_is_described(sample: Sample, folder: Folder) -> None:
+    found = ckptconv.verify(sample("sd1"), folder("sd1"), finite=True)
+    assert {check.kind for check in found.checks} <= CHECKS.keys()
