@@ -10,7 +10,7 @@ import click
 from ..conversion.convert import convert
 from ..detection.detect import inspect
 from ..errors import OutputError, UsageError
-from ..libraries import quiet
+from ..libraries import quieten
 from ..reports.report import inspection
 from ..sample import layout_of, write_sample
 from .shared import FILE, key_maps
@@ -56,18 +56,18 @@ def command(folder: Path, *, arch: str) -> None:
 
 def _draw(model: Path, image: Path) -> Path:
     """Runs stock diffusers on the converted folder."""
+    quieten()
     from diffusers import DiffusionPipeline
     from PIL import Image
 
-    with quiet():
-        pipeline = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
-            str(model), local_files_only=True
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        inputs = {"prompt": "a demonstration", "num_inference_steps": STEPS}
-        if "Img2Img" in type(pipeline).__name__:
-            inputs |= {"image": Image.new("RGB", (SIDE, SIDE), "gray"), "strength": 1.0}
-        else:
-            inputs |= {"height": SIDE, "width": SIDE}
-        pipeline(**inputs).images[0].save(image)
+    pipeline = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
+        str(model), local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    inputs = {"prompt": "a demonstration", "num_inference_steps": STEPS}
+    if "Img2Img" in type(pipeline).__name__:
+        inputs |= {"image": Image.new("RGB", (SIDE, SIDE), "gray"), "strength": 1.0}
+    else:
+        inputs |= {"height": SIDE, "width": SIDE}
+    pipeline(**inputs).images[0].save(image)
     return image

@@ -33,16 +33,14 @@ from typing import Any
 from ..detection.facts import values_of
 from ..errors import FileRefused, MapError
 from ..files import read_json
+from ..libraries import PIPELINES
 from ..maps.architecture import Component
 from ..planning.plan import Plan, Slot
 
-__all__ = ["Config", "class_of", "configs", "find_class", "model_index"]
+__all__ = ["Config", "class_of", "configs", "model_index"]
 
 CLASS_ENTRIES = ("_class_name", "architectures", "tokenizer_class", "image_processor_type")
 """Where a configuration says which class it is for."""
-
-PIPELINES = {"StableUnCLIPImageNormalizer": "stable_diffusion"}
-"""Classes that not every diffusers offers at its top, and the package of pipelines that does."""
 
 TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
@@ -131,15 +129,6 @@ def class_of(config: Config) -> str:
     """Returns the name of the class that a configuration is for, as it says itself."""
     said = next(config.values[name] for name in CLASS_ENTRIES if name in config.values)
     return str(said[0] if isinstance(said, list) else said)
-
-
-def find_class(library: str, name: str) -> type | None:
-    """Returns the class that a library offers by a name, or None; imports the library."""
-    import importlib
-
-    homes = [library, *(f"diffusers.pipelines.{p}" for n, p in PIPELINES.items() if n == name)]
-    found = (getattr(importlib.import_module(home), name, None) for home in homes)
-    return next((each for each in found if isinstance(each, type)), None)
 
 
 def versioned(config: Config) -> dict[str, Any]:

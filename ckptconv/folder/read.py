@@ -10,7 +10,7 @@ its file:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..planning.step import ASIDE, Slot, slot_of
 from ..reading.header import Header, header_from_json, read_header
 from .weights import component_headers
 
-__all__ = ["Part", "Saved", "read_saved"]
+__all__ = ["Part", "Saved", "current_name", "read_saved"]
 
 FLAT = "embeddings.token_embedding.weight"
 """In a text encoder: its names lack the segment `text_model.`."""
@@ -168,7 +168,7 @@ def _part(
     return Part(
         folder,
         values,
-        {_current(key, stored): slot for key, slot in stored.items()},
+        {current_name(key, stored): slot for key, slot in stored.items()},
         tuple(problems),
         tuple(sorted(p.name for p in folder.glob("*.safetensors") if p not in read)),
     )
@@ -178,8 +178,8 @@ def _slots(header: Header) -> dict[str, Slot]:
     return {key: slot_of(header, key) for key in header.tensors}
 
 
-def _current(key: str, stored: Mapping[str, Slot]) -> str:
-    """Returns the name that a tensor has today."""
+def current_name(key: str, stored: Container[str]) -> str:
+    """Returns the name that a tensor has today, given the names of its whole component."""
     if FLAT in stored and not key.startswith("text_projection."):
         return f"text_model.{key}"
     return present_name(key)

@@ -5,62 +5,38 @@ from __future__ import annotations
 import importlib.util
 import inspect as python_inspect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..errors import FileRefused, UsageError
+from ..planning.adapters import Adapter, read_adapter
 from ..reading.header import read_header
 from .generation import Pipeline
 
-__all__ = ["Lora", "add_loras", "find_scheduler", "read_loras", "set_scheduler"]
-
+__all__ = ["add_loras", "find_scheduler", "read_loras", "set_scheduler"]
 
 PUBLISHED = {"skip_prk_steps": True}
 """What the published configurations of these models say, where a scheduler's default is another."""
-
 
 EDM = "sigma_data"
 """What only schedulers of the EDM formulation take (https://arxiv.org/abs/2206.00364)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lora:
-    """A LoRA file, and how strongly it applies."""
-
-    path: Path
-    scale: float = 1.0
-
-
-def read_loras(texts: Iterable[str]) -> list[Lora]:
-    """Returns what `FILE` or `FILE:SCALE` mean, once their headers are read.
+def read_loras(texts: Iterable[str]) -> list[Adapter]:
+    """Reads the headers of the LoRA files that `FILE` or `FILE:SCALE` name.
 
     Raises:
-        HeaderError: a file is not a whole, well-formed safetensors file.
-        UsageError: PEFT is missing.
+        FileRefused: a file is not a whole, well-formed safetensors file.
+        UsageError: PEFT is missing, or a scale is not finite.
     """
-    loras = [_parsed(text) for text in texts]
+    loras = [read_adapter(text) for text in texts]
     if loras and not importlib.util.find_spec("peft"):
         raise UsageError("a LoRA needs the library PEFT", hint="pip install peft")
     for lora in loras:
-        read_header(lora.path)
+        read_header(lora.header.path)  # diffusers would unpickle a PyTorch file
     return loras
 
 
-def _parsed(text: str) -> Lora:
-    """Splits the scale off.
-
-    >>> _parsed("style.safetensors:0.8").scale
-    0.8
-    """
-    name, colon, scale = text.rpartition(":")
-    try:
-        return Lora(Path(name), float(scale)) if colon and name else Lora(Path(text))
-    except ValueError:  # a colon in the name of the file
-        return Lora(Path(text))
-
-
-def add_loras(pipe: Pipeline, loras: Sequence[Lora]) -> None:
+def add_loras(pipe: Pipeline, loras: Sequence[Adapter]) -> None:
     """Loads LoRA files into a pipeline, by diffusers, each with its scale.
 
     Raises:
@@ -72,8 +48,8 @@ def add_loras(pipe: Pipeline, loras: Sequence[Lora]) -> None:
         cause: Exception | None = None
         try:
             pipe.load_lora_weights(
-                str(lora.path.parent),
-                weight_name=lora.path.name,
+                str(lora.header.path.parent),
+                weight_name=lora.header.path.name,
                 adapter_name=name,
                 local_files_only=True,
             )
@@ -81,7 +57,7 @@ def add_loras(pipe: Pipeline, loras: Sequence[Lora]) -> None:
             problems, cause = [line.strip() for line in str(error).splitlines()], error
         if cause or not any(name in there for there in pipe.get_list_adapters().values()):
             raise FileRefused(
-                f"{lora.path}: diffusers cannot load it as a LoRA of {type(pipe).__name__}",
+                f"{lora.header.path}: diffusers cannot load it as a LoRA of {type(pipe).__name__}",
                 problems=problems,
                 hint="give a LoRA that was trained on this architecture",
             ) from cause

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from ..errors import FileRefused
 from ..planning.step import Slot
@@ -26,6 +27,7 @@ __all__ = [
     "converted",
     "lay_out",
     "read_exactly",
+    "read_into",
     "refuse_short",
     "write",
 ]
@@ -127,7 +129,7 @@ class Files:
         self._open: dict[tuple[Path, int], int] = {}
         self._lock = threading.Lock()
 
-    def __enter__(self) -> Files:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -248,15 +250,20 @@ def _copy_some(source: int, start: int, target: int, offset: int, buffer: memory
 
 def read_exactly(source: int, start: tuple[Path, int], nbytes: int) -> bytearray:
     """Returns bytes of an open file, from an offset on; FileRefused if it has fewer."""
-    path, position = start
     data = bytearray(nbytes)
-    view, done = memoryview(data), 0
-    while done < nbytes:
+    read_into(source, start, memoryview(data))
+    return data
+
+
+def read_into(source: int, start: tuple[Path, int], view: memoryview) -> None:
+    """Fills a buffer with the bytes of an open file, from an offset on; FileRefused if too few."""
+    path, position = start
+    done = 0
+    while done < len(view):
         got = os.preadv(source, [view[done:]], position + done)
         if got == 0:
             refuse_short(path)
         done += got
-    return data
 
 
 def refuse_short(path: Path) -> None:

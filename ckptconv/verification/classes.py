@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from ..configs.config import find_class
-from ..libraries import quiet
+from ..libraries import LIBRARIES, find_class
 
 __all__ = ["MODELS", "Expected", "Unbuildable", "defaults", "expected", "has_class"]
 
@@ -32,9 +31,6 @@ MODELS = {
     "StableUnCLIPImageNormalizer": "diffusers",
 }
 """The classes with weights that the bundled architectures are made of, and their library."""
-
-LIBRARIES = ("diffusers", "transformers")
-"""Classes come from nowhere else."""
 
 MOST_LAYERS = 200
 """More of anything that a configuration counts would only take time and memory: the largest
@@ -106,8 +102,7 @@ def has_class(library: str, name: str) -> bool:
 
 @functools.cache
 def _class(library: str, name: str) -> Any:
-    with quiet():
-        found = find_class(library, name) if library in LIBRARIES else None
+    found = find_class(library, name) if library in LIBRARIES else None
     if found is None:
         raise Unbuildable(f"{library} has no class {name}")
     return found

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from ...configs.config import PIPELINES, TORCH_NAMES, Config, class_of
+from ...configs.config import TORCH_NAMES, Config, class_of
 from ...folder.names import CONFIG_FILES
 from ...folder.read import Part
+from ...libraries import PIPELINES
 from ..classes import Unbuildable, defaults
 from ..result import Check, Problem
 
