@@ -10,7 +10,7 @@ import threading
 import warnings
 from typing import Any
 
-__all__ = ["LIBRARIES", "LOCK", "PIPELINES", "find_class", "quieten"]
+__all__ = ["LIBRARIES", "LOCK", "PIPELINES", "find_class", "hide_progress_bars", "quieten"]
 
 LOCK = threading.RLock()
 """Held while a library imports or builds something. The libraries import their modules on first
@@ -67,9 +67,10 @@ def find_class(library: str, name: str) -> Any:
 
 
 def quieten() -> None:
-    """Silences what the libraries say that helps nobody.
+    """Silences what the libraries say that helps nobody; imports none of them.
 
-    This changes the whole process, for good: only a command calls it, never the Python API.
+    This changes the whole process, for good: only the command line calls it, and no function of the
+    Python API.
     """
     for name in CHATTER:
         logging.getLogger(name).addFilter(_matters)
@@ -77,6 +78,10 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message)
     # Imports create a million objects and no garbage; looking for some takes 10 % of their time.
     gc.set_threshold(100_000, 20, 100)
+
+
+def hide_progress_bars() -> None:
+    """Imports the libraries and turns their progress bars off; for the command line, too."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

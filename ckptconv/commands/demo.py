@@ -10,7 +10,7 @@ import click
 from ..conversion.convert import convert
 from ..detection.detect import inspect
 from ..errors import OutputError, UsageError
-from ..libraries import quieten
+from ..libraries import hide_progress_bars
 from ..reports.report import inspection
 from ..sample import layout_of, write_sample
 from .shared import FILE, key_maps
@@ -56,7 +56,7 @@ def command(folder: Path, *, arch: str) -> None:
 
 def _draw(model: Path, image: Path) -> Path:
     """Runs stock diffusers on the converted folder."""
-    quieten()
+    hide_progress_bars()
     from diffusers import DiffusionPipeline
     from PIL import Image
 

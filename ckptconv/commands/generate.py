@@ -27,7 +27,7 @@ from ..inference.generation import (
 )
 from ..inference.model import open_model
 from ..inference.pipeline import OFFLOADS, build_pipeline, pipeline_class
-from ..libraries import quieten
+from ..libraries import hide_progress_bars
 from .shared import FILE, choices_of, echo_json, json_option, plan_options, progress
 
 DTYPE_ON_CPU = "fp32"
@@ -118,7 +118,7 @@ def command(
     if place.type == "cpu" and choices.get("dtype") is None:
         choices["dtype"] = DTYPE_ON_CPU
     model = open_model(file, ignore_unclaimed=ignore_unclaimed, **choices)
-    quieten()
+    hide_progress_bars()
     cls, task = pipeline_class(model, task)
     check(cls, task, settings)
     images, adapters = open_images(settings), read_loras(loras)

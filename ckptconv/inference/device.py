@@ -151,7 +151,10 @@ def spread(
     share = min(1.0, sizes[largest] / max(1, sum(left.values())))
     whole = list(getattr(modules[largest], "_no_split_modules", None) or ())
     for part in (share, 1.0):  # blocks stay whole, so equal shares may not hold them
-        limits = {gpu: int(part * max(0, free)) for gpu, free in left.items()}
+        limits: dict[int | str, int] = {gpu: int(part * free) for gpu, free in left.items()}
+        # accelerate keeps room for a layer that waits in main memory on the first device, unless
+        # that is MPS; here no layer waits.
+        limits["mps"] = 0
         split = infer_auto_device_map(modules[largest], limits, whole, dtype)
         if min(left.values()) >= 0 and set(split.values()) <= room.keys():
             return {name: {"": first} for name in sizes} | {largest: dict(split)}
