@@ -34,6 +34,7 @@ CHATTER = {
     # shape, is an error of ours.
     "diffusers.loaders.lora_base": ("No LoRA keys associated",),
     "diffusers.loaders.peft": ("No LoRA keys associated", "was unsuccessful with the following"),
+    "diffusers.models.modeling_utils": ("kept in float32: []",),  # an empty list is no problem
 }
 """Texts of messages that help nobody, by logger."""
 

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import NoReturn
 
+from ..libraries import quieten
 from .work import Outcome, Pair, Work, attempt
 
 __all__ = ["each"]
@@ -106,6 +107,7 @@ def _serve(connection: Connection, work: Work) -> None:
     """Is a worker: does what it is told until nobody tells it any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _terminated)
+    quieten()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             pair = connection.recv()

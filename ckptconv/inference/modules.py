@@ -6,7 +6,7 @@ Nothing here changes the process: other threads may build modules of their own a
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.metadata
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -39,7 +39,7 @@ def component_class(name: str, blueprint: Blueprint) -> Any:
     found, library = find_class(blueprint.library, blueprint.name), blueprint.library
     if found is None:
         known = library in LIBRARIES
-        version = f" {importlib.import_module(library).__version__}" if known else ""
+        version = f" {importlib.metadata.version(library)}" if known else ""
         raise FileRefused(
             f"{name}: the configuration names the class {blueprint.name}, which {library}{version} "
             "does not have",
@@ -79,9 +79,7 @@ def empty_module(
 
 def _is_plain(cls: Any, blueprint: Blueprint) -> bool:
     """Whether building from the configuration and copying the tensors is all that it takes."""
-    import diffusers
-
-    known = issubclass(cls, diffusers.ModelMixin) or (
+    known = issubclass(cls, find_class("diffusers", "ModelMixin")) or (
         blueprint.library == "transformers" and hasattr(cls, "config_class")
     )
     mixed = getattr(cls, "_keep_in_fp32_modules", None)

@@ -7,6 +7,7 @@ weights come from the files through the same steps that `convert` runs.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import inspect as python_inspect
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -143,8 +144,6 @@ def pipeline_class(model: Model, task: str | None = None) -> tuple[type[Diffusio
         FileRefused: diffusers has no such pipeline.
         UsageError: the weights cannot do the task.
     """
-    import diffusers
-
     tasks = {t.pipeline: t.name for a in bundled().architectures.values() for t in a.tasks}
     own_task = tasks.get(model.pipeline, model.pipeline)
     classes = {own_task: model.pipeline, **OTHER_TASKS.get(model.pipeline, {})}
@@ -155,10 +154,9 @@ def pipeline_class(model: Model, task: str | None = None) -> tuple[type[Diffusio
             hint=f"they can do {', '.join(classes)}",
         )
     found = find_class("diffusers", name)
-    if found is None or not issubclass(found, diffusers.DiffusionPipeline):
-        raise FileRefused(
-            f"diffusers {diffusers.__version__} has no pipeline {name}", hint="upgrade diffusers"
-        )
+    if found is None or not issubclass(found, find_class("diffusers", "DiffusionPipeline")):
+        version = importlib.metadata.version("diffusers")
+        raise FileRefused(f"diffusers {version} has no pipeline {name}", hint="upgrade diffusers")
     return found, task or own_task
 
 
