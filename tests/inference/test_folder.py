@@ -110,7 +110,7 @@ def test_names_of_a_newer_release(copy: Copy) -> None:
 
 
 def test_a_class_of_others_is_loaded_by_its_library(copy: Copy) -> None:
-    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig
 
     folder = copy("sd1")
