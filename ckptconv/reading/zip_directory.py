@@ -23,15 +23,11 @@ __all__ = ["Member", "read_directory"]
 MAX_DIRECTORY = 16 << 20
 """Bytes; a checkpoint of 10,000 tensors needs about 1 MB."""
 
-_LOCAL_HEADER = struct.Struct("<4s4xH16x2H")  # signature, method, bytes of the name and of the rest
-_END_RECORD = struct.Struct("<4s4H8xH")  # signature, 2 disks, 2 counts of entries, bytes of comment
-_FULL_16 = 0xFFFF  # means that a record of 64 bits holds the value
-_UTF_8 = 0x800  # flag of an entry; names are in code page 437 otherwise
+_LOCAL_HEADER = struct.Struct("<4s4xH16x2H")  # signature, method, length of name and extra
+_END_RECORD = struct.Struct("<4s4H8xH")  # signature, 2 disks, 2 counts, length of comment
+_FULL_16 = 0xFFFF  # means that a zip64 record holds the value
+_UTF_8 = 0x800  # flag of an entry, whose name is in code page 437 otherwise
 _ENCRYPTED = 0x1
-_ZIP_ERRORS = (
-    *(BadZipFile, NotImplementedError, UnicodeDecodeError, struct.error),
-    *(OverflowError, EOFError),
-)
 _TRUNCATED = "the directory that ends every zip file is missing: the file is truncated or damaged"
 
 
@@ -114,11 +110,11 @@ def read_directory(file: BinaryIO, size: int) -> dict[str, Member]:
     try:
         with ZipFile(_Bounded(file)) as archive:
             entries, directory = archive.infolist(), archive.start_dir
-    except _ZIP_ERRORS as error:
+    except (BadZipFile, NotImplementedError, UnicodeError, OverflowError, struct.error) as error:
         raise ValueError(f"its directory is damaged: {error}") from error
     disks += [entry.volume for entry in entries]
     if here != count or not set(disks) <= {0, _FULL_16}:
-        raise ValueError("it is one part of several")
+        raise ValueError("it is one part of a split archive")
     if count not in (len(entries), _FULL_16):
         raise ValueError(f"its directory has {len(entries):,} entries, but claims {count:,}")
     entries.sort(key=lambda entry: entry.header_offset)
