@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 from ..conversion.convert import convert_file
 from ..conversion.write import Packaging, Report
 from ..detection.detect import inspect
-from ..errors import CkptconvError
+from ..errors import CkptconvError, on_the_command_line
 from ..maps.architecture import KeyMaps
 from ..options import Options
 from ..reports.report import hashes, inspection
@@ -101,7 +101,8 @@ def attempt(work: Work, pair: Pair, moved: Moved) -> Outcome:
     data: Mapping[str, Any] = {}
     trace = ""
     try:
-        data, error = work(pair, moved)
+        with on_the_command_line():  # which a worker's process does not know
+            data, error = work(pair, moved)
     except CkptconvError as refused:
         error = str(refused)
     except Exception as crash:  # noqa: BLE001  (told with its traceback; the other files wait)

@@ -46,7 +46,7 @@ TELLS: dict[str, dict[Any, tuple[str, str]]] = {
 """How metadata say what a scheduler's configuration says and no tensor does."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Exported:
     """What an export did.
 
@@ -74,6 +74,9 @@ class Exported:
     as_source: bool
     notes: tuple[str, ...]
     seconds: float
+
+    def __repr__(self) -> str:
+        return f"<Exported {self.out}: {self.tensors:,} tensors, {self.size:,} bytes>"
 
 
 def export(

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from ..configs.config import Config, class_of, configs, model_index
 from ..detection.detect import detect
 from ..errors import CkptconvError
 from ..maps.architecture import Architecture, KeyMaps
 from ..maps.ops import Shape
-from ..planning.plan import Plan, Step, Target, build_plan
-from ..reading.tensor import Header
+from ..planning.plan import Plan, Step, build_plan
+from ..reading.tensor import Header, Tensor
 from ..sample import layout_of
-from ..streaming.stream import lay_out
 from .classes import Unbuildable, defaults, expected, has_class
 from .result import Check, Problem
 
@@ -111,9 +109,9 @@ def _check_header(architecture: Architecture, kind: str, task: str | None) -> Ch
 
 
 def _header(architecture: Architecture, layout: Header, *, task: str | None, full: bool) -> Header:
-    targets = [Target("", *tensor) for tensor in layout_of(architecture, task=task, full=full)]
-    tensors = lay_out(Path(), targets, {}).tensors
-    return Header(layout.path, tensors, layout.metadata, 0, 0)
+    tensors = layout_of(architecture, task=task, full=full)
+    found = {key: Tensor(layout.path, key, dtype, shape, 0, 0) for key, dtype, shape in tensors}
+    return Header(layout.path, found, layout.metadata, 0, 0)
 
 
 def _recognised(architecture: Architecture, header: Header, problems: list[Problem]) -> Plan | None:

@@ -78,7 +78,7 @@ def test_ema_that_is_not_complete_is_refused() -> None:
     assert "the file has no complete EMA copy of the UNet\n" in message
     assert f"  - {bias} is missing, the EMA copy of {UNET}out.2.bias" in message
     assert f"  - {weight} has shape [4, 320], unlike {UNET}out.2.weight" in message
-    assert message.endswith("hint: leave out --ema to take the weights that it has")
+    assert message.endswith("hint: leave out ema to take the weights that it has")
 
 
 def test_ema_of_a_file_without_any_names_the_copies() -> None:

@@ -287,7 +287,7 @@ def test_keys_that_no_map_knows_are_refused_unless_they_may_be_left_out() -> Non
     message = incomplete(tensors)
     assert "made.safetensors: no key map knows 2 of the keys\n" in message
     assert "  - control_model.x: unknown\n  - embedder.y: unknown\n" in message
-    assert "hint: --ignore-unclaimed leaves them out" in message
+    assert "hint: ignore_unclaimed=True leaves them out" in message
     plan = plan_of(tensors)
     plan.require_complete(ignore_unclaimed=True)
     assert plan.unclaimed == ("control_model.x", "embedder.y")

@@ -155,7 +155,7 @@ def test_files_of_the_library(tmp_path: Path) -> None:
 
 def test_scalars_and_empty_tensors_keep_the_order_of_the_data(scratch: Path) -> None:
     tensors = [("z", "F16", (0,)), ("y", "F32", ()), ("x", "I8", (3, 0)), ("b", "I64", (1,))]
-    beginning, infos = encode_header(tensors, {})
+    beginning, infos = encode_header(tensors, {}, scratch)
     scratch.write_bytes(beginning + bytes(12))
     header = read_header(scratch)
     assert list(header.tensors) == ["z", "y", "x", "b"]
@@ -222,7 +222,7 @@ def test_saved_headers(path: Path, scratch: Path) -> None:
     )
     # As a file, with all of its gigabytes a hole, it reads the same for the library and for us.
     tensors = [(name, info.dtype, info.shape) for name, info in header.tensors.items()]
-    beginning, infos = encode_header(tensors, header.metadata)
+    beginning, infos = encode_header(tensors, header.metadata, scratch)
     scratch.write_bytes(beginning)
     os.truncate(scratch, len(beginning) + header.size)
     assert read_header(scratch) == Header(

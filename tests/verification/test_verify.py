@@ -259,7 +259,7 @@ def test_a_component_that_the_file_lacks_must_be_said_to_come_from_elsewhere(
     save(bare, tmp_path / "bare.safetensors")
     ckptconv.convert(tmp_path / "bare.safetensors", tmp_path / "out", vae=whole)
     found = ckptconv.verify(tmp_path / "bare.safetensors", tmp_path / "out")
-    assert "--vae" in kinds(found)["vae", "data"][0].what
+    assert "say with vae where it comes from" in kinds(found)["vae", "data"][0].what
     assert any("source.json says that vae comes from" in n for n in found.checks[0].notes)
     assert ckptconv.verify(tmp_path / "bare.safetensors", tmp_path / "out", vae=whole).passed
 
