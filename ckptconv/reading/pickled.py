@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import SHOWN, HeaderError, NotACheckpoint, UnsafePickle
 from ..files import opened
-from .header import Header, TensorInfo, nbytes_of
+from .header import nbytes_of
 from .strict_json import is_unicode, show
+from .tensor import Header, Tensor
 from .torch_globals import GLOBALS, StridedTensor, storage_of
 from .unpickle import Forbidden, Global, Table, load
 from .zip_directory import Member, read_directory
@@ -194,14 +195,14 @@ def _locate(
     file: BinaryIO,
     members: Mapping[str, Member],
     tensors: Mapping[str, StridedTensor],
-) -> dict[str, TensorInfo]:
+) -> dict[str, Tensor]:
     """Returns the byte ranges of the tensors, in the order of the data.
 
     Raises:
         HeaderError: some are missing, or are not byte ranges; all of them are named.
     """
     data_start = functools.cache(lambda key: members[f"data/{key}"].data_start(file))
-    found: dict[str, TensorInfo] = {}
+    found: dict[str, Tensor] = {}
     damaged, strided = [], []
     for name, tensor in tensors.items():
         if not tensor.is_contiguous:
@@ -216,7 +217,7 @@ def _locate(
         except ValueError as error:
             damaged.append(f"tensor {show(name)}: {error}")
             continue
-        found[name] = TensorInfo(tensor.dtype, tensor.shape, start, start + nbytes)
+        found[name] = Tensor(path, name, tensor.dtype, tensor.shape, start, start + nbytes)
     if damaged or strided:
         raise HeaderError(
             f"{path}: some tensors cannot be read from the file as they are",

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..dtypes import LIBRARY_NAMES
 from .unpickle import INERT, Call, Global, Table
 
 __all__ = ["GLOBALS", "Storage", "StridedTensor", "storage_of"]
@@ -21,31 +22,21 @@ MAX_KEY = 64
 """Characters of the name of a storage, which is a number."""
 
 DTYPES = {
-    f"torch.{name}": dtype
-    for dtype, names in {
-        "F64": ("DoubleStorage", "float64"),
-        "F32": ("FloatStorage", "float32"),
-        "F16": ("HalfStorage", "float16"),
-        "BF16": ("BFloat16Storage", "bfloat16"),
-        "F8_E4M3": ("float8_e4m3fn",),
-        "F8_E5M2": ("float8_e5m2",),
-        "F8_E4M3FNUZ": ("float8_e4m3fnuz",),
-        "F8_E5M2FNUZ": ("float8_e5m2fnuz",),
-        "F8_E8M0": ("float8_e8m0fnu",),
-        "I64": ("LongStorage", "int64"),
-        "I32": ("IntStorage", "int32"),
-        "I16": ("ShortStorage", "int16"),
-        "I8": ("CharStorage", "int8"),
-        "U64": ("uint64",),
-        "U32": ("uint32",),
-        "U16": ("uint16",),
-        "U8": ("ByteStorage", "storage.UntypedStorage", "uint8"),
-        "BOOL": ("BoolStorage", "bool"),
-        "C64": ("ComplexFloatStorage", "complex64"),
-    }.items()
-    for name in names
+    **{f"torch.{name}": dtype for dtype, name in LIBRARY_NAMES.items()},
+    "torch.DoubleStorage": "F64",
+    "torch.FloatStorage": "F32",
+    "torch.HalfStorage": "F16",
+    "torch.BFloat16Storage": "BF16",
+    "torch.LongStorage": "I64",
+    "torch.IntStorage": "I32",
+    "torch.ShortStorage": "I16",
+    "torch.CharStorage": "I8",
+    "torch.ByteStorage": "U8",
+    "torch.BoolStorage": "BOOL",
+    "torch.ComplexFloatStorage": "C64",
+    "torch.storage.UntypedStorage": "U8",
 }
-"""The safetensors dtype of each storage class and each dtype of PyTorch."""
+"""The safetensors dtype of each dtype and storage class of PyTorch."""
 
 IGNORED = tuple(
     f"{package}.{name}"

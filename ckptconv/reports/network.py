@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..planning.plan import Plan, Slot
+from ..planning.plan import Plan, Target
 
 __all__ = ["Block", "blocks"]
 
@@ -51,18 +51,18 @@ def blocks(plan: Plan, component: str) -> list[Block]:
         plan: of the file.
         component: such as `unet`, `vae` or `text_encoder`.
     """
-    members: dict[str, list[tuple[Slot, str]]] = {}
+    members: dict[str, list[tuple[Target, str]]] = {}
     for step in plan.steps:
         for target in step.targets:
-            if target.place == component:
+            if target.component == component:
                 found = _NUMBERED.match(target.key) or _PLAIN.match(target.key)
                 name = found[1] if found else target.key
-                members.setdefault(name, []).append((target, step.sources[0].key))
+                members.setdefault(name, []).append((target, step.sources[0].name))
     made = [_block(name, pairs) for name, pairs in members.items()]
     return sorted(made, key=lambda block: _rank(block.name))
 
 
-def _block(name: str, pairs: list[tuple[Slot, str]]) -> Block:
+def _block(name: str, pairs: list[tuple[Target, str]]) -> Block:
     tensors = {slot.key.removeprefix(name + "."): slot for slot, _ in pairs}
     resample = {"downsamplers": "down", "upsamplers": "up"}
     roots = {key.partition(".")[0] for key in tensors}
@@ -80,7 +80,7 @@ def _block(name: str, pairs: list[tuple[Slot, str]]) -> Block:
     )
 
 
-def _channels(tensors: Mapping[str, Slot]) -> int:
+def _channels(tensors: Mapping[str, Target]) -> int:
     """Returns the output channels of a block's last convolution, or of its own one."""
     for key in ("resnets.0.conv2.weight", "weight", "linear_2.weight", "mlp.fc2.weight"):
         if key in tensors:
@@ -88,7 +88,7 @@ def _channels(tensors: Mapping[str, Slot]) -> int:
     return 0
 
 
-def _entries(tensors: Mapping[str, Slot], container: str) -> int:
+def _entries(tensors: Mapping[str, Target], container: str) -> int:
     start = container + "."
     return len({k[len(start) :].partition(".")[0] for k in tensors if k.startswith(start)})
 

@@ -12,9 +12,8 @@ from ..configs.config import class_of, configs
 from ..detection.detect import Detection
 from ..detection.spellings import EMA_PREFIX
 from ..planning.plan import Plan, build_plan
-from ..reading.header import Header
 from ..reading.source import is_zip
-from ..reading.view import files_of
+from ..reading.tensor import Header
 
 __all__ = ["hashes", "inspection", "plan_rows"]
 
@@ -88,9 +87,9 @@ def plan_rows(plan: Plan) -> list[dict[str, Any]]:
     """Returns a row for every key of the file: what becomes of it."""
     rows: list[dict[str, Any]] = [
         {
-            "source": source.key,
+            "source": source.name,
             "op": step.op.name,
-            "targets": [f"{t.place}/{t.key}" for t in step.targets],
+            "targets": [f"{t.component}/{t.key}" for t in step.targets],
             "shape": list(source.shape),
             "target_shapes": [list(t.shape) for t in step.targets],
             "dtype": source.dtype,
@@ -124,7 +123,7 @@ def hashes(header: Header) -> dict[str, str]:
     `sshs_model_hash`, the SHA-256 of what follows the header, as training tools write it. None of
     a checkpoint that lies in several files.
     """
-    if len(files_of(header)) > 1:
+    if len(header.files) > 1:
         return {}
     whole, data = hashlib.sha256(), hashlib.sha256()
     with Path(header.path).open("rb") as file:
@@ -140,12 +139,11 @@ def hashes(header: Header) -> dict[str, str]:
 
 
 def _weights(plan: Plan, component: str) -> dict[str, Any]:
-    steps = [s for s in plan.steps if any(t.place == component for t in s.targets)]
+    steps = [s for s in plan.steps if any(t.component == component for t in s.targets)]
     sources = [source for step in steps for source in step.sources]
-    infos = [plan.headers[s.place].tensors[s.key] for s in sources]
     return {
         "tensors": len(plan.tensors(component)),
         "parameters": sum(math.prod(source.shape) for source in sources),
-        "bytes": sum(info.nbytes for info in infos),
+        "bytes": sum(source.nbytes for source in sources),
         "dtypes": dict(Counter(source.dtype for source in sources).most_common()),
     }

@@ -73,7 +73,7 @@ class Check:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Verification:
     """The result.
 
@@ -94,6 +94,10 @@ class Verification:
     checks: tuple[Check, ...]
     nbytes: int
     seconds: float
+
+    def __repr__(self) -> str:
+        state = "passed" if self.passed else f"{len(self.problems):,} problems"
+        return f"<Verification of {self.folder}: {len(self.checks)} checks, {state}>"
 
     @property
     def passed(self) -> bool:

@@ -20,7 +20,7 @@ from ckptconv.cli import main
 from ckptconv.detection.detect import detect
 from ckptconv.errors import OutputError
 from ckptconv.planning.plan import build_plan
-from ckptconv.reading.header import Header, TensorInfo
+from ckptconv.reading.tensor import Header, Tensor
 from ckptconv.reports.html import page, write_page
 from ckptconv.reports.html.markup import element, text
 from ckptconv.reports.network import blocks
@@ -49,7 +49,7 @@ def test_a_page_is_well_formed_and_shows_every_key_and_every_block(name: str) ->
     shown = parsed.texts["code"]
     assert detection.header.tensors.keys() <= set(shown)
     plan = build_plan(detection)
-    targets = {f"{t.place}/{t.key}" for s in plan.steps if not s.reason for t in s.targets}
+    targets = {f"{t.component}/{t.key}" for s in plan.steps if not s.reason for t in s.targets}
     assert targets <= set(shown)
     names = {block.name for block in blocks(plan, "unet") + blocks(plan, "vae")}
     assert names <= drawn(content)
@@ -111,7 +111,7 @@ def test_a_file_with_missing_keys_gets_a_page_that_names_them(sample: Sample) ->
     header = inspect(sample("sd1")).header
     gone = "model.diffusion_model.out.2.bias"
     tensors = {key: info for key, info in header.tensors.items() if key != gone}
-    tensors["a.stranger"] = TensorInfo("F32", (1,), 0, 4)
+    tensors["a.stranger"] = Tensor(header.path, "a.stranger", "F32", (1,), 0, 4)
     parsed = Parsed(page(detect(Header(header.path, tensors, {}, 0, header.size))))
     assert any("conv_out.bias is missing" in line for line in parsed.texts["li"])
     assert "a.stranger" in parsed.texts["li"]
@@ -160,9 +160,9 @@ def test_shares_of_the_file_add_up(sample: Sample) -> None:
 
 
 def test_long_tables_and_long_values_are_cut_and_say_so() -> None:
-    info = TensorInfo("F16", (1,), 0, 2)
-    tensors = {f"lora_unet_{n}.alpha": info for n in range(20_500)}
-    header = Header(Path("big.safetensors"), tensors, {"tags": "x" * 5000}, 0, 0)
+    path, keys = Path("big.safetensors"), [f"lora_unet_{n}.alpha" for n in range(20_500)]
+    tensors = {key: Tensor(path, key, "F16", (1,), 0, 2) for key in keys}
+    header = Header(path, tensors, {"tags": "x" * 5000}, 0, 0)
     content = page(detect(header))
     assert "20,500 keys. The first 20,000 are shown." in content
     assert "lora_unet_20499.alpha" not in content

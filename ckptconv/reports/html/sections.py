@@ -8,7 +8,7 @@ from typing import Any
 
 from ...detection.detect import Detection
 from ...planning.plan import ASIDE, Plan
-from ...reading.header import Header
+from ...reading.tensor import Header
 from ..network import blocks
 from ..numbers import millions, size
 from ..report import plan_rows
