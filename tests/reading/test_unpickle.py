@@ -225,6 +225,14 @@ def test_a_directory_of_many_gigabytes_takes_no_memory(zip64: bool, scratch: Pat
     scratch.unlink()
 
 
+@pytest.mark.parametrize("flags", [b"\0\x08", b"\0\0"])
+def test_a_folder_with_any_name_is_read(flags: bytes, scratch: Path) -> None:
+    content = zipped({"\u6a21/data.pkl": table(a=tensor()), "\u6a21/data/0": bytes(16)})
+    assert content.count(b"\0\x08\0\0") == 4  # UTF-8, in the headers and the entries
+    scratch.write_bytes(content.replace(b"\0\x08\0\0", flags + b"\0\0"))
+    assert list(open_header(scratch).tensors) == ["a"]
+
+
 def test_names_that_a_null_character_would_cut_stay_apart(scratch: Path) -> None:
     content = checkpoint(table(a=tensor()), _0=bytes(16), _10=bytes(16))
     scratch.write_bytes(content.replace(b"x/data/10", b"x/data/0\0"))
