@@ -20,6 +20,7 @@ from ..conversion.write import Layout, Report
 from ..detection.detect import inspect
 from ..errors import CkptconvError
 from ..maps.architecture import KeyMaps, bundled
+from ..planning.plan import build_plan
 from ..reports.report import hashes, inspection
 from ..verification.result import Verification
 from ..verification.verify import verify
@@ -214,7 +215,7 @@ class Inspection:
     def __call__(self, pair: Pair, moved: Moved, /) -> tuple[dict[str, Any], str]:
         """Inspects one of several files; a file that cannot be converted is an error."""
         detection = inspect(pair.source, maps=self.maps)
-        data = inspection(detection)
+        data = inspection(detection, None if detection.refusal else build_plan(detection))
         if self.hashed:
             data["hashes"] = hashes(detection.header)
         if detection.refusal:

@@ -5,6 +5,7 @@ A key map is abstract; a plan has the real keys, dtypes and shapes, so its inver
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -91,6 +92,11 @@ class Plan:
                 problems=[f"{key}: unknown" for key in self.unclaimed],
                 hint="--ignore-unclaimed leaves them out; the report lists them",
             )
+
+    def _repr_html_(self) -> str:
+        """Returns the summary that a notebook shows."""
+        reports = importlib.import_module("ckptconv.reports.html")  # they build on this module
+        return str(reports.fragment(self.detection, self))
 
     @property
     def _title(self) -> str:

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..configs.config import class_of, configs
 from ..detection.detect import Detection
 from ..detection.spellings import EMA_PREFIX
-from ..planning.plan import Plan, build_plan
-from ..reading.header import Header
+from ..planning.plan import Plan, Slot
+from ..reading.header import Header, TensorInfo
 from ..reading.source import is_zip
 from ..reading.view import files_of
 
-__all__ = ["hashes", "inspection", "plan_rows"]
+__all__ = ["groups", "hashes", "header_rows", "inspection", "plan_rows", "weights"]
 
 
-def inspection(detection: Detection) -> dict[str, Any]:
-    """Returns everything that is known of a file; `architecture` is None if nothing matched."""
-    header = detection.header
+def inspection(detection: Detection, plan: Plan | None) -> dict[str, Any]:
+    """Returns everything that is known of a file.
+
+    Args:
+        detection: what the file is.
+        plan: what becomes of its keys; None if it was refused.
+
+    Returns:
+        Plain data; `architecture` is None if nothing matched, and `refusal` says why.
+    """
+    header, refusal = detection.header, detection.refusal
     data: dict[str, Any] = {
         "file": str(header.path),
         "size": header.size,
@@ -43,16 +51,12 @@ def inspection(detection: Detection) -> dict[str, Any]:
         "metadata": dict(header.metadata),
         "notes": list(detection.notes),
     }
-    if detection.refusal:
-        refusal = detection.refusal
-        data["refusal"] = {
-            "message": refusal.message,
-            "problems": list(refusal.problems),
-            "hint": refusal.hint,
-        }
+    if refusal:
+        problems = list(refusal.problems)
+        data["refusal"] = {"message": refusal.message, "problems": problems, "hint": refusal.hint}
+    if plan is None:
         return data
     architecture, task = detection.require()
-    plan = build_plan(detection)
     data |= {
         "architecture": architecture.name,
         "title": architecture.title,
@@ -63,18 +67,23 @@ def inspection(detection: Detection) -> dict[str, Any]:
         "problems": list(plan.problems),
         "dropped": dict(Counter(step.reason for step in plan.steps if step.reason)),
     }
-    for fact in detection.facts.values():
-        if fact.name != "task":
-            data[fact.name] = {"value": fact.value, "source": fact.source, "detail": fact.detail}
+    data |= {
+        fact.name: {"value": fact.value, "source": fact.source, "detail": fact.detail}
+        for fact in detection.facts.values()
+        if fact.name != "task"
+    }
     if plan.problems:
         return data
-    built = configs(plan)
-    for component in architecture.models:
-        if component.name in built:
-            data["components"][component.name] = {
-                "class": class_of(built[component.name]),
-                **_weights(plan, component.name),
-            }
+    built, sources = configs(plan), groups(plan)
+    data["components"] = {
+        name: {
+            "class": class_of(built[name]),
+            "tensors": len(plan.tensors(name)),
+            **weights(sources[name]),
+        }
+        for name in (component.name for component in architecture.models)
+        if name in built
+    }
     data["assumed"] = {
         f"{name}.{key}": config.values[key]
         for name, config in built.items()
@@ -84,45 +93,74 @@ def inspection(detection: Detection) -> dict[str, Any]:
     return data
 
 
+def groups(plan: Plan) -> dict[str, list[TensorInfo]]:
+    """Returns the tensors that are read, by component or by the reason why they are left out."""
+    found: dict[str, list[TensorInfo]] = {}
+    for step in plan.steps:
+        name = f"not converted: {step.reason}" if step.reason else step.targets[0].place
+        infos = (plan.headers[source.place].tensors[source.key] for source in step.sources)
+        found.setdefault(name, []).extend(infos)
+    if plan.unclaimed:
+        tensors = plan.detection.header.tensors
+        found[f"not converted: {UNKNOWN}"] = [tensors[key] for key in plan.unclaimed]
+    return found
+
+
+def weights(tensors: Sequence[TensorInfo]) -> dict[str, Any]:
+    """Returns how much some tensors hold."""
+    return {
+        "parameters": sum(tensor.numel for tensor in tensors),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "dtypes": dict(Counter(tensor.dtype for tensor in tensors).most_common()),
+    }
+
+
+UNKNOWN = "no key map knows it"
+
+
 def plan_rows(plan: Plan) -> list[dict[str, Any]]:
     """Returns a row for every key of the file: what becomes of it."""
-    rows: list[dict[str, Any]] = [
-        {
-            "source": source.key,
-            "op": step.op.name,
-            "targets": [f"{t.place}/{t.key}" for t in step.targets],
-            "shape": list(source.shape),
-            "target_shapes": [list(t.shape) for t in step.targets],
-            "dtype": source.dtype,
-            "target_dtype": step.targets[0].dtype if step.targets else None,
-            "reason": step.reason,
-        }
-        for step in plan.steps
-        for source in step.sources
+    unclaimed = {key: plan.detection.header.tensors[key] for key in plan.unclaimed}
+    return [
+        *(
+            _row(source.key, source, step.op.name, step.targets, step.reason)
+            for step in plan.steps
+            for source in step.sources
+        ),
+        *(_row(key, tensor, "unclaimed", (), UNKNOWN) for key, tensor in unclaimed.items()),
     ]
-    tensors = plan.detection.header.tensors
-    rows += [
-        {
-            "source": key,
-            "op": "unclaimed",
-            "targets": [],
-            "shape": list(tensors[key].shape),
-            "target_shapes": [],
-            "dtype": tensors[key].dtype,
-            "target_dtype": None,
-            "reason": "no key map knows it",
-        }
-        for key in plan.unclaimed
-    ]
-    return rows
+
+
+def header_rows(header: Header) -> list[dict[str, Any]]:
+    """Returns such rows for a file that was refused: nothing becomes of its keys."""
+    return [_row(key, tensor, "", (), "") for key, tensor in header.tensors.items()]
+
+
+def _row(
+    key: str, source: Slot | TensorInfo, op: str, targets: Iterable[Slot], reason: str
+) -> dict[str, Any]:
+    return {
+        "source": key,
+        "op": op,
+        "targets": [f"{target.place}/{target.key}" for target in targets],
+        "shape": list(source.shape),
+        "target_shapes": [list(target.shape) for target in targets],
+        "dtype": source.dtype,
+        "target_dtype": next((target.dtype for target in targets), None),
+        "reason": reason,
+    }
 
 
 def hashes(header: Header) -> dict[str, str]:
-    """Returns the hashes that users know, from one pass over the file.
+    """Returns the hashes by which users know a file, from one pass over it.
 
-    `sha256` of the whole file, its first ten digits (`short`), and, of a safetensors file,
-    `sshs_model_hash`, the SHA-256 of what follows the header, as training tools write it. None of
-    a checkpoint that lies in several files.
+    Args:
+        header: of the file.
+
+    Returns:
+        `sha256` of the whole file, its first ten digits (`short`), and, for a safetensors file,
+        `sshs_model_hash`, the SHA-256 of what follows the header, as training tools write it.
+        Nothing for a checkpoint that lies in several files.
     """
     if len(files_of(header)) > 1:
         return {}
@@ -137,15 +175,3 @@ def hashes(header: Header) -> dict[str, str]:
     digest = whole.hexdigest()
     found = {"sha256": digest, "short": digest[:10]}
     return found if pickled else found | {"sshs_model_hash": data.hexdigest()}
-
-
-def _weights(plan: Plan, component: str) -> dict[str, Any]:
-    steps = [s for s in plan.steps if any(t.place == component for t in s.targets)]
-    sources = [source for step in steps for source in step.sources]
-    infos = [plan.headers[s.place].tensors[s.key] for s in sources]
-    return {
-        "tensors": len(plan.tensors(component)),
-        "parameters": sum(math.prod(source.shape) for source in sources),
-        "bytes": sum(info.nbytes for info in infos),
-        "dtypes": dict(Counter(source.dtype for source in sources).most_common()),
-    }

@@ -113,6 +113,7 @@ def verify(
         tuple(sorted(checks, key=lambda check: order.index(check.component))),
         read.nbytes,
         time.monotonic() - started,
+        made if path is not None else None,
     )
 
 
