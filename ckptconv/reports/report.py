@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..configs.config import class_of, configs
@@ -17,6 +16,8 @@ from ..reading.source import is_zip
 from ..reading.view import files_of
 
 __all__ = ["groups", "hashes", "header_rows", "inspection", "plan_rows", "weights"]
+
+UNKNOWN = "no key map knows it"
 
 
 def inspection(detection: Detection, plan: Plan | None) -> dict[str, Any]:
@@ -34,15 +35,12 @@ def inspection(detection: Detection, plan: Plan | None) -> dict[str, Any]:
         "file": str(header.path),
         "size": header.size,
         "tensors": len(header.tensors),
-        "architecture": None,
-        "task": None,
-        "pipeline": None,
-        "prediction_type": None,
+        **dict.fromkeys(("architecture", "task", "pipeline", "prediction_type")),
         "components": {},
         "evidence": list(detection.evidence),
-        "missing": [],
-        "unclaimed": [],
-        "problems": [],
+        "missing": list(plan.absent) if plan else [],
+        "unclaimed": list(plan.unclaimed) if plan else [],
+        "problems": list(plan.problems) if plan else [],
         "verdicts": {
             v.architecture: {"matches": v.matches, "failing": [line.text for line in v.failing]}
             for v in detection.verdicts
@@ -62,9 +60,6 @@ def inspection(detection: Detection, plan: Plan | None) -> dict[str, Any]:
         "title": architecture.title,
         "task": task.name,
         "pipeline": task.pipeline,
-        "missing": list(plan.absent),
-        "unclaimed": list(plan.unclaimed),
-        "problems": list(plan.problems),
         "dropped": dict(Counter(step.reason for step in plan.steps if step.reason)),
     }
     data |= {
@@ -75,15 +70,9 @@ def inspection(detection: Detection, plan: Plan | None) -> dict[str, Any]:
     if plan.problems:
         return data
     built, sources = configs(plan), groups(plan)
-    data["components"] = {
-        name: {
-            "class": class_of(built[name]),
-            "tensors": len(plan.tensors(name)),
-            **weights(sources[name]),
-        }
-        for name in (component.name for component in architecture.models)
-        if name in built
-    }
+    for name in (component.name for component in architecture.models if component.name in built):
+        known = {"class": class_of(built[name]), "tensors": len(plan.tensors(name))}
+        data["components"][name] = known | weights(sources[name])
     data["assumed"] = {
         f"{name}.{key}": config.values[key]
         for name, config in built.items()
@@ -115,20 +104,15 @@ def weights(tensors: Sequence[TensorInfo]) -> dict[str, Any]:
     }
 
 
-UNKNOWN = "no key map knows it"
-
-
 def plan_rows(plan: Plan) -> list[dict[str, Any]]:
     """Returns a row for every key of the file: what becomes of it."""
     unclaimed = {key: plan.detection.header.tensors[key] for key in plan.unclaimed}
-    return [
-        *(
-            _row(source.key, source, step.op.name, step.targets, step.reason)
-            for step in plan.steps
-            for source in step.sources
-        ),
-        *(_row(key, tensor, "unclaimed", (), UNKNOWN) for key, tensor in unclaimed.items()),
+    rows = [
+        _row(source.key, source, step.op.name, step.targets, step.reason)
+        for step in plan.steps
+        for source in step.sources
     ]
+    return rows + [_row(key, info, "unclaimed", (), UNKNOWN) for key, info in unclaimed.items()]
 
 
 def header_rows(header: Header) -> list[dict[str, Any]]:
@@ -165,7 +149,7 @@ def hashes(header: Header) -> dict[str, str]:
     if len(files_of(header)) > 1:
         return {}
     whole, data = hashlib.sha256(), hashlib.sha256()
-    with Path(header.path).open("rb") as file:
+    with header.path.open("rb") as file:
         pickled = is_zip(file.read(9))
         file.seek(0)
         whole.update(b"" if pickled else file.read(header.data_start))

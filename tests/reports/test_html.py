@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner
@@ -21,7 +21,7 @@ from ckptconv import inspect, plan
 from ckptconv.cli import main
 from ckptconv.detection.detect import detect
 from ckptconv.errors import OutputError
-from ckptconv.planning.plan import build_plan
+from ckptconv.planning.plan import Plan, build_plan
 from ckptconv.reading.header import Header, TensorInfo
 from ckptconv.reports.html import fragment, page, write_page
 from ckptconv.reports.html.render import environment, ours, rendered
@@ -164,6 +164,38 @@ def test_shares_of_the_file_add_up(sample: Sample) -> None:
     assert 98 < sum(map(float, cells)) <= 100.5
 
 
+def test_a_donor_is_counted_beside_the_file(sample: Sample) -> None:
+    made = plan(sample("sd1"), vae=sample("sd1", ema=True))
+    content = page(made.detection, made)
+    section = re.search(r'<section id="shares".*?</section>', content, re.DOTALL)
+    assert section
+    assert "not converted: replaced" in section[0]
+    cells = re.findall(r'data-name="bytes"[^>]*>.*?<small>([\d.]+)%', section[0])
+    assert 98 < sum(map(float, cells)) <= 100.5
+
+
+def test_a_component_that_stands_alone_gets_its_page(sample: Sample) -> None:
+    parsed = Parsed(page_of(inspect(sample("vae"))))
+    assert parsed.open == []
+    assert parsed.of("svg")[0]["class"] == "network compact"
+    assert "predicts" not in parsed.texts["dt"]
+
+
+def test_the_page_the_data_and_the_tree_come_from_one_plan(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[Plan] = []
+
+    def counted(*arguments: Any) -> Plan:
+        plans.append(Plan(*arguments))
+        return plans[-1]
+
+    monkeypatch.setattr("ckptconv.planning.plan.Plan", counted)
+    options = ["--html", str(tmp_path / "page.html"), "--tree"]
+    assert CliRunner().invoke(main, ["inspect", str(small), *options]).exit_code == 0
+    assert len(plans) == 1
+
+
 def test_long_tables_and_long_values_are_cut_and_say_so() -> None:
     info = TensorInfo("F16", (1,), 0, 2)
     tensors = {f"lora_unet_{n}.alpha": info for n in range(20_500)}
@@ -213,7 +245,7 @@ def test_a_notebook_shows_what_a_file_is_and_draws_it(name: str, sample: Sample)
     said = " ".join(parsed.texts["li"])
     assert all(component.name in said for component in detection.architecture.models)
     assert "prediction_type: epsilon (" in said
-    assert next(a["class"] for a in parsed.of("svg")) == "network wide"
+    assert parsed.of("svg")[0]["class"] == "network wide"
     assert len(parsed.of("svg")) == len(detection.architecture.models)
     assert not parsed.of("script")
     assert not [a for a in parsed.of("a") if a]  # a notebook has no table of keys to search
@@ -343,8 +375,10 @@ def test_verify_writes_a_page_whether_it_passes_or_not(
     passed = (Check("vae", "data", (), (), "248 tensors"),)
     failed = (Check("vae", "data", (Problem("a.key", "differs"),)),)
     runner, command = CliRunner(), "ckptconv.batch.work.verify"
+    made = plan(small)
+    monkeypatch.delattr("ckptconv.detection.detect.open_header")  # nothing is read again
     for checks, code, said in ((passed, 0, "Verified."), (failed, 1, "Not verified.")):
-        result = replace(verification(checks, small), plan=plan(small))
+        result = replace(verification(checks, small), plan=made)
         monkeypatch.setattr(command, lambda *_args, _result=result, **_choices: _result)
         out = tmp_path / f"{code}.html"
         paths = [str(small), "out", "--html", str(out)]

@@ -110,14 +110,12 @@ class Box:
 def rows(blocks: Sequence[Block]) -> list[Row]:
     """Returns a row for each block; a normalization joins the convolution that follows."""
     found: list[Row] = []
-    before: Row = ()
     for block in blocks:
-        if block.name.endswith(NORM):
-            before = (block,)
+        if found and found[-1][-1].name.endswith(NORM):
+            found[-1] += (block,)
         else:
-            found.append((*before, block))
-            before = ()
-    return found + [before] * bool(before)
+            found.append((block,))
+    return found
 
 
 def is_stack(row: Row) -> bool:

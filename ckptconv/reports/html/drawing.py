@@ -8,6 +8,7 @@ style sheet shows one of the two.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,11 +16,9 @@ from dataclasses import dataclass, field, replace
 from ..network import Block
 from .boxes import Box, Point, Row, is_stack, rows, shared
 
-__all__ = ["Arrow", "Drawing", "Note", "Sizes", "draw"]
+__all__ = ["Arrow", "Drawing", "Sizes", "draw"]
 
 PAD = 8
-HEAD = (6.0, 3.5)
-"""Length of an arrow's head, and half its width."""
 FLOW = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")
 """What the data of a UNet pass through; everything else conditions it."""
 
@@ -61,31 +60,16 @@ COMPACT = replace(NARROW, name="compact")
 
 @dataclass(frozen=True, slots=True)
 class Arrow:
-    """A line along points, which ends level or upright."""
+    """A line along points, with a head at its end."""
 
     kind: str
     points: tuple[Point, ...]
 
     @property
-    def head(self) -> list[Point]:
-        """The corners of the triangle at its end."""
+    def angle(self) -> float:
+        """The direction of its end in degrees, clockwise from the right."""
         (x0, y0), (x, y) = self.points[-2:]
-        dx, dy = ((x > x0) - (x < x0), (y > y0) - (y < y0))
-        back, side = HEAD
-        return [
-            (x, y),
-            (x - back * dx + side * dy, y - back * dy + side * dx),
-            (x - back * dx - side * dy, y - back * dy - side * dx),
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """A line of text between the boxes, centered at `x`."""
-
-    x: float
-    y: float
-    text: str
+        return math.degrees(math.atan2(y - y0, x - x0))
 
 
 @dataclass(slots=True)
@@ -99,7 +83,7 @@ class Drawing:
         height: of the whole.
         boxes: in the order in which a keyboard reaches them.
         arrows: between the boxes.
-        notes: likewise.
+        notes: texts between the boxes: the middle of each, its height on the page, and its words.
     """
 
     component: str
@@ -108,7 +92,7 @@ class Drawing:
     height: float = 0
     boxes: list[Box] = field(default_factory=list)
     arrows: list[Arrow] = field(default_factory=list)
-    notes: list[Note] = field(default_factory=list)
+    notes: list[tuple[float, float, str]] = field(default_factory=list)
 
     @property
     def total(self) -> int:
@@ -148,8 +132,8 @@ class Drawing:
         sizes, names = self.sizes, [block.name for block in self.blocks]
         turn = next(n for n, name in enumerate(names) if name.startswith("decoder."))
         turn -= turn > 0 and names[turn - 1] == "post_quant_conv"
-        self.notes.append(Note(sizes.box / 2, sizes.font + 1, "encoder"))
-        self.notes.append(Note(sizes.width - sizes.box / 2, sizes.font + 1, "decoder"))
+        self.notes.append((sizes.box / 2, sizes.font + 1, "encoder"))
+        self.notes.append((sizes.width - sizes.box / 2, sizes.font + 1, "decoder"))
         top = sizes.font + PAD + 2
         self._turn(*self._columns(self.blocks[:turn], self.blocks[turn:], top), "latents")
 
@@ -197,7 +181,7 @@ class Drawing:
                 Box(row, x + n * step, top, sizes.box, height) for n, row in enumerate(line)
             ]
             top += height + PAD
-        self.notes.append(Note(sizes.width / 2, top + sizes.font, "into every resnet"))
+        self.notes.append((sizes.width / 2, top + sizes.font, "into every resnet"))
         return top + sizes.font + PAD + 4
 
     def _middle(self, down: Box, up: Box, row: Row) -> None:
@@ -220,7 +204,8 @@ class Drawing:
         if down and up:
             first, last, low = down[-1].middle[0], up[-1].middle[0], self.height
             self._arrow((first, down[-1].bottom), (first, low), (last, low), (last, up[-1].bottom))
-            self.notes += [Note(self.sizes.width / 2, low - 6, note)] if note else []
+            if note:
+                self.notes.append((self.sizes.width / 2, low - 6, note))
             self.height += 2
 
     def _flow(self, column: list[Box], *, upwards: bool = False) -> None:
@@ -238,7 +223,8 @@ class Drawing:
         if self.sizes.words:
             above = f"{count} skip connection{'s' * (count > 1)}"
             below = f"{below} of the latent size" if scale > 1 else "at the latent size"
-        self.notes += [Note(x, y - 6, above), Note(x, y + self.sizes.font + 4, below)]
+        self.notes.append((x, y - 6, above))
+        self.notes.append((x, y + self.sizes.font + 4, below))
 
     def _arrow(self, *points: Point, kind: str = "flow") -> None:
         self.arrows.append(Arrow(kind, points))
