@@ -1,6 +1,6 @@
 """Where everything in the drawing of a network goes: a U for what goes down and up, else a stack.
 
-Lengths are in pixels of the page. `network.html.j2` makes SVG of a `Drawing`. A UNet is drawn
+Lengths are in pixels of the page. `drawing.html.j2` makes SVG of a `Drawing`. A UNet is drawn
 twice, for a desktop and for a phone, since text that shrinks with the picture cannot be read; the
 style sheet shows one of the two.
 """

@@ -10,6 +10,7 @@ import base64
 import functools
 import hashlib
 import importlib.resources
+import json
 import re
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,7 @@ def environment() -> Environment:
     )
     made.filters |= {
         "count": "{:,}".format,
+        "json": json.dumps,
         "millions": millions,
         "size": size,
         "px": _px,
