@@ -26,7 +26,17 @@ MODULES = {
 }
 
 ORDER = (
-    *("errors", "version", "dtypes", "files", "destination", "libraries", "reading", "maps"),
+    *(
+        "errors",
+        "version",
+        "dtypes",
+        "files",
+        "destination",
+        "libraries",
+        "reading",
+        "maps",
+        "options",
+    ),
     *("detection", "planning", "configs", "folder", "streaming", "sample", "conversion"),
     *("verification", "inference", "reports", "batch", "commands", "cli", "__main__"),
 )

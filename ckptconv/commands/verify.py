@@ -28,9 +28,9 @@ from .many import (
 )
 from .shared import (
     FILE,
-    choices_of,
     echo_json,
     json_option,
+    options_of,
     plan_options,
     progress,
 )
@@ -77,7 +77,7 @@ def command(
     Exits with 1 if anything is wrong.
     """
     *files, folder = paths
-    work = Proof(finite, ignore_unclaimed, choices_of(options))
+    work = Proof(options_of(options), finite, ignore_unclaimed)
     if files and (pairs := asked(files, folder, dask)):
         refuse_for_several(junit=report, html=html, markdown=summary)
         outcomes = outcomes_of("verifying", work, pairs, jobs, dask)

@@ -25,8 +25,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..dtypes import BITS
 from ..errors import MapError
-from ..reading.header import DTYPE_BITS, Header
+from ..reading.tensor import Header
 
 __all__ = ["Fact", "find_fact", "hints", "values_of"]
 
@@ -203,13 +204,12 @@ def _shortest(value: float) -> float:
 def _few_values(header: Header, key: str) -> list[float]:
     """Returns the values of a small float tensor; none if it is missing or no number somewhere."""
     info = header.tensors.get(key)
-    owner, _ = header.locate(key)
-    if not info or info.numel > FEW or owner.data_start == 0:
+    if not info or info.numel > FEW or not info.has_data:
         return []
-    with owner.path.open("rb") as file:
+    with info.file.open("rb") as file:
         file.seek(info.start)
         data = file.read(info.nbytes)
-    if len(data) * 8 != info.numel * DTYPE_BITS[info.dtype]:
+    if len(data) * 8 != info.numel * BITS[info.dtype]:
         return []
     if info.dtype == "BF16":  # the upper half of a float32
         data = b"".join(b"\0\0" + data[i : i + 2] for i in range(0, len(data), 2))

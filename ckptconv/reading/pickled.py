@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import SHOWN, HeaderError, NotACheckpoint, UnsafePickle
 from ..files import opened
-from .header import Header, TensorInfo, nbytes_of
+from .header import nbytes_of
 from .rebuild import CALLS, Tensor, storage_of
 from .strict_json import is_unicode, show
+from .tensor import Header
+from .tensor import Tensor as Located
 from .unpickle import Forbidden, Global, Table, load
 from .zipped import Member, data_start, read_directory, read_member
 
@@ -193,13 +195,13 @@ def _located(
     file: BinaryIO,
     storages: Mapping[str, Member],
     named: Mapping[str, Tensor],
-) -> dict[str, TensorInfo]:
+) -> dict[str, Located]:
     """Returns where the tensors are, in the order of the data.
 
     Raises:
         HeaderError: some are nowhere, or are no range of bytes; all of them are named.
     """
-    found: dict[str, TensorInfo] = {}
+    found: dict[str, Located] = {}
     damaged, strided = [], []
     starts: dict[str, int] = {}
     for name, tensor in named.items():
@@ -218,7 +220,7 @@ def _located(
             damaged.append(f"tensor {show(name)}: {error}")
             continue
         start = starts[key] + first
-        found[name] = TensorInfo(tensor.dtype, tensor.shape, start, start + nbytes)
+        found[name] = Located(path, name, tensor.dtype, tensor.shape, start, start + nbytes)
     if damaged or strided:
         raise HeaderError(
             f"{path}: tensors of the file cannot be read where they lie",

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..planning.plan import Plan, Slot
+from ..planning.plan import Plan, Target
 
 __all__ = ["Block", "blocks"]
 
@@ -57,19 +57,19 @@ def blocks(plan: Plan, component: str) -> list[Block]:
         plan: of the file.
         component: such as `unet`, `vae` or `text_encoder`.
     """
-    members: dict[str, dict[str, Slot]] = {}
+    members: dict[str, dict[str, Target]] = {}
     originals: dict[str, list[str]] = {}
     for step in plan.steps:
         for target in step.targets:
-            if target.place == component:
+            if target.component == component:
                 found = _BLOCK.match(target.key)
                 name = found[1] or found[2] if found else target.key
                 members.setdefault(name, {})[target.key.removeprefix(f"{name}.")] = target
-                originals.setdefault(name, []).append(step.sources[0].key)
+                originals.setdefault(name, []).append(step.sources[0].name)
     return [_block(name, members[name], originals[name]) for name in sorted(members, key=_position)]
 
 
-def _block(name: str, tensors: Mapping[str, Slot], originals: Iterable[str]) -> Block:
+def _block(name: str, tensors: Mapping[str, Target], originals: Iterable[str]) -> Block:
     return Block(
         name,
         next((tensors[key].shape[0] for key in _WIDTHS if key in tensors), 0),

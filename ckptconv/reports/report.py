@@ -10,10 +10,9 @@ from typing import Any
 from ..configs.config import class_of, configs
 from ..detection.detect import Detection
 from ..detection.spellings import EMA_PREFIX
-from ..planning.plan import Plan, Slot
-from ..reading.header import Header, TensorInfo
+from ..planning.plan import Plan, Target
 from ..reading.source import is_zip
-from ..reading.view import files_of
+from ..reading.tensor import Header, Tensor
 
 __all__ = ["groups", "hashes", "header_rows", "inspection", "plan_rows", "weights"]
 
@@ -82,20 +81,19 @@ def inspection(detection: Detection, plan: Plan | None) -> dict[str, Any]:
     return data
 
 
-def groups(plan: Plan) -> dict[str, list[TensorInfo]]:
+def groups(plan: Plan) -> dict[str, list[Tensor]]:
     """Returns the tensors that are read, by component or by the reason why they are left out."""
-    found: dict[str, list[TensorInfo]] = {}
+    found: dict[str, list[Tensor]] = {}
     for step in plan.steps:
-        name = f"not converted: {step.reason}" if step.reason else step.targets[0].place
-        infos = (plan.headers[source.place].tensors[source.key] for source in step.sources)
-        found.setdefault(name, []).extend(infos)
+        name = f"not converted: {step.reason}" if step.reason else step.targets[0].component
+        found.setdefault(name, []).extend(step.sources)
     if plan.unclaimed:
         tensors = plan.detection.header.tensors
         found[f"not converted: {UNKNOWN}"] = [tensors[key] for key in plan.unclaimed]
     return found
 
 
-def weights(tensors: Sequence[TensorInfo]) -> dict[str, Any]:
+def weights(tensors: Sequence[Tensor]) -> dict[str, Any]:
     """Returns how much some tensors hold."""
     return {
         "parameters": sum(tensor.numel for tensor in tensors),
@@ -108,7 +106,7 @@ def plan_rows(plan: Plan) -> list[dict[str, Any]]:
     """Returns a row for every key of the file: what becomes of it."""
     unclaimed = {key: plan.detection.header.tensors[key] for key in plan.unclaimed}
     rows = [
-        _row(source.key, source, step.op.name, step.targets, step.reason)
+        _row(source.name, source, step.op.name, step.targets, step.reason)
         for step in plan.steps
         for source in step.sources
     ]
@@ -121,12 +119,12 @@ def header_rows(header: Header) -> list[dict[str, Any]]:
 
 
 def _row(
-    key: str, source: Slot | TensorInfo, op: str, targets: Iterable[Slot], reason: str
+    key: str, source: Tensor, op: str, targets: Iterable[Target], reason: str
 ) -> dict[str, Any]:
     return {
         "source": key,
         "op": op,
-        "targets": [f"{target.place}/{target.key}" for target in targets],
+        "targets": [f"{target.component}/{target.key}" for target in targets],
         "shape": list(source.shape),
         "target_shapes": [list(target.shape) for target in targets],
         "dtype": source.dtype,
@@ -146,7 +144,7 @@ def hashes(header: Header) -> dict[str, str]:
         `sshs_model_hash`, the SHA-256 of what follows the header, as training tools write it.
         Nothing for a checkpoint that lies in several files.
     """
-    if len(files_of(header)) > 1:
+    if len(header.files) > 1:
         return {}
     whole, data = hashlib.sha256(), hashlib.sha256()
     with header.path.open("rb") as file:

@@ -14,11 +14,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..dtypes import BITS
 from ..errors import FileRefused
-from ..planning.step import Slot
-from ..reading.header import DTYPE_BITS, TensorInfo, encode_header
+from ..planning.step import Target
+from ..reading.header import encode_header
+from ..reading.tensor import Tensor
 from .deltas import merged
-from .transfers import Piece, joined
+from .transfers import Transfer, joined
 
 __all__ = [
     "Files",
@@ -51,7 +53,7 @@ class WeightFile:
 
     path: Path
     beginning: bytes
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, Tensor]
 
     @property
     def size(self) -> int:
@@ -59,19 +61,19 @@ class WeightFile:
         return max([len(self.beginning), *(info.end for info in self.tensors.values())])
 
 
-def lay_out(path: Path, slots: Iterable[Slot], metadata: Mapping[str, str]) -> WeightFile:
+def lay_out(path: Path, targets: Iterable[Target], metadata: Mapping[str, str]) -> WeightFile:
     """Plans a file for some tensors.
 
     The order of the source is kept, so that neighbours stay neighbours, but wide dtypes come
     before narrow ones, so that each tensor is aligned to its elements.
     """
-    ordered = sorted(slots, key=lambda slot: -DTYPE_BITS[slot.dtype])
-    beginning, tensors = encode_header([(s.key, s.dtype, s.shape) for s in ordered], metadata)
-    return WeightFile(path, beginning, tensors)
+    ordered = sorted(targets, key=lambda target: -BITS[target.dtype])
+    entries = [(t.key, t.dtype, t.shape) for t in ordered]
+    return WeightFile(path, *encode_header(entries, metadata, path))
 
 
 def write(
-    files: Sequence[WeightFile], todo: Iterable[Piece], progress: Callable[[int], None]
+    files: Sequence[WeightFile], todo: Iterable[Transfer], progress: Callable[[int], None]
 ) -> list[str]:
     """Writes files and returns what went wrong with single values.
 
@@ -93,23 +95,23 @@ def write(
     for file in files:
         with file.path.open("xb") as out:
             _reserve(out.fileno(), file.size)
-    jobs: list[tuple[Piece, Future[int]]] = []
+    jobs: list[tuple[Transfer, Future[int]]] = []
     with Files() as opened, ThreadPoolExecutor(THREADS) as pool:
         stop = threading.Event()
 
-        def run(piece: Piece) -> int:
+        def run(part: Transfer) -> int:
             if stop.is_set():
                 return 0
             try:
-                return _move(piece, opened, progress)
+                return _move(part, opened, progress)
             except BaseException:
                 stop.set()
                 raise
 
         try:
-            for piece in joined(todo):
-                count = CHUNK * 8 // DTYPE_BITS[piece.dtypes[0]] if piece.is_copy else CAST_CHUNK
-                jobs += [(part, pool.submit(run, part)) for part in piece.cut(count)]
+            for each in joined(todo):
+                count = CHUNK * 8 // BITS[each.dtypes[0]] if each.is_copy else CAST_CHUNK
+                jobs += [(part, pool.submit(run, part)) for part in each.cut(count)]
             overflows = [(part.target, count) for part, job in jobs if (count := job.result())]
         except BaseException:
             stop.set()
@@ -176,23 +178,23 @@ def _reserve(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)
 
 
-def _move(piece: Piece, files: Files, progress: Callable[[int], None]) -> int:
-    """Moves one piece; returns how many values became infinite."""
-    target = files.target(piece.target[0])
-    if piece.is_copy:
-        _copy(files.source(piece.source[0]), piece.source, target, piece.target[1], piece.nbytes)
-        progress(piece.nbytes)
+def _move(part: Transfer, files: Files, progress: Callable[[int], None]) -> int:
+    """Makes one transfer; returns how many values became infinite."""
+    target = files.target(part.target[0])
+    if part.is_copy:
+        _copy(files.source(part.source[0]), part.source, target, part.target[1], part.nbytes)
+        progress(part.nbytes)
         return 0
-    view, overflows = converted(piece, files)
+    view, overflows = converted(part, files)
     done = 0
     while done < len(view):
-        done += os.pwrite(target, view[done:], piece.target[1] + done)
-    progress(piece.nbytes)
+        done += os.pwrite(target, view[done:], part.target[1] + done)
+    progress(part.nbytes)
     return overflows
 
 
-def converted(piece: Piece, files: Files) -> tuple[memoryview, int]:
-    """Reads a piece, and does to it all that is to be done.
+def converted(part: Transfer, files: Files) -> tuple[memoryview, int]:
+    """Reads a part, and does to it all that is to be done.
 
     Returns:
         The bytes of the target, and how many finite values became infinite.
@@ -205,18 +207,14 @@ def converted(piece: Piece, files: Files) -> tuple[memoryview, int]:
     def read(path: Path, start: int, nbytes: int) -> bytearray:
         return read_exactly(files.source(path), (path, start), nbytes)
 
-    dtype, wanted = piece.dtypes
-    data = read(*piece.source, piece.count * DTYPE_BITS[dtype] // 8)
-    if piece.transposed is not None:
-        data = _transposed(data, piece.transposed)
+    dtype, wanted = part.dtypes
+    data = read(*part.source, part.count * BITS[dtype] // 8)
+    if part.transposed is not None:
+        data = _transposed(data, part.transposed)
     view = memoryview(data)
-    if piece.patches:
+    if part.changes:
         view, dtype = merged(
-            data,
-            dtype,
-            piece.shape,
-            piece.patches,
-            lambda path, info: read(path, info.start, info.nbytes),
+            data, dtype, part.shape, part.changes, lambda t: read(t.file, t.start, t.nbytes)
         )
     if dtype == wanted:
         return view, 0

@@ -17,7 +17,8 @@ from ckptconv.detection.detect import option_fact
 from ckptconv.detection.facts import FEW, Fact, find_fact
 from ckptconv.errors import MapError, UsageError
 from ckptconv.maps.architecture import bundled
-from ckptconv.reading.header import Header, encode_header, read_header
+from ckptconv.reading.header import encode_header, read_header
+from ckptconv.reading.tensor import Header
 from ckptconv.sample import layout_of, write_sample
 from tests.conftest import Sample, made
 

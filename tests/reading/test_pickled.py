@@ -20,17 +20,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import ckptconv
+from ckptconv.dtypes import LIBRARY_NAMES
 from ckptconv.errors import HeaderError, NotACheckpoint
 from ckptconv.files import read_json
-from ckptconv.reading.header import Header
 from ckptconv.reading.source import open_header
+from ckptconv.reading.tensor import Header
 from ckptconv.reports.report import hashes
-from ckptconv.streaming.cast import _NAMES
 from tests.conftest import Sample
 from tests.support.checkpoints import raw, rewritten
 from tests.support.pickles import check_laws, saved, zipped
 
-DTYPES = {name: getattr(torch, own) for name, own in _NAMES.items()}
+DTYPES = {name: getattr(torch, own) for name, own in LIBRARY_NAMES.items()}
 """Torch's dtypes by the name that safetensors uses."""
 
 

@@ -22,7 +22,7 @@ from ckptconv.cli import main
 from ckptconv.detection.detect import detect
 from ckptconv.errors import OutputError
 from ckptconv.planning.plan import Plan, build_plan
-from ckptconv.reading.header import Header, TensorInfo
+from ckptconv.reading.tensor import Header, Tensor
 from ckptconv.reports.html import fragment, page, write_page
 from ckptconv.reports.html.render import environment, ours, rendered
 from ckptconv.reports.network import blocks
@@ -54,7 +54,7 @@ def test_a_page_is_well_formed_and_shows_every_key_and_every_block(name: str) ->
     shown = parsed.texts["code"]
     assert detection.header.tensors.keys() <= set(shown)
     made = build_plan(detection)
-    targets = {f"{t.place}/{t.key}" for s in made.steps if not s.reason for t in s.targets}
+    targets = {f"{t.component}/{t.key}" for s in made.steps if not s.reason for t in s.targets}
     assert targets <= set(shown)
     names = {block.name for block in blocks(made, "unet") + blocks(made, "vae")}
     assert names <= drawn(content)
@@ -116,7 +116,7 @@ def test_a_file_with_missing_keys_gets_a_page_that_names_them(sample: Sample) ->
     header = inspect(sample("sd1")).header
     gone = "model.diffusion_model.out.2.bias"
     tensors = {key: info for key, info in header.tensors.items() if key != gone}
-    tensors["a.stranger"] = TensorInfo("F32", (1,), 0, 4)
+    tensors["a.stranger"] = Tensor(header.path, "a.stranger", "F32", (1,), 0, 4)
     parsed = Parsed(page_of(detect(Header(header.path, tensors, {}, 0, header.size))))
     assert any("conv_out.bias is missing" in line for line in parsed.texts["li"])
     assert "a.stranger" in parsed.texts["li"]
@@ -197,9 +197,9 @@ def test_the_page_the_data_and_the_tree_come_from_one_plan(
 
 
 def test_long_tables_and_long_values_are_cut_and_say_so() -> None:
-    info = TensorInfo("F16", (1,), 0, 2)
-    tensors = {f"lora_unet_{n}.alpha": info for n in range(20_500)}
-    header = Header(Path("big.safetensors"), tensors, {"tags": "x" * 5000}, 0, 0)
+    path, keys = Path("big.safetensors"), [f"lora_unet_{n}.alpha" for n in range(20_500)]
+    tensors = {key: Tensor(path, key, "F16", (1,), 0, 2) for key in keys}
+    header = Header(path, tensors, {"tags": "x" * 5000}, 0, 0)
     content = page_of(detect(header))
     assert "20,500 keys. The first 20,000 are shown." in content
     assert "lora_unet_20499.alpha" not in content
@@ -266,9 +266,9 @@ def test_a_notebook_shows_why_a_file_is_refused_and_runs_nothing_of_it(tmp_path:
 def test_a_notebook_names_the_keys_that_are_missing(sample: Sample) -> None:
     header = inspect(sample("sd1")).header
     gone = "model.diffusion_model.out.2.bias"
-    tensors = {key: info for key, info in header.tensors.items() if key != gone} | {
-        f"{EVIL}.{n}": TensorInfo("F32", (1,), 0, 4) for n in range(30)
-    }
+    tensors = {key: info for key, info in header.tensors.items() if key != gone}
+    for key in (f"{EVIL}.{n}" for n in range(30)):
+        tensors[key] = Tensor(header.path, key, "F32", (1,), 0, 4)
     detection = detect(Header(header.path, tensors, {}, 0, header.size))
     parsed = Parsed(fragment(detection))
     assert parsed.open == []

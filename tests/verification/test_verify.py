@@ -16,7 +16,7 @@ import ckptconv
 from ckptconv.configs.config import configs, model_index
 from ckptconv.detection.detect import detect
 from ckptconv.errors import FileRefused
-from ckptconv.folder.read import Part
+from ckptconv.folder.read import ComponentFolder
 from ckptconv.planning.plan import build_plan
 from ckptconv.verification.checks.config import check_config, check_index
 from ckptconv.verification.result import Problem
@@ -162,7 +162,9 @@ def test_published_configurations_raise_no_alarm(name: str) -> None:
         elif component.startswith("tokenizer"):
             continue
         else:
-            check = check_config(built[component], Part(Path(component), values), ours=False)
+            check = check_config(
+                built[component], ComponentFolder(Path(component), values), ours=False
+            )
         assert [str(problem) for problem in check.problems] == []
 
 
