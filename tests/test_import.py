@@ -42,7 +42,10 @@ ORDER = (
 )
 """The packages, from the ground up: each imports only those before it."""
 
-HEAVY = {"torch", "diffusers", "transformers", "accelerate", "numpy", "rich", "omegaconf", "click"}
+HEAVY = {
+    *("torch", "diffusers", "transformers", "accelerate", "numpy", "rich", "omegaconf"),
+    *("click", "jinja2"),
+}
 
 
 @functools.cache

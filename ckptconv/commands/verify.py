@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from ..batch.work import Proof
-from ..detection.detect import inspect
 from ..errors import SHOWN, OutputError, printable
 from ..reports.html import check_page, page, write_page
 from ..reports.junit import junit
@@ -31,7 +30,6 @@ from .shared import (
     FILE,
     echo_json,
     json_option,
-    key_maps,
     options_of,
     plan_options,
     progress,
@@ -90,7 +88,7 @@ def command(
         check_page(html, overwrite=overwrite)
     with progress("verifying") as show:
         found = work.verify(source, folder, show)
-    detection = inspect(source, maps=key_maps()) if source and (html or summary) else None
+    detection = found.plan.detection if found.plan else None
     if report:
         with _writing(report):
             report.write_bytes(junit(found))
@@ -98,7 +96,7 @@ def command(
         with _writing(summary), summary.open("a", encoding="utf-8") as file:
             file.write(markdown(found, detection))
     if html:
-        write_page(html, page(detection, found), overwrite=overwrite)
+        write_page(html, page(detection, found.plan, found), overwrite=overwrite)
         click.echo(f"page: {html}", err=True)
     if as_json:
         echo_json(found.as_data())

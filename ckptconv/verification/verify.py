@@ -155,6 +155,7 @@ def _verified(
         tuple(sorted(checks, key=lambda check: order.index(check.component))),
         read.nbytes,
         time.monotonic() - started,
+        source.plan if source else None,
     )
 
 
