@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..batch.work import Proof
+from ..destination import append_text, check_appendable, check_destination, new_file
 from ..detection.detect import inspect
-from ..errors import SHOWN, OutputError, printable
+from ..errors import SHOWN, printable
 from ..reports.html import check_page, page, write_page
 from ..reports.junit import junit
 from ..reports.markdown import markdown
@@ -86,17 +86,21 @@ def command(
         finish(outcomes, COLUMNS, as_json=as_json, err=False)
         return
     source = files[0] if files else None
+    inputs = _inputs(source, folder, options) if report or summary else []
+    if report:  # a job that runs again replaces its report
+        check_destination(report, overwrite=True, inputs=inputs)
+    if summary:
+        check_appendable(summary, inputs)
     if html:
         check_page(html, overwrite=overwrite)
     with progress("verifying") as show:
         found = work.verify(source, folder, show)
     detection = inspect(source, maps=key_maps()) if source and (html or summary) else None
     if report:
-        with _writing(report):
-            report.write_bytes(junit(found))
+        with new_file(report) as hidden:
+            hidden.write_bytes(junit(found))
     if summary:
-        with _writing(summary), summary.open("a", encoding="utf-8") as file:
-            file.write(markdown(found, detection))
+        append_text(summary, markdown(found, detection))
     if html:
         write_page(html, page(detection, found), overwrite=overwrite)
         click.echo(f"page: {html}", err=True)
@@ -118,15 +122,13 @@ COLUMNS = {
 }
 
 
-@contextlib.contextmanager
-def _writing(file: Path) -> Iterator[None]:
-    """Says which report could not be written."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"{file}: cannot be written: {error.strerror}", hint="choose another place"
-        ) from error
+def _inputs(source: str | None, folder: str, options: Mapping[str, Any]) -> list[Path]:
+    """Returns the files that are read, and those beside them that may be their shards."""
+    found = [value for value in options.values() if isinstance(value, Path)]
+    found += [Path(source), *Path(source).parent.glob("*.safetensors")] if source else []
+    for kind in ("safetensors", "json", "txt"):
+        found += [*Path(folder).glob(f"*.{kind}"), *Path(folder).glob(f"*/*.{kind}")]
+    return found
 
 
 def as_text(found: Verification) -> str:

@@ -8,6 +8,7 @@ from typing import Any, TypedDict, Unpack
 
 from ..configs.config import Config, configs
 from ..configs.original_config import OriginalConfig, read_original_config
+from ..destination import check_destination
 from ..detection.detect import FACT_VALUES, detect, option_fact
 from ..detection.facts import Fact
 from ..errors import FileRefused
@@ -18,7 +19,7 @@ from ..planning.adapters import read_adapter
 from ..planning.plan import Donor, Plan, build_plan
 from ..reading.source import open_header
 from ..version import __version__
-from .write import Layout, Report, check_destination, execute
+from .write import Layout, Report, execute, is_converted
 
 __all__ = ["Choices", "convert", "plan"]
 
@@ -112,7 +113,13 @@ def convert(
     if (only := choices.get("only")) is not None:
         only = choices["only"] = frozenset(only)
     made, original = _plan(path, choices)
-    check_destination(Path(out), made, overwrite=overwrite)
+    check_destination(
+        Path(out),
+        overwrite=overwrite,
+        inputs=made.headers,
+        kind="a converted folder",
+        is_kind=is_converted,
+    )
     made.require_complete(ignore_unclaimed=ignore_unclaimed)
     built, notes = configured(made, original)
     report = execute(
@@ -122,7 +129,6 @@ def convert(
         record=_record(made, built),
         layout=layout,
         only=only,
-        overwrite=overwrite,
         progress=progress,
     )
     return Report(

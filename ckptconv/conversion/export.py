@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..destination import check_destination, check_room, new_file
 from ..detection.detect import detect
-from ..errors import FileRefused, OutputError, UsageError
+from ..errors import FileRefused, UsageError
+from ..files import ByteCounter
 from ..folder.read import Saved, read_saved
 from ..maps.architecture import Architecture, KeyMaps, bundled
 from ..maps.ops import DROP
@@ -24,7 +26,6 @@ from ..reading.header import FLOATS, Header, encode_header
 from ..streaming.stream import WeightFile, lay_out, write
 from ..streaming.transfers import pieces
 from .restore import Backwards, backwards, recorded_facts
-from .write import Total, check_room, sibling
 
 __all__ = ["Exported", "export"]
 
@@ -108,7 +109,7 @@ def export(
         raise UsageError(f"dtype {dtype!r} is unknown", hint=f"it is one of {', '.join(DTYPES)}")
     names = {c.name for a in maps.architectures.values() for c in a.models}
     saved = read_saved(folder, names)
-    _check_destination(out, saved, overwrite=overwrite)
+    check_destination(out, overwrite=overwrite, inputs=saved.headers)
     way = backwards(saved, maps)
     notes = _require_whole(way, saved)
     steps = [_cast(step, way.architecture, dtype) for step in way.steps]
@@ -117,14 +118,13 @@ def export(
     as_source = _is_layout(slots, saved.layout) and not added
     said, hints = _metadata(saved, way, maps, keep_hashes=as_source)
     file = _lay_out(out, slots, saved.layout if as_source else None, said | (dict(metadata or {})))
-    done = Total(file.size, progress)
-    check_room(out, file.size)
-    with sibling(out) as partial:
-        made = WeightFile(partial / out.name, file.beginning, file.tensors)
+    done = ByteCounter(file.size, progress)
+    with new_file(out) as hidden:
+        check_room(out, file.size, "the file")
+        made = WeightFile(hidden, file.beginning, file.tensors)
         targets = {("", key): (made.path, info) for key, info in made.tensors.items()}
         warnings = write([made], pieces(steps, saved.headers, targets), done.add)
-        done.add(file.size - done.total)
-        made.path.replace(out)
+        done.finish()
     aside = {slot.place for slot in saved.aside.values()}
     return Exported(
         out,
@@ -138,25 +138,6 @@ def export(
         (*notes, *added, *hints, *way.detection.notes, *warnings),
         time.monotonic() - started,
     )
-
-
-def _check_destination(out: Path, saved: Saved, *, overwrite: bool) -> None:
-    try:
-        if not out.parent.is_dir():
-            raise OutputError(f"{out.parent}: no such folder", hint="make it first, with mkdir -p")
-        if out.is_dir():
-            raise OutputError(f"{out}: is a folder", hint="give the name of the file to make")
-        if (out.exists() or out.is_symlink()) and not overwrite:
-            raise OutputError(
-                f"{out}: exists", hint="--overwrite replaces it; or choose another name"
-            )
-        inside = any(out.resolve() == Path(path).resolve() for path in saved.headers)
-    except OSError as error:
-        raise OutputError(
-            f"{out}: cannot be looked at: {error.strerror}", hint="choose another place"
-        ) from error
-    if inside:
-        raise OutputError(f"{out}: is one of the files to read", hint="choose another name")
 
 
 def _require_whole(way: Backwards, saved: Saved) -> list[str]:

@@ -7,22 +7,19 @@ nothing that a reader takes for a model.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import re
-import secrets
-import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..configs.config import Config, model_index, versioned
 from ..configs.tokenizer import tokenizer_files
-from ..errors import OutputError, UsageError
+from ..destination import check_room, new_folder
+from ..errors import UsageError
+from ..files import ByteCounter
 from ..folder.names import CONFIG_FILES, DROPPED, INDEX, LAYOUT, RECORD
 from ..maps.architecture import Component
 from ..planning.plan import ASIDE, Plan, Slot
@@ -31,7 +28,7 @@ from ..reading.view import stored
 from ..streaming.stream import WeightFile, lay_out, write
 from ..streaming.transfers import pieces
 
-__all__ = ["Layout", "Report", "execute", "layout_text", "parse_size", "sibling"]
+__all__ = ["Layout", "Report", "execute", "is_converted", "layout_text", "parse_size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +103,6 @@ def execute(
     record: Mapping[str, Any],
     layout: Layout = Layout(),
     only: frozenset[str] | None = None,
-    overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Report:
     """Runs a plan.
@@ -114,18 +110,16 @@ def execute(
     Args:
         plan: complete (`Plan.require_complete`).
         built: the configurations, by component.
-        out: the folder to make.
+        out: the folder to make; the one that is there is replaced.
         record: what `ckptconv/source.json` says of the source.
         layout: how the weights are laid out.
         only: the components to write; all by default, and then `model_index.json` as well.
-        overwrite: replace a converted folder that is there.
         progress: is called with bytes written and bytes in all, from one thread at a time.
 
     Raises:
-        OutputError: the destination exists, holds an input, is too small or cannot be written.
+        OutputError: the disk is too small, or cannot be written.
     """
     started = time.monotonic()
-    check_destination(out, plan, overwrite=overwrite)
     components = [c.component for n, c in built.items() if only is None or n in only]
     single = plan.detection.require()[0].single
 
@@ -135,7 +129,7 @@ def execute(
     metadata = {"format": "pt"} | {
         k: v for k, v in plan.detection.header.metadata.items() if k != "format"
     }
-    with sibling(out) as partial:
+    with new_folder(out) as partial:
         files: list[tuple[str, WeightFile]] = []
         texts: dict[str, str] = {}
         targets: dict[tuple[str, str], tuple[Path, Any]] = {}
@@ -157,10 +151,10 @@ def execute(
         if only is None and not single:  # the last to be written, since a folder with it loads
             texts[INDEX] = _json(model_index(plan, built))
         need = sum(file.size for _, file in files) + sum(len(t.encode()) for t in texts.values())
-        check_room(out, need)
+        check_room(out, need, "the folder")
         for folder in {Path(name).parent for name in [*texts, *(str(f.path) for _, f in files)]}:
             (partial / folder).mkdir(exist_ok=True)
-        done = Total(need, progress)
+        done = ByteCounter(need, progress)
         steps = [s for s in plan.steps if any((t.place, t.key) in targets for t in s.targets)]
         warnings = write(
             [WeightFile(partial / f.path, f.beginning, f.tensors) for _, f in files],
@@ -169,8 +163,7 @@ def execute(
         )
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
-        done.add(need - done.total)
-        _put(partial, out)
+        done.finish()
     sizes = {str(file.path): file.size for _, file in files}
     sizes |= {name: len(text.encode()) for name, text in texts.items()}
     return Report(
@@ -178,101 +171,9 @@ def execute(
     )
 
 
-def check_destination(out: Path, plan: Plan, *, overwrite: bool) -> None:
-    """Checks that the folder may be written.
-
-    Raises:
-        OutputError: it exists and may not be replaced, an input lies in it, or it has a name that
-            no folder can have.
-    """
-    try:
-        if not out.parent.is_dir():
-            raise OutputError(f"{out.parent}: no such folder", hint="make it first, with mkdir -p")
-        if not (out.exists() or out.is_symlink()):
-            return
-        _check_replaceable(out, plan, overwrite=overwrite)
-    except OSError as error:
-        raise OutputError(
-            f"{out}: cannot be looked at: {error.strerror}", hint="choose another place"
-        ) from error
-
-
-def _check_replaceable(out: Path, plan: Plan, *, overwrite: bool) -> None:
-    if not overwrite:
-        raise OutputError(f"{out}: exists", hint="--overwrite replaces it; or choose another name")
-    if out.is_symlink() or not out.is_dir() or not _is_converted(out):
-        raise OutputError(
-            f"{out}: exists and is not a converted folder, so --overwrite does not remove it",
-            hint="remove it yourself, or choose another name",
-        )
-    inside = [p for p in plan.headers if Path(p).resolve().is_relative_to(out.resolve())]
-    if inside:
-        raise OutputError(
-            f"{out}: holds the input {inside[0]}, so --overwrite does not remove it",
-            hint="choose another name",
-        )
-
-
-@contextlib.contextmanager
-def sibling(out: Path) -> Iterator[Path]:
-    """Makes an empty folder beside `out`, and removes it if it is still there at the end.
-
-    Raises:
-        OutputError: the disk is full, or the place cannot be written.
-    """
-    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
-    try:
-        partial.mkdir()
-        yield partial
-    except OSError as error:
-        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise OutputError(
-            f"{out}: cannot be written: {why}", hint="nothing was left behind; choose another place"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _put(partial: Path, out: Path) -> None:
-    """Renames the finished folder to its place, an old one out of the way."""
-    if not out.exists():
-        partial.rename(out)
-        return
-    old = out.parent / f".{out.name}.{secrets.token_hex(4)}.old"
-    out.rename(old)
-    try:
-        partial.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _is_converted(folder: Path) -> bool:
-    """Whether a conversion made the folder (it leaves a record), or nothing is in it."""
-    return (folder / ASIDE / RECORD).is_file() or not any(folder.iterdir())
-
-
-def check_room(out: Path, need: int) -> None:
-    free = shutil.disk_usage(out.parent).free
-    if need > free:
-        raise OutputError(
-            f"{out}: the disk has {free:,} bytes free, and the folder needs {need:,}",
-            hint=f"free {need - free:,} bytes, or choose another disk",
-        )
-
-
-class Total:
-    """Adds up the bytes written, from several threads."""
-
-    def __init__(self, need: int, progress: Callable[[int, int], None]) -> None:
-        self.need, self.progress, self.total = need, progress, 0
-        self._lock = threading.Lock()
-
-    def add(self, nbytes: int) -> None:
-        with self._lock:
-            self.total += nbytes
-            self.progress(self.total, self.need)
+def is_converted(folder: Path) -> bool:
+    """Whether a conversion made this folder (it leaves a record), or nothing is in it."""
+    return folder.is_dir() and ((folder / ASIDE / RECORD).is_file() or not any(folder.iterdir()))
 
 
 def _weight_files(

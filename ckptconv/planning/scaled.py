@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from ..files import read_range
 from ..maps.ops import DROP, OPS
 from ..reading.header import FLOATS, Header
 from .step import Change, Slot, Step, slot_of
@@ -153,11 +154,8 @@ def _format_problems(header: Header, key: str) -> list[str]:
     info = header.tensors[key]
     if info.nbytes > FEW:
         return [f"{key}: has {info.nbytes:,} bytes, needed a short text in JSON"]
-    with owner.path.open("rb") as file:
-        file.seek(info.start)
-        data = file.read(info.nbytes)
     try:
-        said = json.loads(data)
+        said = json.loads(read_range(owner.path, info.start, info.nbytes))
     except (ValueError, RecursionError):
         return [f"{key}: is not JSON"]
     if not isinstance(said, dict) or said.get("format") not in FORMATS or said.keys() - SETTINGS:

@@ -14,21 +14,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import FileRefused
+from ..files import Files
 from ..planning.step import Slot
 from ..reading.header import DTYPE_BITS, TensorInfo, encode_header
 from .deltas import merged
 from .transfers import Piece, joined
 
-__all__ = [
-    "Files",
-    "WeightFile",
-    "converted",
-    "lay_out",
-    "read_exactly",
-    "refuse_short",
-    "write",
-]
+__all__ = ["WeightFile", "converted", "lay_out", "write"]
 
 THREADS = 2
 CHUNK = 8 << 20
@@ -114,45 +106,9 @@ def write(
         except BaseException:
             stop.set()
             raise
-    for file in files:
-        with file.path.open("r+b") as whole:
-            whole.write(file.beginning)
+        for file in files:
+            opened.write(file.path, 0, file.beginning)
     return [*_overflowed(files, overflows)] if overflows else []
-
-
-class Files:
-    """Open file descriptors, shared by the threads: all access names its offset."""
-
-    def __init__(self) -> None:
-        self._open: dict[tuple[Path, int], int] = {}
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-
-    def source(self, path: Path) -> int:
-        """Returns the descriptor of a file to read."""
-        try:
-            return self._get(path, os.O_RDONLY)
-        except OSError as error:
-            raise FileRefused(
-                f"{path}: the file cannot be read any more: {error.strerror}",
-                hint="another program removed it or changed its rights: put it back",
-            ) from error
-
-    def target(self, path: Path) -> int:
-        """Returns the descriptor of a file to write."""
-        return self._get(path, os.O_WRONLY)
-
-    def _get(self, path: Path, flags: int) -> int:
-        with self._lock:
-            if (path, flags) not in self._open:
-                self._open[path, flags] = os.open(path, flags)
-            return self._open[path, flags]
 
 
 def _overflowed(
@@ -178,15 +134,12 @@ def _reserve(descriptor: int, size: int) -> None:
 
 def _move(piece: Piece, files: Files, progress: Callable[[int], None]) -> int:
     """Moves one piece; returns how many values became infinite."""
-    target = files.target(piece.target[0])
+    overflows = 0
     if piece.is_copy:
-        _copy(files.source(piece.source[0]), piece.source, target, piece.target[1], piece.nbytes)
-        progress(piece.nbytes)
-        return 0
-    view, overflows = converted(piece, files)
-    done = 0
-    while done < len(view):
-        done += os.pwrite(target, view[done:], piece.target[1] + done)
+        _copy(piece, files)
+    else:
+        view, overflows = converted(piece, files)
+        files.write(*piece.target, view)
     progress(piece.nbytes)
     return overflows
 
@@ -201,12 +154,8 @@ def converted(piece: Piece, files: Files) -> tuple[memoryview, int]:
         FileRefused: a source became shorter meanwhile, cannot be read any more, or says to add what
             is not finite.
     """
-
-    def read(path: Path, start: int, nbytes: int) -> bytearray:
-        return read_exactly(files.source(path), (path, start), nbytes)
-
     dtype, wanted = piece.dtypes
-    data = read(*piece.source, piece.count * DTYPE_BITS[dtype] // 8)
+    data = files.read(*piece.source, piece.count * DTYPE_BITS[dtype] // 8)
     if piece.transposed is not None:
         data = _transposed(data, piece.transposed)
     view = memoryview(data)
@@ -216,7 +165,7 @@ def converted(piece: Piece, files: Files) -> tuple[memoryview, int]:
             dtype,
             piece.shape,
             piece.patches,
-            lambda path, info: read(path, info.start, info.nbytes),
+            lambda path, info: files.read(path, info.start, info.nbytes),
         )
     if dtype == wanted:
         return view, 0
@@ -225,46 +174,18 @@ def converted(piece: Piece, files: Files) -> tuple[memoryview, int]:
     return cast(view, dtype, wanted)
 
 
-def _copy(source: int, start: tuple[Path, int], target: int, offset: int, nbytes: int) -> None:
+def _copy(piece: Piece, files: Files) -> None:
     """Copies bytes through a buffer that stays in the processor's cache.
 
     Into a file whose room is reserved, that takes two thirds of the time of `copy_file_range`,
     which moves page by page; and it works on every file system.
     """
-    path, position = start
-    view, done = memoryview(bytearray(min(nbytes, BUFFER))), 0
-    while done < nbytes:
-        got = _copy_some(source, position + done, target, offset + done, view[: nbytes - done])
-        if got == 0:
-            refuse_short(path)
-        done += got
-
-
-def _copy_some(source: int, start: int, target: int, offset: int, buffer: memoryview) -> int:
-    """Copies at most a buffer of bytes; returns how many, 0 at the end of the source."""
-    got = os.preadv(source, [buffer], start)
-    return os.pwrite(target, buffer[:got], offset) if got else 0
-
-
-def read_exactly(source: int, start: tuple[Path, int], nbytes: int) -> bytearray:
-    """Returns bytes of an open file, from an offset on; FileRefused if it has fewer."""
-    path, position = start
-    data = bytearray(nbytes)
-    view, done = memoryview(data), 0
-    while done < nbytes:
-        got = os.preadv(source, [view[done:]], position + done)
-        if got == 0:
-            refuse_short(path)
-        done += got
-    return data
-
-
-def refuse_short(path: Path) -> None:
-    """Raises FileRefused: the file has fewer bytes than its header says."""
-    raise FileRefused(
-        f"{path}: the file became shorter while it was read",
-        hint="another program is writing to it: wait until it is done",
-    )
+    (source, start), (target, offset) = piece.source, piece.target
+    buffer = memoryview(bytearray(min(piece.nbytes, BUFFER)))
+    for done in range(0, piece.nbytes, BUFFER):
+        part = buffer[: piece.nbytes - done]
+        files.read_into(source, start + done, part)
+        files.write(target, offset + done, part)
 
 
 def _transposed(data: bytearray, shape: tuple[int, ...]) -> bytearray:

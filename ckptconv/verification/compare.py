@@ -8,7 +8,6 @@ which gives the exactly rounded value, and two NaN count as equal, since a cast 
 from __future__ import annotations
 
 import bisect
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import Files
 from ..reading.header import DTYPE_BITS, FLOATS, TensorInfo
-from ..streaming.stream import Files, converted, read_exactly, refuse_short
+from ..streaming.stream import converted
 from ..streaming.transfers import Piece, joined
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def look_for_nonfinite(
     def run(part: Piece, files: Files) -> None:
         import numpy as np
 
-        data = read_exactly(files.source(part.target[0]), part.target, part.nbytes)
+        data = files.read(*part.target, part.nbytes)
         bad = ~_finite(np.frombuffer(data, np.uint8), part.dtypes[1])
         if bad.any():
             found.add(part.target, np.flatnonzero(bad))
@@ -195,27 +195,18 @@ class _Findings:
 def _compare_bytes(
     part: Piece, files: Files, found: _Findings, progress: Callable[[int], None]
 ) -> None:
-    source, target = files.source(part.source[0]), files.source(part.target[0])
+    (source, start), (target, offset) = part.source, part.target
     done, ours, theirs = 0, bytearray(), bytearray()
     while done < part.nbytes:
         count = min(BUFFER, part.nbytes - done)
         if count != len(ours):
             ours, theirs = bytearray(count), bytearray(count)
-        _read_into(ours, source, part.source[0], part.source[1] + done)
-        _read_into(theirs, target, part.target[0], part.target[1] + done)
+        files.read_into(source, start + done, ours)
+        files.read_into(target, offset + done, theirs)
         if ours != theirs:
             _add_different(ours, theirs, part, done, found)
         done += count
         progress(count)
-
-
-def _read_into(buffer: bytearray, descriptor: int, path: Path, position: int) -> None:
-    view, done = memoryview(buffer), 0
-    while done < len(buffer):
-        got = os.preadv(descriptor, [view[done:]], position + done)
-        if got == 0:
-            refuse_short(path)
-        done += got
 
 
 def _add_different(
@@ -235,7 +226,7 @@ def _compare_values(part: Piece, files: Files, found: _Findings) -> None:
     import numpy as np
 
     view, _ = converted(part, files)
-    have = read_exactly(files.source(part.target[0]), part.target, part.nbytes)
+    have = files.read(*part.target, part.nbytes)
     if have == view:
         return
     width = len(have) // part.count

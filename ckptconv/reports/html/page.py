@@ -13,9 +13,8 @@ import importlib.resources
 from collections.abc import Mapping
 from pathlib import Path
 
+from ...destination import check_destination, new_file
 from ...detection.detect import Detection
-from ...errors import OutputError
-from ...files import whole
 from ...planning.plan import build_plan
 from ...verification.result import Verification
 from ...version import __version__
@@ -75,8 +74,8 @@ def write_page(path: Path, content: str, *, overwrite: bool = False) -> None:
         OutputError: the file exists and may not be replaced, or cannot be written.
     """
     check_page(path, overwrite=overwrite)
-    with whole(path) as partial:
-        partial.write_text(content, encoding="utf-8")
+    with new_file(path) as hidden:
+        hidden.write_text(content, encoding="utf-8")
 
 
 def check_page(path: Path, *, overwrite: bool = False) -> None:
@@ -89,26 +88,14 @@ def check_page(path: Path, *, overwrite: bool = False) -> None:
     Raises:
         OutputError: the file exists and may not be replaced, or its folder is missing.
     """
-    try:
-        if not path.parent.is_dir():
-            raise OutputError(f"{path.parent}: no such folder", hint="make it first, with mkdir -p")
-        if not (path.exists() or path.is_symlink()):
-            return
-        is_page = path.is_file() and not path.is_symlink()
-        if is_page:
-            with path.open("rb") as file:
-                is_page = file.read(len(DOCTYPE)) == DOCTYPE.encode()
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be looked at: {error.strerror}", hint="choose another place"
-        ) from error
-    if not overwrite:
-        raise OutputError(f"{path}: exists", hint="--overwrite replaces it; or choose another name")
-    if not is_page:
-        raise OutputError(
-            f"{path}: exists and is not a page, so --overwrite does not replace it",
-            hint="remove it yourself, or choose another name",
-        )
+    check_destination(path, overwrite=overwrite, kind="a page", is_kind=_is_page)
+
+
+def _is_page(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(DOCTYPE)) == DOCTYPE.encode()
 
 
 def _document(title: str, top: list[Html], parts: list[Section]) -> Html:

@@ -7,7 +7,7 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...conversion.write import Total
+from ...files import ByteCounter
 from ...folder.read import Part, Saved
 from ...planning.plan import ASIDE, Plan, Slot, Step
 from ...reading.header import FLOATS, TensorInfo
@@ -67,16 +67,16 @@ class Bytes:
             CancelledError: it was cancelled.
         """
         looked = sum(info.nbytes for _, info in self.tensors.values() if info.dtype in FLOATS)
-        done = Total(self.nbytes + (looked if self.finite else 0), progress)
 
-        def add(nbytes: int) -> None:
+        def report(done: int, total: int) -> None:
             if self.cancelled:
                 raise CancelledError
-            done.add(nbytes)
+            progress(done, total)
 
-        self.different = compare(self.todo, self.tensors, add)
+        counter = ByteCounter(self.nbytes + (looked if self.finite else 0), report)
+        self.different = compare(self.todo, self.tensors, counter.add)
         if self.finite:
-            self.nonfinite = look_for_nonfinite(self.tensors, add)
+            self.nonfinite = look_for_nonfinite(self.tensors, counter.add)
 
 
 def check_data(name: str, part: Part | None, made: Plan, read: Bytes, *, cast: bool) -> Check:

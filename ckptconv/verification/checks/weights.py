@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping
 
+from ...files import read_range
 from ...folder.names import CONFIG_FILES
 from ...folder.read import Part
 from ...planning.plan import Slot
@@ -79,8 +80,7 @@ def _position_ids(slot: Slot, header: Header) -> Iterator[Problem]:
         what = f"is {info.dtype} of shape {list(info.shape)}, expected I64 of shape [1, positions]"
         yield Problem(slot.key, what)
         return
-    with header.path.open("rb") as file:
-        file.seek(info.start)
-        values = struct.unpack(f"<{info.numel}{letter}", file.read(info.nbytes))
+    data = read_range(header.path, info.start, info.nbytes)
+    values = struct.unpack(f"<{info.numel}{letter}", data)
     if values != tuple(range(info.numel)):
         yield Problem(slot.key, f"holds {values[:3]}..., expected 0, 1, 2, ...")
