@@ -1,7 +1,7 @@
 """May a file or folder be written here? And the one way to put it in place: whole, or not at all.
 
 Whatever is made is built beside its destination, under a hidden name, and renamed at the end. An
-exception removes it again; a run that is killed leaves only the hidden name.
+exception removes it again; a run that is killed leaves hidden names only.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from pathlib import Path
 
 from .errors import OutputError
 
-__all__ = [
-    "append_text",
-    "check_appendable",
-    "check_destination",
-    "check_room",
-    "new_file",
-    "new_folder",
-]
+__all__ = ["FILE", "Kind", "check_destination", "check_room", "new_file", "new_folder", "writing"]
+
+Kind = tuple[str, Callable[[Path], bool]]
+"""What may be replaced, in words, and whether something that exists is that."""
+
+FILE: Kind = ("a regular file", Path.is_file)
 
 NAME = 50
 """Characters of the destination's name in the hidden name, which must not become too long."""
@@ -31,60 +29,53 @@ NAME = 50
 def check_destination(
     path: Path,
     *,
-    overwrite: bool,
+    overwrite: bool = False,
+    append: bool = False,
+    kind: Kind = FILE,
     inputs: Iterable[str | Path] = (),
-    kind: str = "a regular file",
-    is_kind: Callable[[Path], bool] = Path.is_file,
 ) -> None:
     """Checks that a file or folder may be put in place, before the work that makes it.
 
     Args:
         path: of the file or folder.
         overwrite: whatever is there may be replaced if it is of the right kind. A link never is.
-        inputs: files that are read. Neither they nor a folder that holds one are replaced.
-        kind: what may be replaced, in words.
-        is_kind: tells whether something that exists is that.
+        append: text is to be added to a file, which need not exist; a link is followed.
+        kind: what may be replaced.
+        inputs: files that are read. Neither they nor a folder that holds one may be changed.
 
     Raises:
         OutputError: its folder is missing, it exists and may not be replaced, or it has a name that
             nothing can have.
     """
-    with _looking_at(path):
+    try:
+        if not path.parent.is_dir():
+            raise OutputError(f"{path.parent}: no such folder", hint="make it first, with mkdir -p")
         if not _exists(path):
             return
-        if not overwrite:
+        if append:
+            if path.is_dir():
+                raise OutputError(f"{path}: is a folder", hint="give the name of a file")
+        elif not overwrite:
             raise OutputError(
                 f"{path}: exists", hint="--overwrite replaces it; or choose another name"
             )
-        if path.is_symlink() or not is_kind(path):
+        elif path.is_symlink() or not kind[1](path):
             raise OutputError(
-                f"{path}: exists and is {_found(path)}; it is not {kind}, so --overwrite does not "
-                "remove it",
+                f"{path}: exists and is {_found(path)}; it is not {kind[0]}, so --overwrite does "
+                "not remove it",
                 hint="remove it yourself, or choose another name",
             )
-        _refuse_inputs(path, inputs)
-
-
-def check_appendable(path: Path, inputs: Iterable[str | Path]) -> None:
-    """Checks that text may be appended to a file, which need not exist; a link is followed.
-
-    Raises:
-        OutputError: its folder is missing, it is a folder, or it is one of the inputs.
-    """
-    with _looking_at(path):
-        if path.is_dir():
-            raise OutputError(f"{path}: is a folder", hint="give the name of a file")
-        _refuse_inputs(path, inputs)
-
-
-def append_text(path: Path, text: str) -> None:
-    """Appends text to a file.
-
-    Raises:
-        OutputError: the system cannot write it.
-    """
-    with _writing(path, hint="choose another place"), path.open("a", encoding="utf-8") as file:
-        file.write(text)
+        for one in inputs:
+            resolved = Path(one).resolve()
+            if any(_same(path, each) for each in (resolved, *resolved.parents)):
+                what = f"holds the input {one}, so --overwrite does not remove it"
+                what = what if path.is_dir() else "is one of the files to read"
+                raise OutputError(f"{path}: {what}", hint="choose another name")
+    except (OSError, ValueError) as error:  # ValueError: the path holds a null character
+        why = getattr(error, "strerror", None) or error
+        raise OutputError(
+            f"{path}: cannot be looked at: {why}", hint="choose another place"
+        ) from error
 
 
 def check_room(path: Path, need: int, what: str) -> None:
@@ -102,6 +93,18 @@ def check_room(path: Path, need: int, what: str) -> None:
 
 
 @contextlib.contextmanager
+def writing(
+    path: Path, hint: str = "nothing was left behind; choose another place"
+) -> Iterator[None]:
+    """Turns an error of the system into an OutputError for `path`."""
+    try:
+        yield
+    except OSError as error:
+        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
+        raise OutputError(f"{path}: cannot be written: {why}", hint=hint) from error
+
+
+@contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Gives a hidden name to write a file to, and renames it to `path` at the end.
 
@@ -109,7 +112,7 @@ def new_file(path: Path) -> Iterator[Path]:
         OutputError: the system cannot write it, or `path` came into being meanwhile.
     """
     hidden = _hidden(path, "partial")
-    with _writing(path):
+    with writing(path):
         was_there = _exists(path)
         try:
             yield hidden
@@ -123,7 +126,8 @@ def new_file(path: Path) -> Iterator[Path]:
             if hidden.is_dir():
                 shutil.rmtree(hidden, ignore_errors=True)
             else:
-                hidden.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    hidden.unlink()
 
 
 @contextlib.contextmanager
@@ -166,44 +170,11 @@ def _exists(path: Path) -> bool:
     return True
 
 
+def _same(path: Path, other: Path) -> bool:
+    """Whether two names lead to one file or folder, in other letters or by a hard link as well."""
+    return path.exists() and other.exists() and path.samefile(other)
+
+
 def _found(path: Path) -> str:
     tests = {"a link": Path.is_symlink, "a folder": Path.is_dir, "a file": Path.is_file}
     return next((what for what, test in tests.items() if test(path)), "a device or a pipe")
-
-
-def _refuse_inputs(path: Path, inputs: Iterable[str | Path]) -> None:
-    resolved = path.resolve()
-    for one in (Path(one) for one in inputs):
-        if one.resolve() == resolved:
-            raise OutputError(f"{path}: is one of the files to read", hint="choose another name")
-        if one.resolve().is_relative_to(resolved):
-            raise OutputError(
-                f"{path}: holds the input {one}, so --overwrite does not remove it",
-                hint="choose another name",
-            )
-
-
-@contextlib.contextmanager
-def _looking_at(path: Path) -> Iterator[None]:
-    """Requires the folder that `path` lies in, and says so if something cannot be looked at."""
-    try:
-        if not path.parent.is_dir():
-            raise OutputError(f"{path.parent}: no such folder", hint="make it first, with mkdir -p")
-        yield
-    except (OSError, ValueError) as error:  # ValueError: the path holds a null character
-        why = getattr(error, "strerror", None) or error
-        raise OutputError(
-            f"{path}: cannot be looked at: {why}", hint="choose another place"
-        ) from error
-
-
-@contextlib.contextmanager
-def _writing(
-    path: Path, hint: str = "nothing was left behind; choose another place"
-) -> Iterator[None]:
-    """Says that a file or folder could not be written."""
-    try:
-        yield
-    except OSError as error:
-        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
-        raise OutputError(f"{path}: cannot be written: {why}", hint=hint) from error

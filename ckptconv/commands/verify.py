@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..batch.work import Proof
-from ..destination import append_text, check_appendable, check_destination, new_file
+from ..destination import check_destination, new_file, writing
 from ..detection.detect import inspect
 from ..errors import SHOWN, printable
 from ..reports.html import check_page, page, write_page
@@ -90,7 +90,7 @@ def command(
     if report:  # a job that runs again replaces its report
         check_destination(report, overwrite=True, inputs=inputs)
     if summary:
-        check_appendable(summary, inputs)
+        check_destination(summary, append=True, inputs=inputs)
     if html:
         check_page(html, overwrite=overwrite)
     with progress("verifying") as show:
@@ -100,7 +100,8 @@ def command(
         with new_file(report) as hidden:
             hidden.write_bytes(junit(found))
     if summary:
-        append_text(summary, markdown(found, detection))
+        with writing(summary, "choose another place"), summary.open("a", encoding="utf-8") as file:
+            file.write(markdown(found, detection))
     if html:
         write_page(html, page(detection, found), overwrite=overwrite)
         click.echo(f"page: {html}", err=True)

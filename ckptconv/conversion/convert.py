@@ -19,7 +19,7 @@ from ..planning.adapters import read_adapter
 from ..planning.plan import Donor, Plan, build_plan
 from ..reading.source import open_header
 from ..version import __version__
-from .write import Layout, Report, execute, is_converted
+from .write import CONVERTED, Layout, Report, execute
 
 __all__ = ["Choices", "convert", "plan"]
 
@@ -113,13 +113,7 @@ def convert(
     if (only := choices.get("only")) is not None:
         only = choices["only"] = frozenset(only)
     made, original = _plan(path, choices)
-    check_destination(
-        Path(out),
-        overwrite=overwrite,
-        inputs=made.headers,
-        kind="a converted folder",
-        is_kind=is_converted,
-    )
+    check_destination(Path(out), overwrite=overwrite, kind=CONVERTED, inputs=made.headers)
     made.require_complete(ignore_unclaimed=ignore_unclaimed)
     built, notes = configured(made, original)
     report = execute(

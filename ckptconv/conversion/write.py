@@ -17,7 +17,7 @@ from typing import Any
 
 from ..configs.config import Config, model_index, versioned
 from ..configs.tokenizer import tokenizer_files
-from ..destination import check_room, new_folder
+from ..destination import Kind, check_room, new_folder
 from ..errors import UsageError
 from ..files import ByteCounter
 from ..folder.names import CONFIG_FILES, DROPPED, INDEX, LAYOUT, RECORD
@@ -28,7 +28,7 @@ from ..reading.view import stored
 from ..streaming.stream import WeightFile, lay_out, write
 from ..streaming.transfers import pieces
 
-__all__ = ["Layout", "Report", "execute", "is_converted", "layout_text", "parse_size"]
+__all__ = ["CONVERTED", "Layout", "Report", "execute", "layout_text", "parse_size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +171,12 @@ def execute(
     )
 
 
-def is_converted(folder: Path) -> bool:
+def _is_converted(folder: Path) -> bool:
     """Whether a conversion made this folder (it leaves a record), or nothing is in it."""
     return folder.is_dir() and ((folder / ASIDE / RECORD).is_file() or not any(folder.iterdir()))
+
+
+CONVERTED: Kind = ("a converted folder", _is_converted)
 
 
 def _weight_files(

@@ -15,7 +15,6 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ from ..files import ByteCounter, Files
 from ..planning.plan import Plan, Slot
 from ..reading.header import DTYPE_BITS, TensorInfo
 from ..streaming.cast import torch_dtype
-from ..streaming.stream import converted
+from ..streaming.stream import converted, in_threads
 from ..streaming.transfers import Piece, pieces
 
 if TYPE_CHECKING:
@@ -252,12 +251,7 @@ def _run(moves: list[_Move], files: Files, done: ByteCounter) -> list[str]:
         return warnings
     sizes = (move.nbytes for move in moves if not move.piece.patches)
     mover = _Mover(files, max(sizes, default=0), warnings)
-    pool = ThreadPoolExecutor(THREADS)
-    try:
-        for count in pool.map(mover.move, moves):
-            done.add(count)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    in_threads(lambda move: done.add(mover.move(move)), moves, THREADS)
     return warnings
 
 

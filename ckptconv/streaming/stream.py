@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ..files import Files
 from ..planning.step import Slot
@@ -20,7 +20,10 @@ from ..reading.header import DTYPE_BITS, TensorInfo, encode_header
 from .deltas import merged
 from .transfers import Piece, joined
 
-__all__ = ["WeightFile", "converted", "lay_out", "write"]
+__all__ = ["WeightFile", "converted", "in_threads", "lay_out", "write"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 THREADS = 2
 CHUNK = 8 << 20
@@ -85,30 +88,27 @@ def write(
     for file in files:
         with file.path.open("xb") as out:
             _reserve(out.fileno(), file.size)
-    jobs: list[tuple[Piece, Future[int]]] = []
-    with Files() as opened, ThreadPoolExecutor(THREADS) as pool:
-        stop = threading.Event()
-
-        def run(piece: Piece) -> int:
-            if stop.is_set():
-                return 0
-            try:
-                return _move(piece, opened, progress)
-            except BaseException:
-                stop.set()
-                raise
-
-        try:
-            for piece in joined(todo):
-                count = CHUNK * 8 // DTYPE_BITS[piece.dtypes[0]] if piece.is_copy else CAST_CHUNK
-                jobs += [(part, pool.submit(run, part)) for part in piece.cut(count)]
-            overflows = [(part.target, count) for part, job in jobs if (count := job.result())]
-        except BaseException:
-            stop.set()
-            raise
+    with Files() as opened:
+        parts = [part for piece in joined(todo) for part in piece.cut(_elements(piece))]
+        counts = in_threads(lambda part: _move(part, opened, progress), parts, THREADS)
         for file in files:
             opened.write(file.path, 0, file.beginning)
+    overflows = [(part.target, n) for part, n in zip(parts, counts, strict=True) if n]
     return [*_overflowed(files, overflows)] if overflows else []
+
+
+def _elements(piece: Piece) -> int:
+    """Returns how many elements of a piece are moved at a time."""
+    return CHUNK * 8 // DTYPE_BITS[piece.dtypes[0]] if piece.is_copy else CAST_CHUNK
+
+
+def in_threads(run: Callable[[Item], Result], items: Iterable[Item], threads: int) -> list[Result]:
+    """Runs a function on items, some at a time; after an exception it begins no other."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        return list(pool.map(run, items))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _overflowed(

@@ -10,14 +10,13 @@ from __future__ import annotations
 import bisect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import Files
 from ..reading.header import DTYPE_BITS, FLOATS, TensorInfo
-from ..streaming.stream import converted
+from ..streaming.stream import converted, in_threads
 from ..streaming.transfers import Piece, joined
 
 if TYPE_CHECKING:
@@ -86,14 +85,15 @@ def compare(
     """
     found = _Findings(tensors)
 
-    def run(part: Piece, files: Files) -> None:
+    def run(part: Piece) -> None:
         if part.is_copy:
             _compare_bytes(part, files, found, progress)
         else:
             _compare_values(part, files, found)
             progress(part.nbytes)
 
-    _in_threads(run, (part for piece in joined(todo) for part in _parts(piece)))
+    with Files() as files:
+        in_threads(run, (part for piece in joined(todo) for part in _parts(piece)), THREADS)
     return found.by_key()
 
 
@@ -116,7 +116,7 @@ def look_for_nonfinite(
         for path, info in floats.values()
     )
 
-    def run(part: Piece, files: Files) -> None:
+    def run(part: Piece) -> None:
         import numpy as np
 
         data = files.read(*part.target, part.nbytes)
@@ -125,25 +125,9 @@ def look_for_nonfinite(
             found.add(part.target, np.flatnonzero(bad))
         progress(part.nbytes)
 
-    _in_threads(run, (part for piece in whole for part in _parts(piece, LOOK)))
+    with Files() as files:
+        in_threads(run, (part for piece in whole for part in _parts(piece, LOOK)), THREADS)
     return found.by_key()
-
-
-def _in_threads(run: Callable[[Piece, Files], None], parts: Iterable[Piece]) -> None:
-    stop = threading.Event()
-    with Files() as files, ThreadPoolExecutor(THREADS) as pool:
-
-        def one(part: Piece) -> None:
-            if not stop.is_set():
-                run(part, files)
-
-        jobs = [pool.submit(one, part) for part in parts]
-        try:
-            for job in jobs:
-                job.result()
-        except BaseException:
-            stop.set()
-            raise
 
 
 def _parts(piece: Piece, size: int = PART) -> Iterator[Piece]:

@@ -88,7 +88,7 @@ def check_page(path: Path, *, overwrite: bool = False) -> None:
     Raises:
         OutputError: the file exists and may not be replaced, or its folder is missing.
     """
-    check_destination(path, overwrite=overwrite, kind="a page", is_kind=_is_page)
+    check_destination(path, overwrite=overwrite, kind=("a page", _is_page))
 
 
 def _is_page(path: Path) -> bool:
