@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -104,9 +105,20 @@ def _elements(piece: Piece) -> int:
 
 def in_threads(run: Callable[[Item], Result], items: Iterable[Item], threads: int) -> list[Result]:
     """Runs a function on items, some at a time; after an exception it begins no other."""
+    stop = threading.Event()
+
+    def one(item: Item) -> Result:
+        if stop.is_set():
+            return None  # type: ignore[return-value]  # nobody sees it: the exception comes out
+        try:
+            return run(item)
+        except BaseException:
+            stop.set()
+            raise
+
     pool = ThreadPoolExecutor(threads)
     try:
-        return list(pool.map(run, items))
+        return list(pool.map(one, items))
     finally:
         pool.shutdown(cancel_futures=True)
 
