@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from .errors import CkptconvError, UsageError
+from .errors import CkptconvError, UsageError, on_the_command_line
 from .version import __version__
 
 __all__ = ["main"]
@@ -53,11 +53,12 @@ class _Group(click.Group):
         signal.signal(signal.SIGTERM, _terminated)
         if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
             sys.stdout.reconfigure(errors="surrogateescape")
-        try:
-            return super().invoke(ctx)
-        except CkptconvError as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(2 if isinstance(error, UsageError) else 1)
+        with on_the_command_line():
+            try:
+                return super().invoke(ctx)
+            except CkptconvError as error:
+                click.echo(f"error: {error}", err=True)
+                ctx.exit(2 if isinstance(error, UsageError) else 1)
 
 
 def _terminated(_number: int, _frame: object) -> NoReturn:

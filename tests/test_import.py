@@ -26,13 +26,26 @@ MODULES = {
 }
 
 ORDER = (
-    *("errors", "version", "dtypes", "files", "destination", "libraries", "reading", "maps"),
+    *(
+        "errors",
+        "version",
+        "dtypes",
+        "files",
+        "destination",
+        "libraries",
+        "reading",
+        "maps",
+        "options",
+    ),
     *("detection", "planning", "configs", "folder", "streaming", "sample", "conversion"),
     *("verification", "inference", "reports", "batch", "commands", "cli", "__main__"),
 )
 """The packages, from the ground up: each imports only those before it."""
 
-HEAVY = {"torch", "diffusers", "transformers", "accelerate", "numpy", "rich", "omegaconf", "click"}
+HEAVY = {
+    *("torch", "diffusers", "transformers", "accelerate", "numpy", "rich", "omegaconf"),
+    *("click", "jinja2"),
+}
 
 
 @functools.cache

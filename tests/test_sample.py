@@ -10,10 +10,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from ckptconv.detection.detect import inspect
+from ckptconv.dtypes import FLOATS
 from ckptconv.errors import OutputError, UsageError
 from ckptconv.maps.architecture import Architecture, bundled
 from ckptconv.planning.plan import build_plan
-from ckptconv.reading.header import FLOATS, read_header
+from ckptconv.reading.header import read_header
 from ckptconv.sample import Tensor, _encoded, layout_of, write_sample
 from tests.conftest import Sample
 from tests.support.checkpoints import metadata, raw

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..inference.generation import (
 )
 from ..inference.pipeline import OFFLOADS, load_pipeline, pipeline_class
 from ..libraries import quiet
-from .shared import FILE, choices_of, echo_json, json_option, plan_options, progress
+from .shared import FILE, echo_json, json_option, options_of, plan_options, progress
 
 DTYPE_ON_CPU = "fp32"
 """Unless another is asked for: a convolution in fp16 takes a thousand times longer on most CPUs."""
@@ -117,9 +118,9 @@ def command(
     images, adapters = open_images(settings), read_loras(loras)
     chosen = find_scheduler(scheduler) if scheduler else None
     place, reason = pick_device(device)
-    choices = choices_of(options)
-    if place.type == "cpu" and choices.get("dtype") is None:
-        choices["dtype"] = DTYPE_ON_CPU
+    decided = options_of(options)
+    if place.type == "cpu" and decided.dtype is None:
+        decided = replace(decided, dtype=DTYPE_ON_CPU)
     click.echo(f"device {place}: {reason}", err=True)
     started = time.monotonic()
     with progress("loading") as show:
@@ -131,7 +132,7 @@ def command(
             device_map=device_map,
             ignore_unclaimed=ignore_unclaimed,
             progress=show,
-            **choices,
+            **decided.as_words(),
         )
     loaded = time.monotonic()
     with quiet():

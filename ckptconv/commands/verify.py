@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ import click
 
 from ..batch.work import Proof
 from ..destination import check_destination, new_file, writing
-from ..detection.detect import inspect
 from ..errors import SHOWN, printable
+from ..options import Options
 from ..reports.html import check_page, page, write_page
 from ..reports.junit import junit
 from ..reports.markdown import markdown
@@ -29,10 +29,9 @@ from .many import (
 )
 from .shared import (
     FILE,
-    choices_of,
     echo_json,
     json_option,
-    key_maps,
+    options_of,
     plan_options,
     progress,
 )
@@ -79,23 +78,23 @@ def command(
     Exits with 1 if anything is wrong.
     """
     *files, folder = paths
-    work = Proof(finite, ignore_unclaimed, choices_of(options))
+    work = Proof(options_of(options), finite, ignore_unclaimed)
     if files and (pairs := asked(files, folder, dask)):
         refuse_for_several(junit=report, html=html, markdown=summary)
         outcomes = outcomes_of("verifying", work, pairs, jobs, dask)
         finish(outcomes, COLUMNS, as_json=as_json, err=False)
         return
     source = files[0] if files else None
-    inputs = _inputs(source, folder, options) if report or summary else []
     if report:  # a job that runs again replaces its report
+        inputs = _inputs(source, folder, work.options)
         check_destination(report, overwrite=True, inputs=inputs)
     if summary:
-        check_destination(summary, append=True, inputs=inputs)
+        check_destination(summary, append=True, inputs=_inputs(source, folder, work.options))
     if html:
         check_page(html, overwrite=overwrite)
     with progress("verifying") as show:
         found = work.verify(source, folder, show)
-    detection = inspect(source, maps=key_maps()) if source and (html or summary) else None
+    detection = found.plan.detection if found.plan else None
     if report:
         with new_file(report) as hidden:
             hidden.write_bytes(junit(found))
@@ -103,7 +102,7 @@ def command(
         with writing(summary, "choose another place"), summary.open("a", encoding="utf-8") as file:
             file.write(markdown(found, detection))
     if html:
-        write_page(html, page(detection, found), overwrite=overwrite)
+        write_page(html, page(detection, found.plan, found), overwrite=overwrite)
         click.echo(f"page: {html}", err=True)
     if as_json:
         echo_json(found.as_data())
@@ -123,13 +122,14 @@ COLUMNS = {
 }
 
 
-def _inputs(source: str | None, folder: str, options: Mapping[str, Any]) -> list[Path]:
-    """Returns the files that are read, and those beside them that may be their shards."""
-    found = [value for value in options.values() if isinstance(value, Path)]
-    found += [Path(source), *Path(source).parent.glob("*.safetensors")] if source else []
+def _inputs(source: str | None, folder: str, options: Options) -> Iterator[Path]:
+    """Yields the files that are read; those beside the source may be its shards."""
+    if source:
+        yield from (Path(source), *Path(source).parent.glob("*.safetensors"))
     for kind in ("safetensors", "json", "txt"):
-        found += [*Path(folder).glob(f"*.{kind}"), *Path(folder).glob(f"*/*.{kind}")]
-    return found
+        yield from (*Path(folder).glob(f"*.{kind}"), *Path(folder).glob(f"*/*.{kind}"))
+    yield from (*options.donors.values(), *(adapter.path for adapter in options.lora))
+    yield from filter(None, [options.original_config])
 
 
 def as_text(found: Verification) -> str:

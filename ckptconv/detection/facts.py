@@ -27,7 +27,7 @@ from typing import Any
 
 from ..errors import MapError
 from ..files import read_range
-from ..reading.header import Header
+from ..reading.tensor import Header
 
 __all__ = ["Fact", "find_fact", "hints", "values_of"]
 
@@ -204,10 +204,9 @@ def _shortest(value: float) -> float:
 def _few_values(header: Header, key: str) -> list[float]:
     """Returns the values of a small float tensor; none if it is missing or no number somewhere."""
     info = header.tensors.get(key)
-    owner, _ = header.locate(key)
-    if not info or info.numel > FEW or owner.data_start == 0:
+    if not info or info.numel > FEW or not info.has_data:
         return []
-    data = read_range(owner.path, info.start, info.nbytes)
+    data = read_range(info.file, info.start, info.nbytes)
     if info.dtype == "BF16":  # the upper half of a float32
         data = b"".join(b"\0\0" + data[i : i + 2] for i in range(0, len(data), 2))
     letter = {"F64": "d", "F32": "f", "BF16": "f", "F16": "e"}.get(info.dtype)

@@ -75,8 +75,8 @@ def check_dtype(device: torch.device, dtype: str) -> None:
     """
     import torch
 
-    from ..planning.plan import DTYPES
-    from ..streaming.cast import torch_dtype
+    from ..dtypes import CASTS as DTYPES
+    from ..dtypes import torch_dtype
 
     if device.type == "cuda":  # asked, not tried: loading the convolution library takes long
         with torch.cuda.device(device):

@@ -10,23 +10,25 @@ import inspect as python_inspect
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from ..configs.config import Config, model_index
-from ..configs.original_config import read_original_config
+from ..configs.original_config import OriginalConfig
 from ..configs.tokenizer import tokenizer_files
-from ..conversion.convert import Choices, configured, option_for, plan
+from ..conversion.convert import configured, option_for, plan_file
 from ..detection.detect import inspect
+from ..dtypes import CASTS as DTYPES
+from ..dtypes import FLOATS, torch_dtype
 from ..errors import DeviceError, FileRefused, Incomplete, UsageError
 from ..files import read_json
 from ..folder.names import INDEX
 from ..folder.weights import component_headers
 from ..libraries import quiet, reading, uncollected
 from ..maps.architecture import Architecture, KeyMaps, Task, bundled
-from ..planning.plan import DTYPES, Plan
-from ..reading.header import FLOATS
-from ..streaming.cast import torch_dtype
+from ..options import Choices, Options, checked
+from ..planning.plan import Plan
 from .device import check_dtype, free_memory, memory_errors, pick_device, spread
 from .weights import Devices, component_class, empty_module, fill
 
@@ -66,6 +68,7 @@ LESS_MEMORY = (
 log = logging.getLogger(__name__)
 
 
+@checked
 def load_pipeline(
     path: str | Path,
     *,
@@ -80,8 +83,9 @@ def load_pipeline(
 ) -> Any:
     """Loads a checkpoint, or a diffusers folder, as a pipeline of diffusers.
 
-    On the CPU, weights that keep their dtype are a view of the file: do not write to it while the
-    pipeline lives.
+    Weights of several dtypes, or of fp8, are cast to one that holds all of their values, unless
+    `dtype` says otherwise. A folder takes no other option than `dtype`. On the CPU, weights that
+    keep their dtype are a view of the file: do not write to it while the pipeline lives.
 
     Args:
         path: a checkpoint, or a folder with `model_index.json`.
@@ -95,8 +99,7 @@ def load_pipeline(
         device_map: `balanced` spreads a model that outgrows one GPU over all of them.
         ignore_unclaimed: load a file that has keys which no map knows.
         progress: is called with bytes in place and bytes in all, from one thread at a time.
-        **choices: as for `convert`. `dtype` is as stored by default; weights of several dtypes, or
-            of fp8, become one that holds all of their values. A folder takes `dtype` only.
+        **choices: see `Options`.
 
     Returns:
         The `DiffusionPipeline` of that task, untyped because its attributes depend on its class;
@@ -108,16 +111,16 @@ def load_pipeline(
         DeviceError: the device is missing, too small, or cannot compute in the dtype.
         MapError: a configuration and the weights do not agree: a fault of the key maps.
     """
-    path, given = Path(path), dict(components or {})
+    path, given, options = Path(path), dict(components or {}), Options.of(choices)
     with uncollected(), memory_errors(f"loading {path}", LESS_MEMORY), quiet():
         place = _placed(device, offload, device_map)
         home = pick_device("cpu")[0] if offload else place
         if path.is_dir():
-            pipe = _from_folder(path, task, given, home, device_map, choices)
+            pipe = _from_folder(path, task, given, home, device_map, options)
         else:
-            made = _planned(path, given, choices)
+            made, original = _planned(path, given, options)
             made.require_complete(ignore_unclaimed=ignore_unclaimed)
-            pipe = _built(made, task, given, home, device_map, choices, progress)
+            pipe = _built(made, original, task, given, home, device_map, options, progress)
         if offload:
             getattr(pipe, OFFLOADS[offload])(device=place)
     return pipe
@@ -183,27 +186,27 @@ def _class_for(own: str, task: str | None) -> tuple[type[DiffusionPipeline], str
     return found, task or own_task
 
 
-def _planned(path: Path, given: Mapping[str, Any], choices: Choices) -> Plan:
+def _planned(
+    path: Path, given: Mapping[str, Any], options: Options
+) -> tuple[Plan, OriginalConfig | None]:
     """Returns the plan for what is not given, with all weights in one dtype."""
-    chosen: Choices = {**choices}
     if given:
-        architecture, _ = _whole(path, choices.get("maps"))
-        only = choices.get("only")
-        chosen["only"] = set(architecture.components if only is None else only) - set(given)
-    made = plan(path, **chosen)
+        architecture, _ = _whole(path, options.maps)
+        only = architecture.components if options.only is None else options.only
+        options = replace(options, only=frozenset(only) - set(given))
+    made, original = plan_file(path, options)
     _refuse_single(path, made.detection.require()[0])
     if made.absent:
-        options = ", ".join(option_for(made, name) for name in made.absent)
+        supplies = ", ".join(option_for(made, name) for name in made.absent)
         raise Incomplete(
             f"{path}: the file has no {' and no '.join(made.absent)}, which its pipeline needs",
-            hint=f"supply what is missing: {options}; or, in Python, load_pipeline(..., "
+            hint=f"supply what is missing: {supplies}; or, in Python, load_pipeline(..., "
             f"components={{{made.absent[0]!r}: None}}) leaves it out",
         )
-    if chosen.get("dtype") is None and (dtype := _common_dtype(_dtypes(made))):
+    if options.dtype is None and (dtype := _common_dtype(_dtypes(made))):
         log.info("%s: the weights become %s, which holds all of their values", path, dtype)
-        chosen["dtype"] = dtype
-        made = plan(path, **chosen)
-    return made
+        made = made.cast(dtype)
+    return made, original
 
 
 def _whole(path: Path, maps: KeyMaps | None = None) -> tuple[Architecture, Task]:
@@ -242,20 +245,20 @@ def _common_dtype(stored: set[str]) -> str | None:
 
 def _built(
     made: Plan,
+    original: OriginalConfig | None,
     task: str | None,
     given: Mapping[str, Any],
     device: torch.device,
     device_map: str | None,
-    choices: Choices,
+    options: Options,
     progress: Callable[[int, int], None],
 ) -> Any:
     """Makes the pipeline of a plan."""
     import torch
 
     cls, _ = _class_for(made.detection.require()[1].pipeline, task)
-    yaml, only = choices.get("original_config"), choices.get("only")
-    maps = choices.get("maps") or bundled()
-    built, notes = configured(made, read_original_config(Path(yaml), maps) if yaml else None)
+    only = options.only
+    built, notes = configured(made, original)
     wanted = {n: c for n, c in built.items() if n not in given and (only is None or n in only)}
     arguments: dict[str, Any] = {
         name: None if isinstance(value, list) else value
@@ -268,7 +271,7 @@ def _built(
     stored = next(iter(_dtypes(made)), "F32")
     check_dtype(device, next(name for name, dtype in DTYPES.items() if dtype == stored))
     donors = {name for name, donor in made.donors.items() if donor.config}
-    changed = {step.targets[0].place for step in made.steps if step.changes}
+    changed = {step.targets[0].component for step in made.steps if step.changes}
     if lost := ", ".join(sorted(donors & changed)):  # its library loads it, and knows no adapter
         raise UsageError(
             f"an adapter changes {lost}, which comes from a diffusers folder",
@@ -369,11 +372,12 @@ def _from_folder(
     given: Mapping[str, Any],
     device: torch.device,
     device_map: str | None,
-    choices: Choices,
+    options: Options,
 ) -> Any:
     """Lets diffusers load a folder."""
-    asked = {k for k, v in choices.items() if v is not None and (k, v) != ("ema", False)}
-    if unfit := sorted(asked - {"dtype", "maps"}):
+    default = Options()
+    names = [field.name for field in fields(Options) if field.name not in ("dtype", "maps")]
+    if unfit := sorted(n for n in names if getattr(options, n) != getattr(default, n)):
         raise UsageError(
             f"{', '.join(unfit)}: for a checkpoint only, and {path} is a folder",
             hint="its configuration files say it all: edit them, or convert the checkpoint anew",
@@ -382,14 +386,14 @@ def _from_folder(
     folders = [p.parent for p in sorted(path.glob("*/config.json")) if p.parent.name not in given]
     headers = [header for folder in folders for header in component_headers(folder)]
     stored = {info.dtype for h in headers for info in h.tensors.values() if info.dtype in FLOATS}
-    name = choices.get("dtype") or _common_dtype(stored)
+    name = options.dtype or _common_dtype(stored)
     dtype = DTYPES[name] if name else next(iter(stored), "F32")
     check_dtype(device, next(name for name, known in DTYPES.items() if known == dtype))
-    options = reading(torch_dtype(dtype), [header.path for header in headers])
+    arguments = reading(torch_dtype(dtype), [header.path for header in headers])
     if device_map:
-        options["device_map"] = device_map
+        arguments["device_map"] = device_map
     try:
-        pipe: Any = cls.from_pretrained(path, **options, **given)  # type: ignore[no-untyped-call]
+        pipe: Any = cls.from_pretrained(path, **arguments, **given)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, TypeError) as error:
         raise FileRefused(
             f"{path}: diffusers cannot load the folder: {error}",

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..configs.config import Config, class_of, find_class
+from ..dtypes import BITS, torch_dtype
 from ..errors import FileRefused, MapError
 from ..files import ByteCounter, Files
-from ..planning.plan import Plan, Slot
-from ..reading.header import DTYPE_BITS, TensorInfo
-from ..streaming.cast import torch_dtype
+from ..planning.plan import Plan, Target
+from ..reading.tensor import Tensor
 from ..streaming.stream import converted, in_threads
-from ..streaming.transfers import Piece, pieces
+from ..streaming.transfers import Transfer, transfers
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,7 @@ class _Place:
 
     component: str
     parameter: str
-    slot: Slot
+    slot: Target
     device: torch.device
 
 
@@ -120,15 +120,15 @@ def fill(
         FileRefused: a file became shorter meanwhile.
     """
     places = _places(modules, plan, devices)
-    parts: dict[Path, list[Piece]] = defaultdict(list)
+    parts: dict[Path, list[Transfer]] = defaultdict(list)
     targets = {
-        (place.component, place.slot.key): (path, _packed(place.slot))
+        (place.component, place.slot.key): _packed(path, place.slot)
         for path, place in places.items()
     }
-    steps = [s for s in plan.steps if any((t.place, t.key) in targets for t in s.targets)]
-    for piece in pieces(steps, plan.headers, targets):
+    steps = [s for s in plan.steps if any((t.component, t.key) in targets for t in s.targets)]
+    for piece in transfers(steps, targets):
         parts[piece.target[0]].append(piece)
-    total = sum(info.nbytes for _, info in targets.values())
+    total = sum(info.nbytes for info in targets.values())
     done = ByteCounter(total, progress)
     states: dict[str, dict[str, torch.Tensor]] = {name: {} for name in modules}
     with Files() as files:
@@ -138,7 +138,7 @@ def fill(
             if tensor is None:
                 tensor = _room(place)
                 for piece in parts[path]:
-                    cut = piece.cut(CHUNK * 8 // DTYPE_BITS[piece.dtypes[0]])
+                    cut = piece.cut(CHUNK * 8 // BITS[piece.dtypes[0]])
                     moves += [_Move(tensor, part) for part in cut]
             else:
                 done.add(tensor.nbytes)
@@ -204,14 +204,13 @@ def _device_of(name: str, devices: Devices) -> torch.device:
     return next(devices[prefix] for prefix in prefixes if prefix in devices)
 
 
-def _packed(slot: Slot) -> TensorInfo:
+def _packed(path: Path, slot: Target) -> Tensor:
     """Returns a tensor as if it were alone in a file."""
-    return TensorInfo(
-        slot.dtype, slot.shape, 0, math.prod(slot.shape) * DTYPE_BITS[slot.dtype] // 8
-    )
+    size = math.prod(slot.shape) * BITS[slot.dtype] // 8
+    return Tensor(path, slot.key, slot.dtype, slot.shape, 0, size)
 
 
-def _view(place: _Place, parts: list[Piece], files: Files) -> torch.Tensor | None:
+def _view(place: _Place, parts: list[Transfer], files: Files) -> torch.Tensor | None:
     """Returns the tensor as a view of the mapped file, or None where its bytes must be moved."""
     import torch
 
@@ -236,12 +235,12 @@ class _Move:
     """Elements to read, and the tensor they belong to."""
 
     target: torch.Tensor
-    piece: Piece
+    piece: Transfer
 
     @property
     def nbytes(self) -> int:
         """Bytes to read."""
-        return self.piece.count * DTYPE_BITS[self.piece.dtypes[0]] // 8
+        return self.piece.count * BITS[self.piece.dtypes[0]] // 8
 
 
 def _run(moves: list[_Move], files: Files, done: ByteCounter) -> list[str]:
@@ -249,7 +248,7 @@ def _run(moves: list[_Move], files: Files, done: ByteCounter) -> list[str]:
     warnings: list[str] = []
     if not moves:
         return warnings
-    sizes = (move.nbytes for move in moves if not move.piece.patches)
+    sizes = (move.nbytes for move in moves if not move.piece.changes)
     mover = _Mover(files, max(sizes, default=0), warnings)
     in_threads(lambda move: done.add(mover.move(move)), moves, THREADS)
     return warnings
@@ -268,7 +267,7 @@ class _Mover(threading.local):
         import torch
 
         piece, device = move.piece, move.target.device
-        if piece.patches:  # on the CPU, so that the bits are those of a conversion
+        if piece.changes:  # on the CPU, so that the bits are those of a conversion
             data, lost = converted(piece, self.files)
             values = torch.frombuffer(data, dtype=move.target.dtype)
             move.target.copy_(values.view(move.target.shape))
@@ -287,7 +286,7 @@ class _Mover(threading.local):
     def _put(self, values: torch.Tensor, move: _Move) -> None:
         piece, part, wait = move.piece, move.target, move.target.device.type != "cuda"
         if piece.transposed is None:
-            first = piece.target[1] * 8 // DTYPE_BITS[piece.dtypes[1]]
+            first = piece.target[1] * 8 // BITS[piece.dtypes[1]]
             part = part.view(-1)[first : first + piece.count]
         if not piece.is_copy:  # the device casts and transposes
             values = values.to(part.device, non_blocking=not wait)
@@ -297,7 +296,7 @@ class _Mover(threading.local):
         if piece.dtypes[0] != piece.dtypes[1] and part.isinf().any():
             self._warn(piece, int((part.isinf() & values.isfinite()).sum()))
 
-    def _warn(self, piece: Piece, lost: int) -> None:
+    def _warn(self, piece: Transfer, lost: int) -> None:
         if lost:
             name, dtype = piece.target[0], piece.dtypes[1]
             self.warnings.append(f"{name}: {lost:,} values are too large for {dtype}")

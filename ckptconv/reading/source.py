@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ..errors import FileRefused
 from ..files import opened
-from .header import Header, read_header
+from .header import read_header
 from .shards import open_index
+from .tensor import Header
 
 __all__ = ["is_zip", "open_header"]
 

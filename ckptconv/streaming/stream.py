@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from ..dtypes import BITS
 from ..files import Files
-from ..planning.step import Slot
-from ..reading.header import DTYPE_BITS, TensorInfo, encode_header
+from ..planning.step import Target
+from ..reading.header import encode_header
+from ..reading.tensor import Tensor
 from .deltas import merged
-from .transfers import Piece, joined
+from .transfers import Transfer, joined
 
 __all__ = ["WeightFile", "converted", "in_threads", "lay_out", "write"]
 
@@ -47,7 +49,7 @@ class WeightFile:
 
     path: Path
     beginning: bytes
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, Tensor]
 
     @property
     def size(self) -> int:
@@ -55,19 +57,19 @@ class WeightFile:
         return max([len(self.beginning), *(info.end for info in self.tensors.values())])
 
 
-def lay_out(path: Path, slots: Iterable[Slot], metadata: Mapping[str, str]) -> WeightFile:
+def lay_out(path: Path, targets: Iterable[Target], metadata: Mapping[str, str]) -> WeightFile:
     """Plans a file for some tensors.
 
     The order of the source is kept, so that neighbours stay neighbours, but wide dtypes come
     before narrow ones, so that each tensor is aligned to its elements.
     """
-    ordered = sorted(slots, key=lambda slot: -DTYPE_BITS[slot.dtype])
-    beginning, tensors = encode_header([(s.key, s.dtype, s.shape) for s in ordered], metadata)
-    return WeightFile(path, beginning, tensors)
+    ordered = sorted(targets, key=lambda target: -BITS[target.dtype])
+    entries = [(t.key, t.dtype, t.shape) for t in ordered]
+    return WeightFile(path, *encode_header(entries, metadata, path))
 
 
 def write(
-    files: Sequence[WeightFile], todo: Iterable[Piece], progress: Callable[[int], None]
+    files: Sequence[WeightFile], todo: Iterable[Transfer], progress: Callable[[int], None]
 ) -> list[str]:
     """Writes files and returns what went wrong with single values.
 
@@ -90,7 +92,7 @@ def write(
         with file.path.open("xb") as out:
             _reserve(out.fileno(), file.size)
     with Files() as opened:
-        parts = [part for piece in joined(todo) for part in piece.cut(_elements(piece))]
+        parts = [part for each in joined(todo) for part in each.cut(_elements(each))]
         counts = in_threads(lambda part: _move(part, opened, progress), parts, THREADS)
         for file in files:
             opened.write(file.path, 0, file.beginning)
@@ -98,9 +100,9 @@ def write(
     return [*_overflowed(files, overflows)] if overflows else []
 
 
-def _elements(piece: Piece) -> int:
-    """Returns how many elements of a piece are moved at a time."""
-    return CHUNK * 8 // DTYPE_BITS[piece.dtypes[0]] if piece.is_copy else CAST_CHUNK
+def _elements(whole: Transfer) -> int:
+    """Returns how many elements of a transfer are moved at a time."""
+    return CHUNK * 8 // BITS[whole.dtypes[0]] if whole.is_copy else CAST_CHUNK
 
 
 def in_threads(run: Callable[[Item], Result], items: Iterable[Item], threads: int) -> list[Result]:
@@ -144,20 +146,20 @@ def _reserve(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)
 
 
-def _move(piece: Piece, files: Files, progress: Callable[[int], None]) -> int:
-    """Moves one piece; returns how many values became infinite."""
+def _move(part: Transfer, files: Files, progress: Callable[[int], None]) -> int:
+    """Makes one transfer; returns how many values became infinite."""
     overflows = 0
-    if piece.is_copy:
-        _copy(piece, files)
+    if part.is_copy:
+        _copy(part, files)
     else:
-        view, overflows = converted(piece, files)
-        files.write(*piece.target, view)
-    progress(piece.nbytes)
+        view, overflows = converted(part, files)
+        files.write(*part.target, view)
+    progress(part.nbytes)
     return overflows
 
 
-def converted(piece: Piece, files: Files) -> tuple[memoryview, int]:
-    """Reads a piece, and does to it all that is to be done.
+def converted(part: Transfer, files: Files) -> tuple[memoryview, int]:
+    """Reads a part, and does to it all that is to be done.
 
     Returns:
         The bytes of the target, and how many finite values became infinite.
@@ -166,18 +168,14 @@ def converted(piece: Piece, files: Files) -> tuple[memoryview, int]:
         FileRefused: a source became shorter meanwhile, cannot be read any more, or says to add what
             is not finite.
     """
-    dtype, wanted = piece.dtypes
-    data = files.read(*piece.source, piece.count * DTYPE_BITS[dtype] // 8)
-    if piece.transposed is not None:
-        data = _transposed(data, piece.transposed)
+    dtype, wanted = part.dtypes
+    data = files.read(*part.source, part.count * BITS[dtype] // 8)
+    if part.transposed is not None:
+        data = _transposed(data, part.transposed)
     view = memoryview(data)
-    if piece.patches:
+    if part.changes:
         view, dtype = merged(
-            data,
-            dtype,
-            piece.shape,
-            piece.patches,
-            lambda path, info: files.read(path, info.start, info.nbytes),
+            data, dtype, part.shape, part.changes, lambda t: files.read(t.file, t.start, t.nbytes)
         )
     if dtype == wanted:
         return view, 0
@@ -186,18 +184,18 @@ def converted(piece: Piece, files: Files) -> tuple[memoryview, int]:
     return cast(view, dtype, wanted)
 
 
-def _copy(piece: Piece, files: Files) -> None:
+def _copy(part: Transfer, files: Files) -> None:
     """Copies bytes through a buffer that stays in the processor's cache.
 
     Into a file whose room is reserved, that takes two thirds of the time of `copy_file_range`,
     which moves page by page; and it works on every file system.
     """
-    (source, start), (target, offset) = piece.source, piece.target
-    buffer = memoryview(bytearray(min(piece.nbytes, BUFFER)))
-    for done in range(0, piece.nbytes, BUFFER):
-        part = buffer[: piece.nbytes - done]
-        files.read_into(source, start + done, part)
-        files.write(target, offset + done, part)
+    (source, start), (target, offset) = part.source, part.target
+    buffer = memoryview(bytearray(min(part.nbytes, BUFFER)))
+    for done in range(0, part.nbytes, BUFFER):
+        piece = buffer[: part.nbytes - done]
+        files.read_into(source, start + done, piece)
+        files.write(target, offset + done, piece)
 
 
 def _transposed(data: bytearray, shape: tuple[int, ...]) -> bytearray:

@@ -1,7 +1,7 @@
-"""A page about a file, and about the folder that it was converted into."""
+"""A page about a file and about the folder that was made from it, and its summary in a notebook."""
 
 from __future__ import annotations
 
-from .page import check_page, page, write_page
+from .page import check_page, fragment, page, write_page
 
-__all__ = ["check_page", "page", "write_page"]
+__all__ = ["check_page", "fragment", "page", "write_page"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...configs.config import PIPELINES, TORCH_NAMES, Config, class_of
 from ...folder.names import CONFIG_FILES
-from ...folder.read import Part
+from ...folder.read import ComponentFolder
 from ..classes import Unbuildable, defaults
 from ..result import Check, Problem
 
@@ -54,7 +54,7 @@ SAYS = {"assumed": "was only assumed", "constant": "", "measured": "by the weigh
 """Why a value is expected, by its origin."""
 
 
-def check_config(config: Config, part: Part, *, ours: bool) -> Check:
+def check_config(config: Config, part: ComponentFolder, *, ours: bool) -> Check:
     """Compares the configuration of a component with what it should be.
 
     Args:
@@ -190,14 +190,16 @@ def class_said(own: Mapping[str, Any]) -> Any:
     return RENAMED.get(said, said) if isinstance(said, str) else said
 
 
-def _dtype_problems(own: Mapping[str, Any], part: Part, notes: list[str]) -> Iterator[Problem]:
-    stored = {TORCH_NAMES[s.dtype] for s in part.tensors.values() if s.dtype in TORCH_NAMES}
+def _dtype_problems(
+    own: Mapping[str, Any], part: ComponentFolder, notes: list[str]
+) -> Iterator[Problem]:
+    stored = {TORCH_NAMES[t.dtype] for t in part.tensors.values() if t.dtype in TORCH_NAMES}
     for entry in DTYPES:
         said = own.get(entry)
         if said is None or not stored or said in stored:
             continue
         what = f"is {_show(said)}, but the weights are {' and '.join(sorted(stored))}"
-        files = {slot.place.rpartition("/")[2] for slot in part.tensors.values()}
+        files = {tensor.file.name for tensor in part.tensors.values()}
         if said in TORCH_NAMES.values() and all(name.count(".") > 1 for name in files):
             notes.append(f"{entry} {what}: a variant shares its configuration with another")
         else:

@@ -16,7 +16,7 @@ from ...configs.tokenizer import merges_text, vocabulary
 from ...errors import FileRefused
 from ...files import read_json
 from ...folder.names import CONFIG_FILES
-from ...folder.read import Part
+from ...folder.read import ComponentFolder
 from ..result import Check, Problem
 
 __all__ = ["check_tokenizer"]
@@ -33,7 +33,7 @@ UNTOLD = "<|endoftext|>"
 """What a special token is in a class that is not told."""
 
 
-def check_tokenizer(config: Config, part: Part, *, ours: bool) -> Check:
+def check_tokenizer(config: Config, part: ComponentFolder, *, ours: bool) -> Check:
     """Compares a tokenizer with what it should be.
 
     Args:
