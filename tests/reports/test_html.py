@@ -346,7 +346,7 @@ def test_a_write_that_fails_leaves_nothing_behind(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OutputError, match="cannot be written: No space left on device"):
+    with pytest.raises(OutputError, match="cannot be written: the disk is full"):
         write_page(tmp_path / "page.html", "<!doctype html>\n")
     assert list(tmp_path.iterdir()) == []
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...destination import check_destination, new_file
 from ...detection.detect import Detection
-from ...errors import CkptconvError, NotACheckpoint, OutputError
-from ...files import whole
+from ...errors import CkptconvError, NotACheckpoint
 from ...planning.plan import ASIDE, Plan, build_plan
 from ...verification.result import CHECKS, Verification
 from ...version import __version__
@@ -142,8 +142,8 @@ def write_page(path: Path, content: str, *, overwrite: bool = False) -> None:
         OutputError: the file exists and may not be replaced, or cannot be written.
     """
     check_page(path, overwrite=overwrite)
-    with whole(path) as partial:
-        partial.write_text(content, encoding="utf-8")
+    with new_file(path) as hidden:
+        hidden.write_text(content, encoding="utf-8")
 
 
 def check_page(path: Path, *, overwrite: bool = False) -> None:
@@ -156,23 +156,11 @@ def check_page(path: Path, *, overwrite: bool = False) -> None:
     Raises:
         OutputError: the file exists and may not be replaced, or its folder is missing.
     """
-    try:
-        if not path.parent.is_dir():
-            raise OutputError(f"{path.parent}: no such folder", hint="make it first, with mkdir -p")
-        if not (path.exists() or path.is_symlink()):
-            return
-        is_page = path.is_file() and not path.is_symlink()
-        if is_page:
-            with path.open("rb") as file:
-                is_page = file.read(len(DOCTYPE)) == DOCTYPE.encode()
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be looked at: {error.strerror}", hint="choose another place"
-        ) from error
-    if not overwrite:
-        raise OutputError(f"{path}: exists", hint="--overwrite replaces it; or choose another name")
-    if not is_page:
-        raise OutputError(
-            f"{path}: exists and is not a page, so --overwrite does not replace it",
-            hint="remove it yourself, or choose another name",
-        )
+    check_destination(path, overwrite=overwrite, kind=("a page", _is_page))
+
+
+def _is_page(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(DOCTYPE)) == DOCTYPE.encode()

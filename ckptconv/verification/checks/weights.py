@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterator
 
 from ...dtypes import FLOATS
+from ...files import read_range
 from ...folder.names import CONFIG_FILES
 from ...folder.read import ComponentFolder
 from ...reading.tensor import Tensor
@@ -76,8 +77,7 @@ def _position_ids(tensor: Tensor) -> Iterator[Problem]:
         found = f"{tensor.dtype} of shape {list(tensor.shape)}"
         yield Problem(tensor.name, f"is {found}, expected I64 of shape [1, positions]")
         return
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.start)
-        values = struct.unpack(f"<{tensor.numel}{letter}", file.read(tensor.nbytes))
+    data = read_range(tensor.file, tensor.start, tensor.nbytes)
+    values = struct.unpack(f"<{tensor.numel}{letter}", data)
     if values != tuple(range(tensor.numel)):
         yield Problem(tensor.name, f"holds {values[:3]}..., expected 0, 1, 2, ...")
