@@ -15,8 +15,6 @@ from pathlib import Path
 
 from .errors import OutputError
 
-__all__ = ["FILE", "Kind", "check_destination", "check_room", "new_file", "new_folder", "writing"]
-
 Kind = tuple[str, Callable[[Path], bool]]
 """What may be replaced, in words, and whether something that exists is that."""
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Literal
 
-__all__ = ["ByteCounter", "Files", "opened", "read_json", "read_range", "refuse_unreadable"]
-
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:

@@ -21,8 +21,6 @@ from ..folder.names import INDEX, RECORD
 from ..planning.plan import ASIDE
 from .work import Moved, Pair, Work
 
-__all__ = ["INDEX_SUFFIX", "Staged", "check_urls", "is_url", "listed", "size_of"]
-
 EXTRA = "pip install 'ckptconv[fleet]'"
 INDEX_SUFFIX = ".safetensors.index.json"
 MARK = f"{ASIDE}/uploading"

@@ -24,18 +24,6 @@ from ..reports.report import hashes, inspection
 from ..verification.result import Verification
 from ..verification.verify import verify, verify_report
 
-__all__ = [
-    "Conversion",
-    "Inspection",
-    "Moved",
-    "Outcome",
-    "Pair",
-    "Proof",
-    "Work",
-    "attempt",
-    "conversion",
-]
-
 Moved = Callable[[int, int], None]
 """Is called with bytes that were moved and bytes in all, of one file."""
 

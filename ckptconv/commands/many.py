@@ -15,17 +15,6 @@ from ..batch.work import Outcome, Pair, Work
 from ..errors import UsageError
 from .shared import echo_json, progress
 
-__all__ = [
-    "PLACE",
-    "asked",
-    "finish",
-    "many_options",
-    "outcomes_of",
-    "refuse_for_several",
-    "what_it_is",
-    "why_not",
-]
-
 PLACE = click.Path()
 """A path or a URL, or a pattern of either; looked at by the work, not by click."""
 

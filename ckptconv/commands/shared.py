@@ -20,15 +20,6 @@ from ..options import FACTS, HELP, Options
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = [
-    "console",
-    "echo_json",
-    "json_option",
-    "key_maps",
-    "options_of",
-    "plan_options",
-    "progress",
-]
 
 FILE = click.Path(path_type=Path)
 """Not checked by click: a missing file is refused with exit code 1 and our own sentence."""

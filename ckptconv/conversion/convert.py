@@ -21,8 +21,6 @@ from ..reading.source import open_header
 from ..version import __version__
 from .write import CONVERTED, Packaging, Report, write_folder
 
-__all__ = ["convert", "plan", "plan_file"]
-
 DONORS = {
     "vae": ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE"),
     "text_encoder": ("CLIPTextModel",),

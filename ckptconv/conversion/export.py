@@ -29,8 +29,6 @@ from ..streaming.stream import WeightFile, lay_out, write
 from ..streaming.transfers import transfers
 from .restore import Restoration, recorded_facts, restore
 
-__all__ = ["Exported", "export"]
-
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 """Entries of the metadata that hold for the tensors as they were, and for no others."""
 

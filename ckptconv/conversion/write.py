@@ -29,8 +29,6 @@ from ..reading.tensor import Header
 from ..streaming.stream import WeightFile, lay_out, write
 from ..streaming.transfers import transfers
 
-__all__ = ["CONVERTED", "Packaging", "Report", "layout_text", "parse_size", "write_folder"]
-
 
 @dataclass(frozen=True, slots=True)
 class Packaging:

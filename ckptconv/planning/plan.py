@@ -21,9 +21,7 @@ from ..reading.tensor import Header
 from .adapters import Adapter, with_adapters
 from .components import Donor, best_match, donated
 from .scaled import read_scales, scaled
-from .step import ASIDE, Step, Target, dropped
-
-__all__ = ["ASIDE", "Donor", "Plan", "Step", "Target", "build_plan"]
+from .step import Step, Target, dropped
 
 SCALED_DTYPE = "fp16"
 """What scaled weights become by default: once multiplied, they are no longer values of fp8."""

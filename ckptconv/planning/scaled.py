@@ -18,8 +18,6 @@ from ..maps.ops import DROP, OPS
 from ..reading.tensor import Header, Tensor
 from .step import Change, Step, dropped
 
-__all__ = ["Scales", "read_scales", "scaled"]
-
 MARKER = "scaled_fp8"
 WEIGHTS = {".scale_weight": ".weight", ".weight_scale": ".weight"}
 """How the key of a scale ends, and that of its weight."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Header", "Shape", "Tensor"]
 
 Shape = tuple[int, ...]
 

@@ -8,8 +8,6 @@ from ..detection.detect import Detection
 from ..errors import SHOWN
 from ..verification.result import Check, Verification
 
-__all__ = ["markdown"]
-
 _SPACE = re.compile(r"[\x00-\x20\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
 
 

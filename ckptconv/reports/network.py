@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from ..planning.plan import Plan, Target
 
-__all__ = ["Block", "blocks"]
-
 
 @dataclass(frozen=True, slots=True)
 class Block:

@@ -14,8 +14,6 @@ from ..planning.plan import Plan, Target
 from ..reading.source import is_zip
 from ..reading.tensor import Header, Tensor
 
-__all__ = ["groups", "hashes", "header_rows", "inspection", "plan_rows", "weights"]
-
 UNKNOWN = "no key map knows it"
 
 

@@ -23,8 +23,6 @@ from ..reading.tensor import Tensor
 from .deltas import merged
 from .transfers import Transfer, joined
 
-__all__ = ["WeightFile", "converted", "in_threads", "lay_out", "write"]
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
-__all__ = ["Found", "compare", "look_for_nonfinite"]
-
 THREADS = 2
 PART = 16 << 20
 """Bytes of a job."""

@@ -8,8 +8,6 @@ from typing import Any
 
 from ..planning.plan import Plan
 
-__all__ = ["CHECKS", "Check", "Problem", "Verification"]
-
 CHECKS = {
     "source": "every key of the file is accounted for",
     "architecture": "the folder is a model of a known architecture",

@@ -32,8 +32,6 @@ from .checks.weights import check_weights
 from .classes import MODELS
 from .result import Check, Problem, Verification
 
-__all__ = ["verify", "verify_report"]
-
 
 @checked
 def verify(

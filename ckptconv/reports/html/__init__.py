@@ -3,5 +3,3 @@
 from __future__ import annotations
 
 from .page import check_page, fragment, page, write_page
-
-__all__ = ["check_page", "fragment", "page", "write_page"]

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from ..network import Block
 
-__all__ = ["Box", "Point", "Row", "is_stack", "places", "rows", "shared"]
-
 NORM = "conv_norm_out"
 """Normalizes the input of the last convolution, and shares its box."""
 RESAMPLES = {"down": "\u2193", "up": "\u2191"}

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field, replace
 from ..network import Block
 from .boxes import Box, Point, Row, is_stack, rows, shared
 
-__all__ = ["Arrow", "Drawing", "Sizes", "draw"]
-
 PAD = 8
 FLOW = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")
 """What the data of a UNet pass through; everything else conditions it."""

@@ -23,8 +23,6 @@ from ..report import groups, header_rows, inspection, plan_rows, weights
 from .drawing import draw
 from .render import ours, policy, rendered
 
-__all__ = ["check_page", "fragment", "page", "write_page"]
-
 DOCTYPE = "<!doctype html>\n"
 LIMITS = {"rows": 20_000, "value": 2_000, "lines": 500, "problems": 20}
 """At most so many keys in the table, characters of a value of the metadata, lines of a list, and

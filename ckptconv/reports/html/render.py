@@ -19,7 +19,6 @@ from ..numbers import millions, size
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
     from markupsafe import Markup
-__all__ = ["environment", "ours", "policy", "rendered"]
 
 UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"

@@ -15,8 +15,6 @@ from ...streaming.transfers import Places, Transfer, transfers
 from ..compare import Found, compare, look_for_nonfinite
 from ..result import Check, Problem
 
-__all__ = ["Bytes", "check_data", "check_finite"]
-
 
 @dataclass(slots=True)
 class Bytes:

@@ -13,8 +13,6 @@ from ...reading.tensor import Tensor
 from ..classes import Expected, Unbuildable, expected
 from ..result import Check, Problem
 
-__all__ = ["check_weights"]
-
 POSITION_IDS = ".embeddings.position_ids"
 """ModelFolder by old releases of transformers, read by none of today's."""
 INTEGERS = {"I64": "q", "I32": "i"}
