@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import CkptconvError, UsageError
 from ..folder.names import CONFIG_FILES, INDEX
-from ..planning.plan import ASIDE
+from ..planning.step import ASIDE
 from .storage import INDEX_SUFFIX, Staged, check_urls, is_url, listed, size_of
 from .work import Outcome, Pair, Work, attempt
 

@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 from ..errors import CkptconvError, FileRefused, OutputError, UsageError
 from ..files import read_json
 from ..folder.names import INDEX, RECORD
-from ..planning.plan import ASIDE
+from ..planning.step import ASIDE
 from .work import Moved, Pair, Work
 
 EXTRA = "pip install 'ckptconv[fleet]'"

@@ -16,7 +16,8 @@ from ..files import read_json
 from ..folder.weights import component_headers
 from ..options import Choices, Options, checked
 from ..planning.adapters import read_adapter
-from ..planning.plan import Donor, Plan, build_plan
+from ..planning.components import Donor
+from ..planning.plan import Plan, build_plan
 from ..reading.source import open_header
 from ..version import __version__
 from .write import CONVERTED, Packaging, Report, write_folder

@@ -22,7 +22,8 @@ from ..files import ByteCounter
 from ..folder.read import ModelFolder, read_folder
 from ..maps.architecture import Architecture, KeyMaps, bundled
 from ..maps.ops import DROP
-from ..planning.plan import Step, Target, build_plan
+from ..planning.plan import build_plan
+from ..planning.step import Step, Target
 from ..reading.header import encode_header
 from ..reading.tensor import Header
 from ..streaming.stream import WeightFile, lay_out, write

@@ -24,7 +24,8 @@ from ..dtypes import nbytes
 from ..errors import UsageError
 from ..files import ByteCounter
 from ..folder.names import CONFIG_FILES, DROPPED, INDEX, LAYOUT, RECORD
-from ..planning.plan import ASIDE, Plan, Target
+from ..planning.plan import Plan
+from ..planning.step import ASIDE, Target
 from ..reading.tensor import Header
 from ..streaming.stream import WeightFile, lay_out, write
 from ..streaming.transfers import transfers

@@ -23,7 +23,8 @@ from ..configs.config import Config, class_of, find_class
 from ..dtypes import BITS, torch_dtype
 from ..errors import FileRefused, MapError
 from ..files import ByteCounter, Files
-from ..planning.plan import Plan, Target
+from ..planning.plan import Plan
+from ..planning.step import Target
 from ..reading.tensor import Tensor
 from ..streaming.stream import converted, in_threads
 from ..streaming.transfers import Transfer, transfers

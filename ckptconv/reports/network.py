@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..planning.plan import Plan, Target
+from ..planning.plan import Plan
+from ..planning.step import Target
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from typing import Any
 from ..configs.config import class_of, configs
 from ..detection.detect import Detection
 from ..detection.spellings import EMA_PREFIX
-from ..planning.plan import Plan, Target
+from ..planning.plan import Plan
+from ..planning.step import Target
 from ..reading.source import is_zip
 from ..reading.tensor import Header, Tensor
 

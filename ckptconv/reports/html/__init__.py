@@ -1,5 +1,8 @@
-"""A page about a file and about the folder that was made from it, and its summary in a notebook."""
+"""A page about a file, and about the folder that it was converted into."""
 
 from __future__ import annotations
 
-from .page import check_page, fragment, page, write_page
+from .page import check_page as check_page
+from .page import fragment as fragment
+from .page import page as page
+from .page import write_page as write_page

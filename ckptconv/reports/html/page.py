@@ -15,7 +15,8 @@ from typing import Any
 from ...destination import check_destination, new_file
 from ...detection.detect import Detection
 from ...errors import CkptconvError, NotACheckpoint
-from ...planning.plan import ASIDE, Plan, build_plan
+from ...planning.plan import Plan, build_plan
+from ...planning.step import ASIDE
 from ...verification.result import CHECKS, Verification
 from ...version import __version__
 from ..network import blocks

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from ...dtypes import FLOATS
 from ...files import ByteCounter
 from ...folder.read import ComponentFolder, ModelFolder
-from ...planning.plan import ASIDE, Plan, Step, Target
+from ...planning.plan import Plan
+from ...planning.step import ASIDE, Step, Target
 from ...reading.tensor import Tensor
 from ...streaming.transfers import Places, Transfer, transfers
 from ..compare import Found, compare, look_for_nonfinite
