@@ -204,7 +204,7 @@ def _shortest(value: float) -> float:
 def _few_values(header: Header, key: str) -> list[float]:
     """Returns the values of a small float tensor; none if it is missing or no number somewhere."""
     info = header.tensors.get(key)
-    if not info or info.numel > FEW or not info.has_data:
+    if not info or info.numel > FEW or not header.has_data(info):
         return []
     data = read_range(info.file, info.start, info.nbytes)
     if info.dtype == "BF16":  # the upper half of a float32
