@@ -18,8 +18,6 @@ import click
 from .errors import CkptconvError, UsageError, on_the_command_line
 from .version import __version__
 
-__all__ = ["main"]
-
 COMMANDS = {
     "inspect": "inspect",
     "plan": "plan",

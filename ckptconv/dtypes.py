@@ -10,16 +10,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-__all__ = [
-    "BITS",
-    "CASTS",
-    "FLOATS",
-    "LIBRARY_NAMES",
-    "cast_name",
-    "nbytes",
-    "numpy_dtype",
-    "torch_dtype",
-]
 
 BITS: dict[str, int] = {
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),

@@ -22,23 +22,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 
-__all__ = [
-    "Ambiguous",
-    "CkptconvError",
-    "DeviceError",
-    "FileRefused",
-    "HeaderError",
-    "Incomplete",
-    "MapError",
-    "NotACheckpoint",
-    "OutputError",
-    "UnsafePickle",
-    "UsageError",
-    "on_the_command_line",
-    "option",
-    "printable",
-]
-
 SHOWN = 20
 """Problems that the message of an error lists; the others are only counted."""
 

@@ -21,17 +21,6 @@ from .dtypes import cast_name
 from .errors import UsageError
 from .maps.architecture import KeyMaps, bundled
 
-__all__ = [
-    "DONORS",
-    "FACTS",
-    "HELP",
-    "AdapterFile",
-    "Choices",
-    "Options",
-    "adapter_file",
-    "checked",
-]
-
 FACTS: Mapping[str, tuple[Any, ...]] = {
     "prediction_type": ("epsilon", "v_prediction"),
     "zero_terminal_snr": (False, True),

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .destination import check_destination, new_file
 from .dtypes import BITS, FLOATS
 from .dtypes import CASTS as DTYPES
-from .errors import OutputError, UsageError
-from .files import whole
+from .errors import UsageError
 from .maps.architecture import Architecture
 from .reading.header import encode_header
 
@@ -118,16 +118,12 @@ def write_sample(
     ordered = sorted(tensors, key=lambda t: -BITS[t[1]])
     beginning, infos = encode_header(ordered, architecture.sample["metadata"])
     total = max([len(beginning), *(info.end for info in infos.values())])
-    with whole(path) as partial:
-        if path.exists() and not overwrite:
-            raise OutputError(
-                f"{path}: exists", hint="--overwrite replaces it; or choose another name"
-            )
-        with partial.open("xb") as out:
-            done = out.write(beginning)
-            for data in _values(ordered, seed, architecture.sample.get("spread", {})):
-                done += out.write(data)
-                progress(done, total)
+    check_destination(path, overwrite=overwrite)
+    with new_file(path) as hidden, hidden.open("xb") as out:
+        done = out.write(beginning)
+        for data in _values(ordered, seed, architecture.sample.get("spread", {})):
+            done += out.write(data)
+            progress(done, total)
     return total
 
 

@@ -112,7 +112,13 @@ def test_reprs_are_short(small: Path, folder: Folder, tmp_path: Path) -> None:
 
 
 def test_every_exception_and_public_type_is_exported() -> None:
-    assert {name for name in errors.__all__ if name[0].isupper()} <= set(ckptconv.__all__)
+    exceptions = {
+        name
+        for name, value in vars(errors).items()
+        if inspect.isclass(value) and issubclass(value, Exception)
+    }
+    assert len(exceptions) > 10
+    assert exceptions <= set(ckptconv.__all__)
     assert list(ckptconv.__all__) == sorted(ckptconv.__all__)
     functions = [getattr(ckptconv, name) for name in ckptconv.__all__]
     returned = {

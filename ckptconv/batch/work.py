@@ -19,21 +19,10 @@ from ..detection.detect import inspect
 from ..errors import CkptconvError, on_the_command_line
 from ..maps.architecture import KeyMaps
 from ..options import Options
+from ..planning.plan import build_plan
 from ..reports.report import hashes, inspection
 from ..verification.result import Verification
 from ..verification.verify import verify, verify_report
-
-__all__ = [
-    "Conversion",
-    "Inspection",
-    "Moved",
-    "Outcome",
-    "Pair",
-    "Proof",
-    "Work",
-    "attempt",
-    "conversion",
-]
 
 Moved = Callable[[int, int], None]
 """Is called with bytes that were moved and bytes in all, of one file."""
@@ -213,7 +202,7 @@ class Inspection:
     def __call__(self, pair: Pair, moved: Moved, /) -> tuple[dict[str, Any], str]:
         """Inspects one of several files; a file that cannot be converted is an error."""
         detection = inspect(pair.source, maps=self.maps)
-        data = inspection(detection)
+        data = inspection(detection, None if detection.refusal else build_plan(detection))
         if self.hashed:
             data["hashes"] = hashes(detection.header)
         if detection.refusal:

@@ -20,8 +20,6 @@ from typing import NoReturn
 
 from .work import Outcome, Pair, Work, attempt
 
-__all__ = ["each"]
-
 PATIENCE = 10.0
 """Seconds that a worker has to clean up before it is killed."""
 

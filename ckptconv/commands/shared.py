@@ -20,15 +20,6 @@ from ..options import FACTS, HELP, Options
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = [
-    "console",
-    "echo_json",
-    "json_option",
-    "key_maps",
-    "options_of",
-    "plan_options",
-    "progress",
-]
 
 FILE = click.Path(path_type=Path)
 """Not checked by click: a missing file is refused with exit code 1 and our own sentence."""
@@ -113,10 +104,13 @@ def console() -> Console:
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows a progress bar of bytes on stderr, or nothing where that is not a terminal."""
+def progress(what: str) -> Iterator[Callable[..., None]]:
+    """Shows a progress bar on stderr, or nothing where that is not a terminal.
+
+    The bar takes the bytes done, the bytes in all and, if it changed, the description.
+    """
     if not sys.stderr.isatty():
-        yield lambda _done, _total: None
+        yield lambda _done, _total, _what="": None
         return
     from rich.console import Console
     from rich.progress import (
@@ -130,4 +124,6 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress("{task.description}", *columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total, what=what: bar.update(
+            task, description=what, completed=done, total=total
+        )

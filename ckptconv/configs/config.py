@@ -34,7 +34,8 @@ from ..detection.facts import values_of
 from ..errors import FileRefused, MapError
 from ..files import read_json
 from ..maps.architecture import Component
-from ..planning.plan import Plan, Target
+from ..planning.plan import Plan
+from ..planning.step import Target
 
 __all__ = ["Config", "class_of", "configs", "find_class", "model_index"]
 

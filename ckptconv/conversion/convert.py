@@ -9,18 +9,18 @@ from typing import Any, Unpack
 
 from ..configs.config import Config, configs
 from ..configs.original_config import OriginalConfig, read_original_config
+from ..destination import check_destination
 from ..detection.detect import detect, option_fact
 from ..errors import FileRefused, option
 from ..files import read_json
 from ..folder.weights import component_headers
 from ..options import Choices, Options, checked
 from ..planning.adapters import read_adapter
-from ..planning.plan import Donor, Plan, build_plan
+from ..planning.components import Donor
+from ..planning.plan import Plan, build_plan
 from ..reading.source import open_header
 from ..version import __version__
-from .write import Packaging, Report, check_destination, write_folder
-
-__all__ = ["convert", "plan", "plan_file"]
+from .write import CONVERTED, Packaging, Report, write_folder
 
 DONORS = {
     "vae": ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE"),
@@ -101,7 +101,7 @@ def convert_file(
 ) -> Report:
     """Converts a checkpoint, as `convert` does."""
     made, original = plan_file(path, options)
-    check_destination(out, made, overwrite=overwrite)
+    check_destination(out, overwrite=overwrite, kind=CONVERTED, inputs=made.files)
     made.require_complete(ignore_unclaimed=ignore_unclaimed)
     built, notes = configured(made, original)
     report = write_folder(
@@ -111,7 +111,6 @@ def convert_file(
         record=_record(made, built),
         packaging=packaging,
         only=options.only,
-        overwrite=overwrite,
         progress=progress,
     )
     warnings = (*made.detection.notes, *made.notes, *notes, *_absences(made), *report.warnings)

@@ -14,21 +14,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..destination import check_destination, check_room, new_file
 from ..detection.detect import detect
 from ..dtypes import CASTS, FLOATS, cast_name
-from ..errors import FileRefused, OutputError
+from ..errors import FileRefused
+from ..files import ByteCounter
 from ..folder.read import ModelFolder, read_folder
 from ..maps.architecture import Architecture, KeyMaps, bundled
 from ..maps.ops import DROP
-from ..planning.plan import Step, Target, build_plan
+from ..planning.plan import build_plan
+from ..planning.step import Step, Target
 from ..reading.header import encode_header
 from ..reading.tensor import Header
 from ..streaming.stream import WeightFile, lay_out, write
 from ..streaming.transfers import transfers
 from .restore import Restoration, recorded_facts, restore
-from .write import Total, check_room, sibling
-
-__all__ = ["Exported", "export"]
 
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 """Entries of the metadata that hold for the tensors as they were, and for no others."""
@@ -112,7 +112,7 @@ def export(
     dtype = None if dtype is None else cast_name(dtype)
     names = {c.name for a in maps.architectures.values() for c in a.models}
     saved = read_folder(folder, names)
-    _check_destination(out, saved, overwrite=overwrite)
+    check_destination(out, overwrite=overwrite, inputs=saved.files)
     way = restore(saved, maps)
     notes = _require_whole(way, saved)
     steps = [_cast(step, way.architecture, dtype) for step in way.steps]
@@ -121,14 +121,13 @@ def export(
     as_source = _is_layout(targets, saved.layout) and not added
     said, hints = _metadata(saved, way, keep_hashes=as_source)
     said |= dict(metadata or {})
-    with sibling(out) as partial:
-        file = _lay_out(partial / out.name, targets, saved.layout if as_source else None, said)
-        check_room(out, file.size)
-        done = Total(file.size, progress)
+    with new_file(out) as hidden:
+        file = _lay_out(hidden, targets, saved.layout if as_source else None, said)
+        check_room(out, file.size, "the file")
+        done = ByteCounter(file.size, progress)
         places = {("", key): tensor for key, tensor in file.tensors.items()}
         warnings = write([file], transfers(steps, places), done.add)
-        done.add(file.size - done.total)
-        file.path.replace(out)
+        done.finish()
     aside = {tensor.file for tensor in saved.aside.values()}
     return Exported(
         out,
@@ -142,25 +141,6 @@ def export(
         (*notes, *added, *hints, *way.detection.notes, *warnings),
         time.monotonic() - started,
     )
-
-
-def _check_destination(out: Path, saved: ModelFolder, *, overwrite: bool) -> None:
-    try:
-        if not out.parent.is_dir():
-            raise OutputError(f"{out.parent}: no such folder", hint="make it first, with mkdir -p")
-        if out.is_dir():
-            raise OutputError(f"{out}: is a folder", hint="give the name of the file to make")
-        if (out.exists() or out.is_symlink()) and not overwrite:
-            raise OutputError(
-                f"{out}: exists", hint="--overwrite replaces it; or choose another name"
-            )
-        inside = any(out.resolve() == path.resolve() for path in saved.files)
-    except OSError as error:
-        raise OutputError(
-            f"{out}: cannot be looked at: {error.strerror}", hint="choose another place"
-        ) from error
-    if inside:
-        raise OutputError(f"{out}: is one of the files to read", hint="choose another name")
 
 
 def _require_whole(way: Restoration, saved: ModelFolder) -> list[str]:

@@ -21,8 +21,6 @@ from ..options import FACTS
 from ..planning.step import Step, Target
 from ..reading.tensor import Header, Tensor
 
-__all__ = ["Restoration", "recorded_facts", "restore"]
-
 DERIVED = ".embeddings.position_ids"
 """0, 1, 2, ...: what old releases of transformers save and no release needs."""
 

@@ -7,16 +7,11 @@ nothing that a reader takes for a model.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import math
 import re
-import secrets
-import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +19,16 @@ from typing import Any
 from ..configs.config import Config, model_index, versioned
 from ..configs.original_config import OriginalConfig
 from ..configs.tokenizer import tokenizer_files
+from ..destination import Kind, check_room, new_folder
 from ..dtypes import nbytes
-from ..errors import OutputError, UsageError
+from ..errors import UsageError
+from ..files import ByteCounter
 from ..folder.names import CONFIG_FILES, DROPPED, INDEX, LAYOUT, RECORD
-from ..planning.plan import ASIDE, Plan, Target
+from ..planning.plan import Plan
+from ..planning.step import ASIDE, Target
 from ..reading.tensor import Header
 from ..streaming.stream import WeightFile, lay_out, write
 from ..streaming.transfers import transfers
-
-__all__ = ["Packaging", "Report", "layout_text", "parse_size", "sibling", "write_folder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +116,6 @@ def write_folder(
     record: Mapping[str, Any],
     packaging: Packaging,
     only: frozenset[str] | None = None,
-    overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Report:
     """Runs a plan.
@@ -128,22 +123,20 @@ def write_folder(
     Args:
         plan: complete (`Plan.require_complete`).
         built: the configurations, by component.
-        out: the folder to make.
+        out: the folder to make; the one that is there is replaced.
         record: what `ckptconv/source.json` says of the source.
         packaging: how the weights are divided among files.
         only: the components to write; None for all, and then `model_index.json` as well.
-        overwrite: replace a converted folder that is there.
         progress: is called with bytes written and bytes in all, from one thread at a time.
 
     Raises:
-        OutputError: the destination exists, holds an input, is too small or cannot be written.
+        OutputError: the disk is too small, or cannot be written.
     """
     started = time.monotonic()
-    check_destination(out, plan, overwrite=overwrite)
     single = plan.detection.require()[0].single
     header = plan.detection.header
     metadata = {"format": "pt"} | {k: v for k, v in header.metadata.items() if k != "format"}
-    with sibling(out) as partial:
+    with new_folder(out) as partial:
         files: list[tuple[str, WeightFile]] = []
         texts: dict[str, str] = {}
         for name, config in built.items():
@@ -166,119 +159,29 @@ def write_folder(
         if only is None and not single:  # the last to be written, since a folder with it loads
             texts[INDEX] = _json(model_index(plan, built))
         need = sum(file.size for _, file in files) + sum(len(t.encode()) for t in texts.values())
-        check_room(out, need)
+        check_room(out, need, "the folder")
         for path in [*(partial / name for name in texts), *(file.path for _, file in files)]:
             path.parent.mkdir(exist_ok=True)
-        done = Total(need, progress)
+        done = ByteCounter(need, progress)
         places = {(name, key): t for name, file in files for key, t in file.tensors.items()}
         steps = [s for s in plan.steps if any((t.component, t.key) in places for t in s.targets)]
         warnings = write([file for _, file in files], transfers(steps, places), done.add)
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
-        done.add(need - done.total)
+        done.finish()
         sizes = {file.path.relative_to(partial).as_posix(): file.size for _, file in files}
-        _put(partial, out)
     sizes |= {name: len(text.encode()) for name, text in texts.items()}
     return Report(
         out, plan, built, dict(sorted(sizes.items())), tuple(warnings), time.monotonic() - started
     )
 
 
-def check_destination(out: Path, plan: Plan, *, overwrite: bool) -> None:
-    """Checks that the folder may be written.
-
-    Raises:
-        OutputError: it exists and may not be replaced, an input lies in it, or it has a name that
-            no folder can have.
-    """
-    try:
-        if not out.parent.is_dir():
-            raise OutputError(f"{out.parent}: no such folder", hint="make it first, with mkdir -p")
-        if not (out.exists() or out.is_symlink()):
-            return
-        _check_replaceable(out, plan, overwrite=overwrite)
-    except OSError as error:
-        raise OutputError(
-            f"{out}: cannot be looked at: {error.strerror}", hint="choose another place"
-        ) from error
-
-
-def _check_replaceable(out: Path, plan: Plan, *, overwrite: bool) -> None:
-    if not overwrite:
-        raise OutputError(f"{out}: exists", hint="--overwrite replaces it; or choose another name")
-    if out.is_symlink() or not out.is_dir() or not _is_converted(out):
-        raise OutputError(
-            f"{out}: exists and is not a converted folder, so --overwrite does not remove it",
-            hint="remove it yourself, or choose another name",
-        )
-    inside = [file for file in plan.files if file.resolve().is_relative_to(out.resolve())]
-    if inside:
-        raise OutputError(
-            f"{out}: holds the input {inside[0]}, so --overwrite does not remove it",
-            hint="choose another name",
-        )
-
-
-@contextlib.contextmanager
-def sibling(out: Path) -> Iterator[Path]:
-    """Makes an empty folder beside `out`, and removes it if it is still there at the end.
-
-    Raises:
-        OutputError: the disk is full, or the place cannot be written.
-    """
-    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
-    try:
-        partial.mkdir()
-        yield partial
-    except OSError as error:
-        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise OutputError(
-            f"{out}: cannot be written: {why}", hint="nothing was left behind; choose another place"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _put(partial: Path, out: Path) -> None:
-    """Renames the finished folder to its place, an old one out of the way."""
-    if not out.exists():
-        partial.rename(out)
-        return
-    old = out.parent / f".{out.name}.{secrets.token_hex(4)}.old"
-    out.rename(old)
-    try:
-        partial.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _is_converted(folder: Path) -> bool:
-    """Whether a conversion made the folder (it leaves a record), or nothing is in it."""
-    return (folder / ASIDE / RECORD).is_file() or not any(folder.iterdir())
+    """Whether a conversion made this folder (it leaves a record), or nothing is in it."""
+    return folder.is_dir() and ((folder / ASIDE / RECORD).is_file() or not any(folder.iterdir()))
 
 
-def check_room(out: Path, need: int) -> None:
-    free = shutil.disk_usage(out.parent).free
-    if need > free:
-        raise OutputError(
-            f"{out}: the disk has {free:,} bytes free, and the folder needs {need:,}",
-            hint=f"free {need - free:,} bytes, or choose another disk",
-        )
-
-
-class Total:
-    """Adds up the bytes written, from several threads."""
-
-    def __init__(self, need: int, progress: Callable[[int, int], None]) -> None:
-        self.need, self.progress, self.total = need, progress, 0
-        self._lock = threading.Lock()
-
-    def add(self, nbytes: int) -> None:
-        with self._lock:
-            self.total += nbytes
-            self.progress(self.total, self.need)
+CONVERTED: Kind = ("a converted folder", _is_converted)
 
 
 def _weight_files(

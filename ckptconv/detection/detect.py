@@ -6,6 +6,7 @@ is, and why it is not something else.
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -103,6 +104,11 @@ class Detection:
         assert self.architecture is not None  # noqa: S101  (one or the other, by construction)
         assert self.task is not None  # noqa: S101
         return self.architecture, self.task
+
+    def _repr_html_(self) -> str:
+        """Returns the summary that a notebook shows."""
+        reports = importlib.import_module("ckptconv.reports.html")  # they build on this module
+        return str(reports.fragment(self))
 
     @property
     def evidence(self) -> tuple[str, ...]:

@@ -24,8 +24,6 @@ from ..reading.header import header_from_json, read_header
 from ..reading.tensor import Header, Tensor
 from .weights import component_headers
 
-__all__ = ["ComponentFolder", "ModelFolder", "read_folder"]
-
 FLAT = "embeddings.token_embedding.weight"
 """In a text encoder: its names lack the segment `text_model.`."""
 

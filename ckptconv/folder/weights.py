@@ -9,8 +9,6 @@ from ..reading.header import read_header
 from ..reading.shards import read_shards
 from ..reading.tensor import Header
 
-__all__ = ["component_headers"]
-
 STEMS = ("diffusion_pytorch_model", "model")
 
 

@@ -12,12 +12,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
-import mmap
-import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 from ..configs.config import Config, class_of, find_class
 from ..dtypes import BITS, torch_dtype
 from ..errors import FileRefused, MapError
-from ..planning.plan import Plan, Target
+from ..files import ByteCounter, Files
+from ..planning.plan import Plan
+from ..planning.step import Target
 from ..reading.tensor import Tensor
-from ..streaming.stream import Files, converted
+from ..streaming.stream import converted, in_threads
 from ..streaming.transfers import Transfer, transfers
 
 if TYPE_CHECKING:
@@ -131,10 +130,9 @@ def fill(
     for piece in transfers(steps, targets):
         parts[piece.target[0]].append(piece)
     total = sum(info.nbytes for info in targets.values())
-    done = _Sum(total, progress)
+    done = ByteCounter(total, progress)
     states: dict[str, dict[str, torch.Tensor]] = {name: {} for name in modules}
-    files = _Sources()
-    with files:
+    with Files() as files:
         moves = []
         for path, place in places.items():
             tensor = _view(place, parts[path], files)
@@ -213,7 +211,7 @@ def _packed(path: Path, slot: Target) -> Tensor:
     return Tensor(path, slot.key, slot.dtype, slot.shape, 0, size)
 
 
-def _view(place: _Place, parts: list[Transfer], files: _Sources) -> torch.Tensor | None:
+def _view(place: _Place, parts: list[Transfer], files: Files) -> torch.Tensor | None:
     """Returns the tensor as a view of the mapped file, or None where its bytes must be moved."""
     import torch
 
@@ -223,8 +221,8 @@ def _view(place: _Place, parts: list[Transfer], files: _Sources) -> torch.Tensor
     path, offset = piece.source
     if offset % dtype.itemsize:  # not every kernel reads across the borders of elements
         return None
-    flat = torch.frombuffer(files.mapped(path), dtype=dtype, count=piece.count, offset=offset)
-    return flat.view(place.slot.shape)
+    mapped = files.mapped(path, offset, piece.nbytes)
+    return torch.frombuffer(mapped, dtype=dtype).view(place.slot.shape)
 
 
 def _room(place: _Place) -> torch.Tensor:
@@ -246,26 +244,21 @@ class _Move:
         return self.piece.count * BITS[self.piece.dtypes[0]] // 8
 
 
-def _run(moves: list[_Move], files: _Sources, done: _Sum) -> list[str]:
+def _run(moves: list[_Move], files: Files, done: ByteCounter) -> list[str]:
     """Reads everything that is no view, in several threads, each with its own buffer."""
     warnings: list[str] = []
     if not moves:
         return warnings
     sizes = (move.nbytes for move in moves if not move.piece.changes)
     mover = _Mover(files, max(sizes, default=0), warnings)
-    pool = ThreadPoolExecutor(THREADS)
-    try:
-        for count in pool.map(mover.move, moves):
-            done.add(count)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    in_threads(lambda move: done.add(mover.move(move)), moves, THREADS)
     return warnings
 
 
 class _Mover(threading.local):
     """Carries elements from a file to a tensor; every thread has its own buffer and streams."""
 
-    def __init__(self, files: _Sources, size: int, warnings: list[str]) -> None:
+    def __init__(self, files: Files, size: int, warnings: list[str]) -> None:
         self.files, self.size, self.warnings = files, size, warnings
         self.buffer: torch.Tensor | None = None
         self.streams: dict[torch.device, Any] = {}
@@ -286,7 +279,7 @@ class _Mover(threading.local):
                 self.size, dtype=torch.uint8, pin_memory=device.type == "cuda"
             )
         raw = self.buffer[: move.nbytes]
-        self.files.read(piece.source, raw.numpy().data)
+        self.files.read_into(*piece.source, raw.numpy().data)
         with self._stream(device):
             self._put(raw.view(torch_dtype(piece.dtypes[0])), move)
         return piece.nbytes
@@ -324,41 +317,3 @@ class _Mover(threading.local):
         with torch.cuda.stream(self.streams[device]):
             yield
         self.streams[device].synchronize()
-
-
-class _Sources(Files):
-    """The files that are read, and those that were mapped."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._mapped: dict[Path, mmap.mmap] = {}
-
-    def mapped(self, path: Path) -> mmap.mmap:
-        """Returns the mapped file; writes to it are private. It lives as long as its views."""
-        if path not in self._mapped:
-            self._mapped[path] = mmap.mmap(self.source(path), 0, access=mmap.ACCESS_COPY)
-        return self._mapped[path]
-
-    def read(self, start: tuple[Path, int], into: memoryview) -> None:
-        """Fills `into` with the bytes from an offset on."""
-        path, offset = start
-        done = 0
-        while done < len(into):
-            got = os.preadv(self.source(path), [into[done:]], offset + done)
-            if got == 0:
-                raise FileRefused(
-                    f"{path}: the file became shorter while it was read",
-                    hint="another program is writing to it: wait until it is done",
-                )
-            done += got
-
-
-class _Sum:
-    """Adds up the bytes that are in place."""
-
-    def __init__(self, total: int, progress: Callable[[int, int], None]) -> None:
-        self.total, self.progress, self.done = total, progress, 0
-
-    def add(self, nbytes: int) -> None:
-        self.done += nbytes
-        self.progress(self.done, self.total)

@@ -15,8 +15,6 @@ from ..dtypes import FLOATS
 from ..reading.tensor import Shape, Tensor
 from .step import Change, Target
 
-__all__ = ["change_of"]
-
 
 def _noted_factor(name: str, rank: int, settings: Mapping[str, Any]) -> float:
     """Returns by what a layer without alpha is multiplied.

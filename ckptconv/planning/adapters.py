@@ -22,8 +22,6 @@ from .adapter_forms import change_of
 from .components import best_match
 from .step import Change, Step, Target
 
-__all__ = ["Adapter", "read_adapter", "with_adapters"]
-
 PREFIXES = {
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",

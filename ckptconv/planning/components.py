@@ -17,8 +17,6 @@ from ..maps.ops import DROP, RENAME
 from ..reading.tensor import Header
 from .step import Step, Target, dropped
 
-__all__ = ["Donor", "Match", "best_match", "donated"]
-
 TRANSFORMERS_MAP = "shared/maps/transformers"
 
 AS_IS = "diffusers"

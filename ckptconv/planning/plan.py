@@ -5,6 +5,7 @@ A key map is abstract; a plan has the real keys, dtypes and shapes, so its inver
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,9 +21,7 @@ from ..reading.tensor import Header
 from .adapters import Adapter, with_adapters
 from .components import Donor, best_match, donated
 from .scaled import read_scales, scaled
-from .step import ASIDE, Step, Target, dropped
-
-__all__ = ["ASIDE", "Donor", "Plan", "Step", "Target", "build_plan"]
+from .step import Step, Target, dropped
 
 SCALED_DTYPE = "fp16"
 """What scaled weights become by default: once multiplied, they are no longer values of fp8."""
@@ -103,6 +102,11 @@ class Plan:
                 problems=[f"{key}: unknown" for key in self.unclaimed],
                 hint=f"{option('ignore_unclaimed', True)} leaves them out; the report lists them",
             )
+
+    def _repr_html_(self) -> str:
+        """Returns the summary that a notebook shows."""
+        reports = importlib.import_module("ckptconv.reports.html")  # they build on this module
+        return str(reports.fragment(self.detection, self))
 
 
 def build_plan(

@@ -13,11 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ..dtypes import FLOATS
+from ..files import read_range
 from ..maps.ops import DROP, OPS
 from ..reading.tensor import Header, Tensor
 from .step import Change, Step, dropped
-
-__all__ = ["Scales", "read_scales", "scaled"]
 
 MARKER = "scaled_fp8"
 WEIGHTS = {".scale_weight": ".weight", ".weight_scale": ".weight"}
@@ -150,11 +149,8 @@ def _format_problems(header: Header, key: str) -> list[str]:
     info = header.tensors[key]
     if info.nbytes > FEW:
         return [f"{key}: has {info.nbytes:,} bytes, needed a short text in JSON"]
-    with info.file.open("rb") as file:
-        file.seek(info.start)
-        data = file.read(info.nbytes)
     try:
-        said = json.loads(data)
+        said = json.loads(read_range(info.file, info.start, info.nbytes))
     except (ValueError, RecursionError):
         return [f"{key}: is not JSON"]
     if not isinstance(said, dict) or said.get("format") not in FORMATS or said.keys() - SETTINGS:

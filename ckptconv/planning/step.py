@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from ..maps.ops import DROP, Op
 from ..reading.tensor import Shape, Tensor
 
-__all__ = ["ASIDE", "Change", "Step", "Target", "dropped"]
-
 ASIDE = "ckptconv"
 """The folder of what no pipeline reads: the tensors that were dropped, for the way back."""
 

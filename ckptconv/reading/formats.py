@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["OtherFormat", "other_format"]
-
 
 class OtherFormat(NamedTuple):
     """A format that is not safetensors.

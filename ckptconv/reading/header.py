@@ -28,12 +28,6 @@ from .tensor import Header, Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = [
-    "encode_header",
-    "header_from_json",
-    "nbytes_of",
-    "read_header",
-]
 
 _LENGTH_BYTES = 8
 _MAX_HEADER = 100_000_000  # bytes: `MAX_HEADER_SIZE` in safetensors/src/tensor.rs

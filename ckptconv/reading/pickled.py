@@ -26,7 +26,6 @@ from .zip_directory import Member, read_directory
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["read_pickled"]
 
 MAX_PICKLE = 32 << 20
 """Bytes of `data.pkl`, which holds no elements; a checkpoint of 3,000 tensors needs about 1 MB."""

@@ -9,8 +9,6 @@ from ..files import read_json
 from .header import read_header
 from .tensor import Header, Tensor
 
-__all__ = ["open_index", "read_shards"]
-
 
 def open_index(path: Path) -> Header:
     """Returns the shards that an index names as one header.

@@ -11,8 +11,6 @@ from .header import read_header
 from .shards import open_index
 from .tensor import Header
 
-__all__ = ["is_zip", "open_header"]
-
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 """How the files of a checkpoint that lies in several are named."""
 

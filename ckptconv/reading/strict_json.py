@@ -8,8 +8,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Repeated", "is_unicode", "show", "strict_loads"]
-
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Header", "Shape", "Tensor"]
 
 Shape = tuple[int, ...]
 
@@ -45,11 +44,6 @@ class Tensor:
         """Number of elements; 1 for a scalar."""
         return math.prod(self.shape)
 
-    @property
-    def has_data(self) -> bool:
-        """Whether the file holds the data: a header that was saved without its file does not."""
-        return self.start > 0
-
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Header:
@@ -76,6 +70,10 @@ class Header:
     def files(self) -> tuple[Path, ...]:
         """The files that hold the tensors."""
         return tuple(dict.fromkeys(tensor.file for tensor in self.tensors.values())) or (self.path,)
+
+    def has_data(self, tensor: Tensor) -> bool:
+        """Whether a tensor can be read: a header that was saved without its file has no data."""
+        return self.data_start > 0 or tensor.file != self.path
 
     def __repr__(self) -> str:
         return f"<Header of {self.path}: {len(self.tensors):,} tensors, {self.size:,} bytes>"

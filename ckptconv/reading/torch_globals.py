@@ -14,8 +14,6 @@ from typing import Any
 from ..dtypes import LIBRARY_NAMES
 from .unpickle import INERT, Call, Global, Table
 
-__all__ = ["GLOBALS", "Storage", "StridedTensor", "storage_of"]
-
 MAX_AXES = 64
 """Axes of a tensor; PyTorch allows no more."""
 MAX_KEY = 64

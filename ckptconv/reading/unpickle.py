@@ -19,8 +19,6 @@ from typing import Any, Final
 
 from .strict_json import show
 
-__all__ = ["INERT", "Call", "Forbidden", "Global", "Inert", "Table", "load"]
-
 MAX_STEPS = 1_000_000
 """Instructions; a checkpoint has about 30 for each tensor, and seldom 10,000 tensors."""
 MAX_TEXT = 512

@@ -18,8 +18,6 @@ from zipfile import BadZipFile, ZipFile, ZipInfo
 
 from .strict_json import show
 
-__all__ = ["Member", "read_directory"]
-
 MAX_DIRECTORY = 16 << 20
 """Bytes; a checkpoint of 10,000 tensors needs about 1 MB."""
 

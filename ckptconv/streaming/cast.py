@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from ..dtypes import FLOATS, numpy_dtype
 
-__all__ = ["cast"]
-
 
 def cast(data: bytearray | memoryview, source: str, target: str) -> tuple[memoryview, int]:
     """Casts elements, rounding to the nearest value, ties to even.

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     Rows = Callable[[slice], Array]
     """From some rows of a weight to what is added to them, each row flat."""
 
-__all__ = ["KINDS", "merged"]
 
 BLOCK = 64 << 10
 """Elements that are computed at a time: they stay in a processor's cache."""

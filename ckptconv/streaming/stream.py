@@ -10,27 +10,21 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ..dtypes import BITS
-from ..errors import FileRefused
+from ..files import Files
 from ..planning.step import Target
 from ..reading.header import encode_header
 from ..reading.tensor import Tensor
 from .deltas import merged
 from .transfers import Transfer, joined
 
-__all__ = [
-    "Files",
-    "WeightFile",
-    "converted",
-    "lay_out",
-    "read_exactly",
-    "refuse_short",
-    "write",
-]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 THREADS = 2
 CHUNK = 8 << 20
@@ -95,66 +89,38 @@ def write(
     for file in files:
         with file.path.open("xb") as out:
             _reserve(out.fileno(), file.size)
-    jobs: list[tuple[Transfer, Future[int]]] = []
-    with Files() as opened, ThreadPoolExecutor(THREADS) as pool:
-        stop = threading.Event()
-
-        def run(part: Transfer) -> int:
-            if stop.is_set():
-                return 0
-            try:
-                return _move(part, opened, progress)
-            except BaseException:
-                stop.set()
-                raise
-
-        try:
-            for each in joined(todo):
-                count = CHUNK * 8 // BITS[each.dtypes[0]] if each.is_copy else CAST_CHUNK
-                jobs += [(part, pool.submit(run, part)) for part in each.cut(count)]
-            overflows = [(part.target, count) for part, job in jobs if (count := job.result())]
-        except BaseException:
-            stop.set()
-            raise
-    for file in files:
-        with file.path.open("r+b") as whole:
-            whole.write(file.beginning)
+    with Files() as opened:
+        parts = [part for each in joined(todo) for part in each.cut(_elements(each))]
+        counts = in_threads(lambda part: _move(part, opened, progress), parts, THREADS)
+        for file in files:
+            opened.write(file.path, 0, file.beginning)
+    overflows = [(part.target, n) for part, n in zip(parts, counts, strict=True) if n]
     return [*_overflowed(files, overflows)] if overflows else []
 
 
-class Files:
-    """Open file descriptors, shared by the threads: all access names its offset."""
+def _elements(whole: Transfer) -> int:
+    """Returns how many elements of a transfer are moved at a time."""
+    return CHUNK * 8 // BITS[whole.dtypes[0]] if whole.is_copy else CAST_CHUNK
 
-    def __init__(self) -> None:
-        self._open: dict[tuple[Path, int], int] = {}
-        self._lock = threading.Lock()
 
-    def __enter__(self) -> Files:
-        return self
+def in_threads(run: Callable[[Item], Result], items: Iterable[Item], threads: int) -> list[Result]:
+    """Runs a function on items, some at a time; after an exception it begins no other."""
+    stop = threading.Event()
 
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-
-    def source(self, path: Path) -> int:
-        """Returns the descriptor of a file to read."""
+    def one(item: Item) -> Result:
+        if stop.is_set():
+            return None  # type: ignore[return-value]  # nobody sees it: the exception comes out
         try:
-            return self._get(path, os.O_RDONLY)
-        except OSError as error:
-            raise FileRefused(
-                f"{path}: the file cannot be read any more: {error.strerror}",
-                hint="another program removed it or changed its rights: put it back",
-            ) from error
+            return run(item)
+        except BaseException:
+            stop.set()
+            raise
 
-    def target(self, path: Path) -> int:
-        """Returns the descriptor of a file to write."""
-        return self._get(path, os.O_WRONLY)
-
-    def _get(self, path: Path, flags: int) -> int:
-        with self._lock:
-            if (path, flags) not in self._open:
-                self._open[path, flags] = os.open(path, flags)
-            return self._open[path, flags]
+    pool = ThreadPoolExecutor(threads)
+    try:
+        return list(pool.map(one, items))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _overflowed(
@@ -180,15 +146,12 @@ def _reserve(descriptor: int, size: int) -> None:
 
 def _move(part: Transfer, files: Files, progress: Callable[[int], None]) -> int:
     """Makes one transfer; returns how many values became infinite."""
-    target = files.target(part.target[0])
+    overflows = 0
     if part.is_copy:
-        _copy(files.source(part.source[0]), part.source, target, part.target[1], part.nbytes)
-        progress(part.nbytes)
-        return 0
-    view, overflows = converted(part, files)
-    done = 0
-    while done < len(view):
-        done += os.pwrite(target, view[done:], part.target[1] + done)
+        _copy(part, files)
+    else:
+        view, overflows = converted(part, files)
+        files.write(*part.target, view)
     progress(part.nbytes)
     return overflows
 
@@ -203,18 +166,14 @@ def converted(part: Transfer, files: Files) -> tuple[memoryview, int]:
         FileRefused: a source became shorter meanwhile, cannot be read any more, or says to add what
             is not finite.
     """
-
-    def read(path: Path, start: int, nbytes: int) -> bytearray:
-        return read_exactly(files.source(path), (path, start), nbytes)
-
     dtype, wanted = part.dtypes
-    data = read(*part.source, part.count * BITS[dtype] // 8)
+    data = files.read(*part.source, part.count * BITS[dtype] // 8)
     if part.transposed is not None:
         data = _transposed(data, part.transposed)
     view = memoryview(data)
     if part.changes:
         view, dtype = merged(
-            data, dtype, part.shape, part.changes, lambda t: read(t.file, t.start, t.nbytes)
+            data, dtype, part.shape, part.changes, lambda t: files.read(t.file, t.start, t.nbytes)
         )
     if dtype == wanted:
         return view, 0
@@ -223,46 +182,18 @@ def converted(part: Transfer, files: Files) -> tuple[memoryview, int]:
     return cast(view, dtype, wanted)
 
 
-def _copy(source: int, start: tuple[Path, int], target: int, offset: int, nbytes: int) -> None:
+def _copy(part: Transfer, files: Files) -> None:
     """Copies bytes through a buffer that stays in the processor's cache.
 
     Into a file whose room is reserved, that takes two thirds of the time of `copy_file_range`,
     which moves page by page; and it works on every file system.
     """
-    path, position = start
-    view, done = memoryview(bytearray(min(nbytes, BUFFER))), 0
-    while done < nbytes:
-        got = _copy_some(source, position + done, target, offset + done, view[: nbytes - done])
-        if got == 0:
-            refuse_short(path)
-        done += got
-
-
-def _copy_some(source: int, start: int, target: int, offset: int, buffer: memoryview) -> int:
-    """Copies at most a buffer of bytes; returns how many, 0 at the end of the source."""
-    got = os.preadv(source, [buffer], start)
-    return os.pwrite(target, buffer[:got], offset) if got else 0
-
-
-def read_exactly(source: int, start: tuple[Path, int], nbytes: int) -> bytearray:
-    """Returns bytes of an open file, from an offset on; FileRefused if it has fewer."""
-    path, position = start
-    data = bytearray(nbytes)
-    view, done = memoryview(data), 0
-    while done < nbytes:
-        got = os.preadv(source, [view[done:]], position + done)
-        if got == 0:
-            refuse_short(path)
-        done += got
-    return data
-
-
-def refuse_short(path: Path) -> None:
-    """Raises FileRefused: the file has fewer bytes than its header says."""
-    raise FileRefused(
-        f"{path}: the file became shorter while it was read",
-        hint="another program is writing to it: wait until it is done",
-    )
+    (source, start), (target, offset) = part.source, part.target
+    buffer = memoryview(bytearray(min(part.nbytes, BUFFER)))
+    for done in range(0, part.nbytes, BUFFER):
+        piece = buffer[: part.nbytes - done]
+        files.read_into(source, start + done, piece)
+        files.write(target, offset + done, piece)
 
 
 def _transposed(data: bytearray, shape: tuple[int, ...]) -> bytearray:

@@ -14,8 +14,6 @@ from ..dtypes import nbytes
 from ..planning.step import Change, Step
 from ..reading.tensor import Shape, Tensor
 
-__all__ = ["Places", "Transfer", "joined", "transfers"]
-
 Places = Mapping[tuple[str, str], Tensor]
 """By component and key of a target, where it lies, or is to lie, in a file."""
 

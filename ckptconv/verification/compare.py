@@ -8,24 +8,21 @@ which gives the exactly rounded value, and two NaN count as equal, since a cast 
 from __future__ import annotations
 
 import bisect
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..dtypes import BITS, FLOATS, LIBRARY_NAMES, numpy_dtype
-from ..streaming.stream import Files, converted, read_exactly, refuse_short
+from ..files import Files
+from ..streaming.stream import converted, in_threads
 from ..streaming.transfers import Places, Transfer, joined
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-
-__all__ = ["Found", "compare", "look_for_nonfinite"]
 
 THREADS = 2
 PART = 16 << 20
@@ -87,14 +84,15 @@ def compare(
     """
     found = _Findings(tensors)
 
-    def run(part: Transfer, files: Files) -> None:
+    def run(part: Transfer) -> None:
         if part.is_copy:
             _compare_bytes(part, files, found, progress)
         else:
             _compare_values(part, files, found)
             progress(part.nbytes)
 
-    _in_threads(run, (part for each in joined(todo) for part in _parts(each)))
+    with Files() as files:
+        in_threads(run, (part for each in joined(todo) for part in _parts(each)), THREADS)
     return found.by_key()
 
 
@@ -117,34 +115,18 @@ def look_for_nonfinite(
         for t in floats.values()
     )
 
-    def run(part: Transfer, files: Files) -> None:
+    def run(part: Transfer) -> None:
         import numpy as np
 
-        data = read_exactly(files.source(part.target[0]), part.target, part.nbytes)
+        data = files.read(*part.target, part.nbytes)
         bad = ~np.isfinite(_values(np.frombuffer(data, np.uint8), part.dtypes[1]))
         if bad.any():
             found.add(part.target, np.flatnonzero(bad))
         progress(part.nbytes)
 
-    _in_threads(run, (part for each in whole for part in _parts(each, LOOK)))
+    with Files() as files:
+        in_threads(run, (part for each in whole for part in _parts(each, LOOK)), THREADS)
     return found.by_key()
-
-
-def _in_threads(run: Callable[[Transfer, Files], None], parts: Iterable[Transfer]) -> None:
-    stop = threading.Event()
-    with Files() as files, ThreadPoolExecutor(THREADS) as pool:
-
-        def one(part: Transfer) -> None:
-            if not stop.is_set():
-                run(part, files)
-
-        jobs = [pool.submit(one, part) for part in parts]
-        try:
-            for job in jobs:
-                job.result()
-        except BaseException:
-            stop.set()
-            raise
 
 
 def _parts(whole: Transfer, size: int = PART) -> Iterator[Transfer]:
@@ -196,27 +178,18 @@ class _Findings:
 def _compare_bytes(
     part: Transfer, files: Files, found: _Findings, progress: Callable[[int], None]
 ) -> None:
-    source, target = files.source(part.source[0]), files.source(part.target[0])
+    (source, start), (target, offset) = part.source, part.target
     done, ours, theirs = 0, bytearray(), bytearray()
     while done < part.nbytes:
         count = min(BUFFER, part.nbytes - done)
         if count != len(ours):
             ours, theirs = bytearray(count), bytearray(count)
-        _read_into(ours, source, part.source[0], part.source[1] + done)
-        _read_into(theirs, target, part.target[0], part.target[1] + done)
+        files.read_into(source, start + done, ours)
+        files.read_into(target, offset + done, theirs)
         if ours != theirs:
             _add_different(ours, theirs, part, done, found)
         done += count
         progress(count)
-
-
-def _read_into(buffer: bytearray, descriptor: int, path: Path, position: int) -> None:
-    view, done = memoryview(buffer), 0
-    while done < len(buffer):
-        got = os.preadv(descriptor, [view[done:]], position + done)
-        if got == 0:
-            refuse_short(path)
-        done += got
 
 
 def _add_different(
@@ -236,7 +209,7 @@ def _compare_values(part: Transfer, files: Files, found: _Findings) -> None:
     import numpy as np
 
     view, _ = converted(part, files)
-    have = read_exactly(files.source(part.target[0]), part.target, part.nbytes)
+    have = files.read(*part.target, part.nbytes)
     if have == view:
         return
     width = len(have) // part.count

@@ -16,7 +16,8 @@ from ..detection.detect import detect
 from ..errors import CkptconvError
 from ..maps.architecture import Architecture, KeyMaps
 from ..maps.ops import Shape
-from ..planning.plan import Plan, Step, build_plan
+from ..planning.plan import Plan, build_plan
+from ..planning.step import Step
 from ..reading.tensor import Header, Tensor
 from ..sample import layout_of
 from .classes import Unbuildable, defaults, expected, has_class

@@ -24,15 +24,14 @@ from ..errors import FileRefused, MapError, option
 from ..folder.names import LAYOUT, RECORD
 from ..folder.read import ComponentFolder, ModelFolder, read_folder
 from ..options import Choices, Options, checked
-from ..planning.plan import ASIDE, Plan, build_plan
+from ..planning.plan import Plan, build_plan
+from ..planning.step import ASIDE
 from .checks.config import check_config, check_index, class_said, same
 from .checks.data import Bytes, check_data, check_finite
 from .checks.tokenizer import check_tokenizer
 from .checks.weights import check_weights
 from .classes import MODELS
 from .result import Check, Problem, Verification
-
-__all__ = ["verify", "verify_report"]
 
 
 @checked
@@ -155,6 +154,7 @@ def _verified(
         tuple(sorted(checks, key=lambda check: order.index(check.component))),
         read.nbytes,
         time.monotonic() - started,
+        source.plan if source else None,
     )
 
 

@@ -17,7 +17,8 @@ from ckptconv.errors import FileRefused, MapError
 from ckptconv.files import read_json
 from ckptconv.maps.architecture import KeyMaps, bundled
 from ckptconv.options import Options
-from ckptconv.planning.plan import Donor, Plan, build_plan
+from ckptconv.planning.components import Donor
+from ckptconv.planning.plan import Plan, build_plan
 from tests.conftest import made, published, shapes
 from tests.support.published import FOLDERS, meaning
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from ckptconv.errors import UsageError
-from ckptconv.planning.plan import Donor, Plan
+from ckptconv.planning.components import Donor
+from ckptconv.planning.plan import Plan
 from ckptconv.reading.tensor import Header, Tensor
 from tests.conftest import made, published, shapes
 from tests.planning.test_plan import (

@@ -12,7 +12,9 @@ import pytest
 from ckptconv.detection.detect import detect
 from ckptconv.errors import Incomplete, NotACheckpoint
 from ckptconv.options import Options
-from ckptconv.planning.plan import ASIDE, Donor, Plan, Step, build_plan
+from ckptconv.planning.components import Donor
+from ckptconv.planning.plan import Plan, build_plan
+from ckptconv.planning.step import ASIDE, Step
 from tests.conftest import PUBLISHED, made, published, shapes
 
 if TYPE_CHECKING:

@@ -16,8 +16,6 @@ from ...folder.read import ComponentFolder
 from ..classes import Unbuildable, defaults
 from ..result import Check, Problem
 
-__all__ = ["check_config", "check_index", "class_said", "same"]
-
 NAMES = ("_class_name", "architectures", "image_processor_type", "feature_extractor_type")
 """Entries that name the class."""
 RENAMED = {

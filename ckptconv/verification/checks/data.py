@@ -6,16 +6,15 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 
-from ...conversion.write import Total
 from ...dtypes import FLOATS
+from ...files import ByteCounter
 from ...folder.read import ComponentFolder, ModelFolder
-from ...planning.plan import ASIDE, Plan, Step, Target
+from ...planning.plan import Plan
+from ...planning.step import ASIDE, Step, Target
 from ...reading.tensor import Tensor
 from ...streaming.transfers import Places, Transfer, transfers
 from ..compare import Found, compare, look_for_nonfinite
 from ..result import Check, Problem
-
-__all__ = ["Bytes", "check_data", "check_finite"]
 
 
 @dataclass(slots=True)
@@ -59,16 +58,16 @@ class Bytes:
             CancelledError: it was cancelled.
         """
         looked = sum(t.nbytes for t in self.tensors.values() if t.dtype in FLOATS)
-        done = Total(self.nbytes + (looked if self.finite else 0), progress)
 
-        def add(nbytes: int) -> None:
+        def report(done: int, total: int) -> None:
             if self.cancelled:
                 raise CancelledError
-            done.add(nbytes)
+            progress(done, total)
 
-        self.different = compare(self.todo, self.tensors, add)
+        counter = ByteCounter(self.nbytes + (looked if self.finite else 0), report)
+        self.different = compare(self.todo, self.tensors, counter.add)
         if self.finite:
-            self.nonfinite = look_for_nonfinite(self.tensors, add)
+            self.nonfinite = look_for_nonfinite(self.tensors, counter.add)
 
 
 def check_data(

@@ -19,8 +19,6 @@ from ...folder.names import CONFIG_FILES
 from ...folder.read import ComponentFolder
 from ..result import Check, Problem
 
-__all__ = ["check_tokenizer"]
-
 SPECIALS = "special_tokens_map.json"
 COMPARED = ("add_prefix_space", "do_lower_case", "errors", "model_max_length")
 """Entries of the configuration that change the token ids."""

@@ -6,13 +6,12 @@ import struct
 from collections.abc import Iterator
 
 from ...dtypes import FLOATS
+from ...files import read_range
 from ...folder.names import CONFIG_FILES
 from ...folder.read import ComponentFolder
 from ...reading.tensor import Tensor
 from ..classes import Expected, Unbuildable, expected
 from ..result import Check, Problem
-
-__all__ = ["check_weights"]
 
 POSITION_IDS = ".embeddings.position_ids"
 """ModelFolder by old releases of transformers, read by none of today's."""
@@ -76,8 +75,7 @@ def _position_ids(tensor: Tensor) -> Iterator[Problem]:
         found = f"{tensor.dtype} of shape {list(tensor.shape)}"
         yield Problem(tensor.name, f"is {found}, expected I64 of shape [1, positions]")
         return
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.start)
-        values = struct.unpack(f"<{tensor.numel}{letter}", file.read(tensor.nbytes))
+    data = read_range(tensor.file, tensor.start, tensor.nbytes)
+    values = struct.unpack(f"<{tensor.numel}{letter}", data)
     if values != tuple(range(tensor.numel)):
         yield Problem(tensor.name, f"holds {values[:3]}..., expected 0, 1, 2, ...")
