@@ -11,22 +11,52 @@ Importing this package imports neither torch nor diffusers.
 
 from .conversion.convert import convert, plan
 from .conversion.export import Exported, export
-from .conversion.write import Layout, Report
+from .conversion.write import Report
 from .detection.detect import Detection, inspect
-from .errors import CkptconvError
+from .detection.facts import Fact
+from .errors import (
+    Ambiguous,
+    CkptconvError,
+    DeviceError,
+    FileRefused,
+    HeaderError,
+    Incomplete,
+    MapError,
+    NotACheckpoint,
+    OutputError,
+    UnsafePickle,
+    UsageError,
+)
 from .inference.pipeline import load_pipeline
+from .maps.architecture import KeyMaps
+from .options import Choices, Options
 from .planning.plan import Plan
-from .verification.result import Verification
+from .verification.result import Check, Problem, Verification
 from .verification.verify import verify
 from .version import __version__
 
 __all__ = [
+    "Ambiguous",
+    "Check",
+    "Choices",
     "CkptconvError",
     "Detection",
+    "DeviceError",
     "Exported",
-    "Layout",
+    "Fact",
+    "FileRefused",
+    "HeaderError",
+    "Incomplete",
+    "KeyMaps",
+    "MapError",
+    "NotACheckpoint",
+    "Options",
+    "OutputError",
     "Plan",
+    "Problem",
     "Report",
+    "UnsafePickle",
+    "UsageError",
     "Verification",
     "__version__",
     "convert",

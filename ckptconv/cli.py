@@ -15,11 +15,9 @@ from typing import Any, NoReturn
 
 import click
 
-from .errors import CkptconvError, UsageError
+from .errors import CkptconvError, UsageError, on_the_command_line
 from .libraries import quieten
 from .version import __version__
-
-__all__ = ["main"]
 
 COMMANDS = {
     "inspect": "inspect",
@@ -55,11 +53,12 @@ class _Group(click.Group):
         quieten()
         if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
             sys.stdout.reconfigure(errors="surrogateescape")
-        try:
-            return super().invoke(ctx)
-        except CkptconvError as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(2 if isinstance(error, UsageError) else 1)
+        with on_the_command_line():
+            try:
+                return super().invoke(ctx)
+            except CkptconvError as error:
+                click.echo(f"error: {error}", err=True)
+                ctx.exit(2 if isinstance(error, UsageError) else 1)
 
 
 def _terminated(_number: int, _frame: object) -> NoReturn:

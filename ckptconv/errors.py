@@ -18,22 +18,9 @@ thing to do. `str(error)` is the text that the command line prints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-__all__ = [
-    "Ambiguous",
-    "CkptconvError",
-    "DeviceError",
-    "FileRefused",
-    "HeaderError",
-    "Incomplete",
-    "MapError",
-    "NotACheckpoint",
-    "OutputError",
-    "UnsafePickle",
-    "UsageError",
-    "printable",
-]
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 
 SHOWN = 20
 """Problems that the message of an error lists; the others are only counted."""
@@ -70,6 +57,40 @@ def printable(text: str) -> str:
         c if c.isprintable() or "\udc80" <= c <= "\udcff" else c.encode("unicode_escape").decode()
         for c in text
     )
+
+
+_command_line = ContextVar("_command_line", default=False)
+
+
+@contextlib.contextmanager
+def on_the_command_line() -> Iterator[None]:
+    """Lets messages name options as a shell spells them; elsewhere, as Python does."""
+    token = _command_line.set(True)
+    try:
+        yield
+    finally:
+        _command_line.reset(token)
+
+
+def option(name: str, value: object = None) -> str:
+    """Returns an option as whoever reads the message writes it.
+
+    Args:
+        name: as Python spells it, such as `ignore_unclaimed`.
+        value: True for a switch; a word in capitals stands for something to fill in.
+
+    >>> option("overwrite", True), option("dtype", "fp32"), option("vae", "FILE"), option("ema")
+    ('overwrite=True', "dtype='fp32'", 'vae=FILE', 'ema')
+    >>> with on_the_command_line():
+    ...     option("overwrite", True), option("dtype", "fp32"), option("vae", "FILE")
+    ('--overwrite', '--dtype fp32', '--vae FILE')
+    """
+    if _command_line.get():
+        words = [f"--{name.replace('_', '-')}", "" if value in (None, True) else str(value)]
+        return " ".join(filter(None, words))
+    if value is None:
+        return name
+    return f"{name}={value if str(value).isupper() or value is True else repr(value)}"
 
 
 class FileRefused(CkptconvError):

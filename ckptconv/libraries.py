@@ -10,8 +10,6 @@ import threading
 import warnings
 from typing import Any
 
-__all__ = ["LIBRARIES", "LOCK", "PIPELINES", "find_class", "hide_progress_bars", "quieten"]
-
 LOCK = threading.RLock()
 """Held while a library imports or builds something. The libraries import their modules on first
 use, and threads that enter a ring of imports at different points see unfinished modules."""

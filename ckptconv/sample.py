@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import OutputError, UsageError
-from .files import whole
+from .destination import check_destination, new_file
+from .dtypes import BITS, FLOATS
+from .dtypes import CASTS as DTYPES
+from .errors import UsageError
 from .maps.architecture import Architecture
-from .planning.plan import DTYPES
-from .reading.header import DTYPE_BITS, FLOATS, encode_header
+from .reading.header import encode_header
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,19 +115,15 @@ def write_sample(
         OutputError: the file exists or cannot be written.
     """
     # Wide dtypes first, so that every tensor is aligned to its elements.
-    ordered = sorted(tensors, key=lambda t: -DTYPE_BITS[t[1]])
+    ordered = sorted(tensors, key=lambda t: -BITS[t[1]])
     beginning, infos = encode_header(ordered, architecture.sample["metadata"])
     total = max([len(beginning), *(info.end for info in infos.values())])
-    with whole(path) as partial:
-        if path.exists() and not overwrite:
-            raise OutputError(
-                f"{path}: exists", hint="--overwrite replaces it; or choose another name"
-            )
-        with partial.open("xb") as out:
-            done = out.write(beginning)
-            for data in _values(ordered, seed, architecture.sample.get("spread", {})):
-                done += out.write(data)
-                progress(done, total)
+    check_destination(path, overwrite=overwrite)
+    with new_file(path) as hidden, hidden.open("xb") as out:
+        done = out.write(beginning)
+        for data in _values(ordered, seed, architecture.sample.get("spread", {})):
+            done += out.write(data)
+            progress(done, total)
     return total
 
 

@@ -11,7 +11,8 @@ import pytest
 
 import ckptconv
 from ckptconv.maps.architecture import bundled
-from ckptconv.reading.header import Header, TensorInfo, header_from_json
+from ckptconv.reading.header import header_from_json
+from ckptconv.reading.tensor import Header, Tensor
 from ckptconv.sample import layout_of, write_sample
 from tests.mutations import linked
 from tests.support.checkpoints import midget
@@ -36,8 +37,9 @@ def made(
     tensors: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None
 ) -> Header:
     """Returns a header of float16 tensors with these shapes, of a file that is nowhere."""
-    infos = {key: TensorInfo("F16", shape, 0, 0) for key, shape in tensors.items()}
-    return Header(Path("made.safetensors"), infos, metadata or {}, 0, 0)
+    path = Path("made.safetensors")
+    infos = {key: Tensor(path, key, "F16", shape, 0, 0) for key, shape in tensors.items()}
+    return Header(path, infos, metadata or {}, 0, 0)
 
 
 def shapes(header: Header) -> dict[str, tuple[int, ...]]:

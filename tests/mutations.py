@@ -34,7 +34,7 @@ Header = dict[str, Entry]
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "sharded": {"layout": ckptconv.Layout(variant="fp16", max_shard=20_000_000), "dtype": "fp16"},
+    "sharded": {"variant": "fp16", "max_shard_size": 20_000_000, "dtype": "fp16"},
 }
 KINDS = {"F16": "<f2", "F32": "<f4"}
 

@@ -19,6 +19,7 @@ import pytest
 import ckptconv
 from ckptconv.conversion import write as execute
 from ckptconv.errors import FileRefused, OutputError
+from ckptconv.files import Files
 from ckptconv.streaming import stream
 from tests.conftest import Folder, Sample
 from tests.kill import Killer
@@ -147,7 +148,7 @@ def test_a_failure_midway_leaves_nothing_and_the_old_folder_as_it_was(
         calls.append(1)
         raise error
 
-    monkeypatch.setattr(stream, "_copy_some", fail)
+    monkeypatch.setattr(Files, "write", fail)
     for name in ("out", "new"):
         with pytest.raises((OutputError, KeyboardInterrupt)):
             ckptconv.convert(small, tmp_path / name, overwrite=True)
@@ -192,16 +193,17 @@ def test_a_source_that_shrinks_midway_is_refused_and_leaves_nothing(
 
 SLOW = """
 import signal, sys, time
-from ckptconv.streaming import stream
 from ckptconv.cli import main
+from ckptconv.files import Files
+from ckptconv.streaming import stream
 
-def slow(*args, copy=stream._copy_some):
+def slow(*args, write=Files.write):
     print("copying", flush=True)
     time.sleep(0.02)
-    return copy(*args)
+    write(*args)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
-stream._copy_some, stream.CHUNK = slow, 10_000
+Files.write, stream.CHUNK = slow, 10_000
 main(sys.argv[1:])
 """
 """Converts in about a second, and says when the first byte is copied."""

@@ -15,7 +15,6 @@ from .work import Outcome, Pair, attempt
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["each"]
 
 TIMEOUT = "10s"
 """How long the scheduler has to answer."""

@@ -12,11 +12,9 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import CkptconvError, UsageError
 from ..folder.names import CONFIG_FILES, INDEX
-from ..planning.plan import ASIDE
+from ..planning.step import ASIDE
 from .storage import INDEX_SUFFIX, Staged, check_urls, is_url, listed, size_of
 from .work import Outcome, Pair, Work, attempt
-
-__all__ = ["Progress", "are_several", "expanded", "paired", "run"]
 
 Progress = Callable[[int, int, int], None]
 """Is called with files that are done, bytes of input that are done, and bytes of input in all."""

@@ -18,10 +18,8 @@ from typing import Any, TypeGuard
 from ..errors import CkptconvError, FileRefused, OutputError, UsageError
 from ..files import read_json
 from ..folder.names import INDEX, RECORD
-from ..planning.plan import ASIDE
+from ..planning.step import ASIDE
 from .work import Moved, Pair, Work
-
-__all__ = ["INDEX_SUFFIX", "Staged", "check_urls", "is_url", "listed", "size_of"]
 
 EXTRA = "pip install 'ckptconv[fleet]'"
 INDEX_SUFFIX = ".safetensors.index.json"

@@ -6,8 +6,6 @@ A work is a value: it can be sent to another process or to another machine.
 from __future__ import annotations
 
 import contextlib
-import copyreg
-import functools
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -15,26 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from ..conversion.convert import Choices, convert
-from ..conversion.write import Layout, Report
+from ..conversion.convert import convert_file
+from ..conversion.write import Packaging, Report
 from ..detection.detect import inspect
-from ..errors import CkptconvError
-from ..maps.architecture import KeyMaps, bundled
+from ..errors import CkptconvError, on_the_command_line
+from ..maps.architecture import KeyMaps
+from ..options import Options
+from ..planning.plan import build_plan
 from ..reports.report import hashes, inspection
 from ..verification.result import Verification
-from ..verification.verify import verify
-
-__all__ = [
-    "Conversion",
-    "Inspection",
-    "Moved",
-    "Outcome",
-    "Pair",
-    "Proof",
-    "Work",
-    "attempt",
-    "conversion",
-]
+from ..verification.verify import verify, verify_report
 
 Moved = Callable[[int, int], None]
 """Is called with bytes that were moved and bytes in all, of one file."""
@@ -102,7 +90,8 @@ def attempt(work: Work, pair: Pair, moved: Moved) -> Outcome:
     data: Mapping[str, Any] = {}
     trace = ""
     try:
-        data, error = work(pair, moved)
+        with on_the_command_line():  # which a worker's process does not know
+            data, error = work(pair, moved)
     except CkptconvError as refused:
         error = str(refused)
     except Exception as crash:  # noqa: BLE001  (told with its traceback; the other files wait)
@@ -116,36 +105,37 @@ class Conversion:
     """Converts, and proves the folder on demand.
 
     Attributes:
-        layout: how the weights are laid out in files.
+        options: what becomes of the file.
+        packaging: how the weights are divided among files.
         overwrite: replace a converted folder that is there.
         ignore_unclaimed: leave out keys that no map knows.
         verified: prove the folder once it is written.
-        choices: what becomes of the file.
     """
 
-    layout: Layout = field(default_factory=Layout)
+    options: Options = field(default_factory=Options)
+    packaging: Packaging = field(default_factory=Packaging)
     overwrite: bool = False
     ignore_unclaimed: bool = False
     verified: bool = False
-    choices: Choices = field(default_factory=Choices)
 
     makes: ClassVar[bool] = True
 
     def convert(self, source: str | Path, out: str | Path, moved: Moved) -> Report:
         """Converts one file; raises as `ckptconv.convert` does."""
-        return convert(
+        return convert_file(
             source,
-            out,
-            layout=self.layout,
+            Path(out),
+            self.options,
+            self.packaging,
             overwrite=self.overwrite,
             ignore_unclaimed=self.ignore_unclaimed,
             progress=moved,
-            **self.choices,
         )
 
-    def proof(self) -> Proof:
-        """Returns the proof that goes with the conversion."""
-        return Proof(ignore_unclaimed=self.ignore_unclaimed, choices=self.choices)
+    def verify(self, report: Report, source: str | Path, moved: Moved) -> Verification:
+        """Verifies what was just converted."""
+        ignore = self.ignore_unclaimed
+        return verify_report(report, source, self.options, ignore_unclaimed=ignore, progress=moved)
 
     def __call__(self, pair: Pair, moved: Moved, /) -> tuple[dict[str, Any], str]:
         """Converts one of several files: the folder that holds their folders is made."""
@@ -155,9 +145,7 @@ class Conversion:
         if not self.verified:
             return conversion(self.convert(pair.source, pair.out, moved)), ""
         report = self.convert(pair.source, pair.out, lambda done, all_: moved(done, 2 * all_))
-        found = self.proof().verify(
-            pair.source, pair.out, lambda done, all_: moved(all_ + done, 2 * all_)
-        )
+        found = self.verify(report, pair.source, lambda done, all_: moved(all_ + done, 2 * all_))
         return conversion(report, found), _problems(found)
 
 
@@ -166,14 +154,14 @@ class Proof:
     """Verifies a folder against its file.
 
     Attributes:
+        options: what the conversion was told.
         finite: look for NaN and infinities as well.
         ignore_unclaimed: keys that no map knows are no problem.
-        choices: what the conversion was told.
     """
 
+    options: Options = field(default_factory=Options)
     finite: bool = False
     ignore_unclaimed: bool = False
-    choices: Choices = field(default_factory=Choices)
 
     makes: ClassVar[bool] = False
     overwrite: ClassVar[bool] = False
@@ -186,7 +174,7 @@ class Proof:
             finite=self.finite,
             ignore_unclaimed=self.ignore_unclaimed,
             progress=moved,
-            **self.choices,
+            **self.options.as_words(),
         )
 
     def __call__(self, pair: Pair, moved: Moved, /) -> tuple[dict[str, Any], str]:
@@ -214,7 +202,7 @@ class Inspection:
     def __call__(self, pair: Pair, moved: Moved, /) -> tuple[dict[str, Any], str]:
         """Inspects one of several files; a file that cannot be converted is an error."""
         detection = inspect(pair.source, maps=self.maps)
-        data = inspection(detection)
+        data = inspection(detection, None if detection.refusal else build_plan(detection))
         if self.hashed:
             data["hashes"] = hashes(detection.header)
         if detection.refusal:
@@ -252,16 +240,3 @@ def conversion(report: Report, found: Verification | None = None) -> dict[str, A
         "seconds": round(report.seconds, 3),
     }
     return data | ({"verification": found.as_data()} if found else {})
-
-
-@functools.cache
-def _key_maps(own: tuple[Path, ...]) -> KeyMaps:
-    return KeyMaps([*own, *bundled().folders]) if own else bundled()
-
-
-def _reduced(maps: KeyMaps) -> tuple[Callable[..., KeyMaps], tuple[Any, ...]]:
-    """Sends key maps as the names of their folders; ours lie elsewhere on another machine."""
-    return _key_maps, (tuple(path for path in maps.folders if path not in bundled().folders),)
-
-
-copyreg.pickle(KeyMaps, _reduced)

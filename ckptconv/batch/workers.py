@@ -21,8 +21,6 @@ from typing import NoReturn
 from ..libraries import quieten
 from .work import Outcome, Pair, Work, attempt
 
-__all__ = ["each"]
-
 PATIENCE = 10.0
 """Seconds that a worker has to clean up before it is killed."""
 

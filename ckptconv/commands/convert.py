@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from ..batch.work import Conversion, Outcome, conversion
-from ..conversion.write import Layout, Report, parse_size
+from ..conversion.write import Packaging, Report
 from ..errors import UsageError, printable
 from ..reports.numbers import size
 from ..verification.result import Verification
 from .many import PLACE, asked, finish, many_options, outcomes_of, what_it_is, why_not
-from .shared import choices_of, echo_json, json_option, plan_options, progress
+from .shared import echo_json, json_option, options_of, plan_options, progress
 from .verify import as_text
 
 
@@ -61,12 +61,8 @@ def command(
         raise click.MissingParameter(param_hint="'OUT'" if out else "'FILE'", param_type="argument")
     if verified and configs_only:
         raise UsageError("--verify compares weights, and --configs-only writes none")
-    layout = Layout(
-        variant=variant,
-        max_shard=parse_size(max_shard_size) if max_shard_size else 0,
-        weights=not configs_only,
-    )
-    work = Conversion(layout, overwrite, ignore_unclaimed, verified, choices_of(options))
+    packaging = Packaging.of(variant, max_shard_size, configs_only=configs_only)
+    work = Conversion(options_of(options), packaging, overwrite, ignore_unclaimed, verified)
     if pairs := asked(files, out, dask):
         outcomes = outcomes_of("converting", work, pairs, jobs, dask)
         if not as_json:
@@ -78,7 +74,7 @@ def command(
     found = None
     if verified:
         with progress("verifying") as show:
-            found = work.proof().verify(files[0], out, show)
+            found = work.verify(report, files[0], show)
     if as_json:
         echo_json(conversion(report, found))
     else:

@@ -11,6 +11,7 @@ from ..conversion.convert import convert
 from ..detection.detect import inspect
 from ..errors import OutputError, UsageError
 from ..libraries import hide_progress_bars
+from ..planning.plan import build_plan
 from ..reports.report import inspection
 from ..sample import layout_of, write_sample
 from .shared import FILE, key_maps
@@ -44,7 +45,8 @@ def command(folder: Path, *, arch: str) -> None:
     sample = folder / f"{arch}.safetensors"
     write_sample(known[arch], sample, layout_of(known[arch], dtype="fp32"), overwrite=True)
     click.echo(f"sample:   {sample}")
-    data = inspection(inspect(sample))
+    plan = build_plan(inspect(sample))
+    data = inspection(plan.detection, plan)
     click.echo(f"inspect:  {data['title']}, {data['task']}, {data['prediction_type']['value']}")
     report = convert(sample, folder / arch, overwrite=True)
     click.echo(f"convert:  {report.out} ({len(report.files)} files, {report.seconds:.2f} s)")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..conversion.export import Exported, export
-from ..planning.plan import DTYPES
+from ..dtypes import CASTS as DTYPES
 from ..reports.numbers import size
 from .shared import FILE, echo_json, json_option, key_maps, progress
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..inference.generation import (
 from ..inference.model import open_model
 from ..inference.pipeline import OFFLOADS, build_pipeline, pipeline_class
 from ..libraries import hide_progress_bars
-from .shared import FILE, choices_of, echo_json, json_option, plan_options, progress
+from .shared import FILE, echo_json, json_option, options_of, plan_options, progress
 
 DTYPE_ON_CPU = "fp32"
 """Unless another is asked for: a convolution in fp16 takes a thousand times longer on most CPUs."""
@@ -114,10 +115,10 @@ def command(
     )
     paths = check_outputs(out, count, overwrite=overwrite)
     place, reason = pick_device(device)
-    choices = choices_of(options)
-    if place.type == "cpu" and choices.get("dtype") is None:
-        choices["dtype"] = DTYPE_ON_CPU
-    model = open_model(file, ignore_unclaimed=ignore_unclaimed, **choices)
+    decided = options_of(options)
+    if place.type == "cpu" and decided.dtype is None:
+        decided = replace(decided, dtype=DTYPE_ON_CPU)
+    model = open_model(file, decided, ignore_unclaimed=ignore_unclaimed)
     hide_progress_bars()
     cls, task = pipeline_class(model, task)
     check(cls, task, settings)
@@ -152,7 +153,7 @@ def command(
             "height": image.height,
             "task": task,
             "model": file.name,
-            "loras": [{"file": a.header.path.name, "scale": a.scale} for a in adapters],
+            "loras": [{"file": a.path.name, "scale": a.scale} for a in adapters],
             "device": str(place),
         }
         save_png(image, path, values)

@@ -10,7 +10,7 @@ import click
 from ..batch.work import Inspection, Outcome
 from ..detection.detect import Detection, inspect
 from ..errors import printable
-from ..planning.plan import build_plan
+from ..planning.plan import Plan, build_plan
 from ..reports.numbers import millions, size
 from ..reports.report import hashes, inspection
 from .many import PLACE, asked, finish, many_options, outcomes_of, refuse_for_several, why_not
@@ -59,24 +59,21 @@ def command(
         finish(outcomes, COLUMNS | (HASHES if hashed else {}), as_json=as_json, err=False)
         return
     if html:
-        from ..reports.html import (  # a tenth of the time of an inspection
-            check_page,
-            page,
-            write_page,
-        )
+        from ..reports.html import check_page, page, write_page  # a tenth of an inspection's time
 
         check_page(html, overwrite=overwrite)
     detection = inspect(files[0], maps=key_maps())
-    data = inspection(detection)
+    plan = None if detection.refusal else build_plan(detection)
+    data = inspection(detection, plan)
     if hashed:
         data["hashes"] = hashes(detection.header)
     if html:
-        write_page(html, page(detection, hashes=data.get("hashes")), overwrite=overwrite)
+        write_page(html, page(detection, plan, hashes=data.get("hashes")), overwrite=overwrite)
         click.echo(f"page: {html}", err=True)
     if as_json:
         echo_json(data)
     else:
-        _print(data, detection, tree=tree, verdicts=verdicts)
+        _print(data, detection, plan if tree else None, verdicts=verdicts)
     if detection.refusal or data["problems"]:
         ctx.exit(1)
 
@@ -94,7 +91,9 @@ COLUMNS = {
 HASHES = {"hash": lambda outcome: outcome.data.get("hashes", {}).get("short", "")}
 
 
-def _print(data: dict[str, Any], detection: Detection, *, tree: bool, verdicts: bool) -> None:
+def _print(
+    data: dict[str, Any], detection: Detection, tree: Plan | None, *, verdicts: bool
+) -> None:
     out = console()
     if detection.refusal:
         out.print(str(detection.refusal), markup=False)
@@ -102,7 +101,7 @@ def _print(data: dict[str, Any], detection: Detection, *, tree: bool, verdicts: 
         for part in _summary(data):
             out.print(printable(part) if isinstance(part, str) else part, markup=False)
         if tree and not data["problems"]:
-            out.print(_tree(detection))
+            out.print(_tree(tree))
     if verdicts:
         for name, verdict in data["verdicts"].items():
             out.print(f"{name}: {'matches' if verdict['matches'] else 'does not match'}")
@@ -165,13 +164,12 @@ def _components(components: dict[str, dict[str, Any]]) -> RenderableType:
     return table
 
 
-def _tree(detection: Detection) -> RenderableType:
+def _tree(plan: Plan) -> RenderableType:
     from rich.tree import Tree
 
     from ..reports.network import blocks
 
-    plan = build_plan(detection)
-    architecture, task = detection.require()
+    architecture, task = plan.detection.require()
     root = Tree(f"{task.pipeline}")
     for component in architecture.models:
         members = blocks(plan, component.name)

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
 
-from ..batch.run import Progress, are_several, expanded, paired, run
+from ..batch.run import are_several, expanded, paired, run
 from ..batch.storage import is_url
 from ..batch.work import Outcome, Pair, Work
 from ..errors import UsageError
-from .shared import echo_json
-
-__all__ = [
-    "PLACE",
-    "asked",
-    "finish",
-    "many_options",
-    "outcomes_of",
-    "refuse_for_several",
-    "what_it_is",
-    "why_not",
-]
+from .shared import echo_json, progress
 
 PLACE = click.Path()
 """A path or a URL, or a pattern of either; looked at by the work, not by click."""
@@ -79,8 +67,12 @@ def outcomes_of(
     """
     if jobs and dask:
         raise UsageError("--jobs is for this machine, and --dask has workers of its own")
-    with _progress(what, len(pairs)) as show:
-        return run(work, pairs, processes=jobs or 1, scheduler=dask, progress=show)
+    with progress(f"{what} 0/{len(pairs)}") as show:
+
+        def tell(files: int, done: int, total: int) -> None:
+            show(done, total, f"{what} {files}/{len(pairs)}")
+
+        return run(work, pairs, processes=jobs or 1, scheduler=dask, progress=tell)
 
 
 def finish(
@@ -144,21 +136,3 @@ def _print_table(outcomes: Sequence[Outcome], columns: Mapping[str, Column], *, 
     stream = sys.stderr if err else sys.stdout
     width = None if stream.isatty() else WIDE
     Console(stderr=err, width=width, highlight=False).print(table)
-
-
-@contextlib.contextmanager
-def _progress(what: str, count: int) -> Iterator[Progress]:
-    """Shows a progress bar of files and bytes on stderr, or nothing where that is no terminal."""
-    if not sys.stderr.isatty():
-        yield lambda _files, _done, _total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Bar("{task.description}", *columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"{what} 0/{count}", total=None)
-        yield lambda files, done, total: bar.update(
-            task, description=f"{what} {files}/{count}", completed=done, total=total
-        )

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from ..conversion.convert import plan
+from ..conversion.convert import plan_file
 from ..errors import printable
 from ..reports.report import plan_rows
-from .shared import FILE, choices_of, echo_json, json_option, plan_options
+from .shared import FILE, echo_json, json_option, options_of, plan_options
 
 
 @click.command("plan")
@@ -23,7 +23,7 @@ def command(ctx: click.Context, /, file: Path, *, as_json: bool, **options: Any)
 
     Exits with 1 if keys are missing, unknown or of a wrong shape.
     """
-    made = plan(file, **choices_of(options))
+    made, _ = plan_file(file, options_of(options))
     rows = plan_rows(made)
     if as_json:
         echo_json(

@@ -12,22 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..conversion.convert import Choices
+from ..dtypes import CASTS
 from ..errors import UsageError
 from ..maps.architecture import KeyMaps, bundled
+from ..options import FACTS, HELP, Options
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = [
-    "choices_of",
-    "console",
-    "echo_json",
-    "json_option",
-    "key_maps",
-    "plan_options",
-    "progress",
-]
 
 FILE = click.Path(path_type=Path)
 """Not checked by click: a missing file is refused with exit code 1 and our own sentence."""
@@ -44,62 +36,37 @@ def _names(_ctx: click.Context, _option: click.Parameter, value: str | None) -> 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
-_PLAN_OPTIONS = (
-    click.option(
-        "--dtype",
-        type=click.Choice(["fp16", "bf16", "fp32"]),
-        help="Cast the weights; as stored by default.",
-    ),
-    click.option("--ema", is_flag=True, help="Take the EMA copy of the UNet."),
-    click.option(
-        "--only", callback=_names, metavar="NAMES", help="Components to write, such as unet,vae."
-    ),
-    click.option("--vae", type=FILE, help="Take the VAE from another file or folder."),
-    click.option("--text-encoder", type=FILE, help="Take the text encoder from elsewhere."),
-    click.option(
-        "--text-encoder-2", type=FILE, help="Take the second text encoder from elsewhere."
-    ),
-    click.option(
-        "--depth-estimator", type=FILE, help="Take the depth estimator from elsewhere (SD2 depth)."
-    ),
-    click.option(
-        "--image-normalizer", type=FILE, help="Take unCLIP's image statistics from elsewhere."
-    ),
-    click.option(
-        "--prediction-type",
-        type=click.Choice(["epsilon", "v_prediction"]),
-        help="What the UNet predicts; found out by default.",
-    ),
-    click.option(
-        "--zero-terminal-snr/--no-zero-terminal-snr",
-        default=None,
-        help="Whether the noise schedule ends in pure noise; found out by default.",
-    ),
-    click.option(
-        "--family",
-        type=click.Choice(["sd1", "sd2", "sdxl"]),
-        help="What a VAE that stands alone is for; found out by default.",
-    ),
-    click.option("--original-config", type=FILE, help="The LDM or SGM yaml of the model; it wins."),
-    click.option(
-        "--lora",
-        multiple=True,
-        metavar="FILE[:SCALE]",
-        help="Add a LoRA, LoHa or LoKr to the weights; may be repeated.",
-    ),
-)
+_KINDS: dict[str, dict[str, Any]] = {
+    "dtype": {"type": click.Choice(list(CASTS), case_sensitive=False)},
+    "ema": {"is_flag": True},
+    "only": {"callback": _names, "metavar": "NAMES"},
+    "lora": {"multiple": True, "metavar": "FILE[:SCALE]"},
+    "zero_terminal_snr": {"default": None},
+    **{name: {"type": click.Choice(FACTS[name])} for name in ("prediction_type", "family")},
+}
+"""By option, what click needs to know; whatever is not here takes a path."""
+
+
+def _option(name: str) -> Callable[..., Any]:
+    """Returns the option that sets a field of `Options`."""
+    words = f"--{name.replace('_', '-')}"
+    if _KINDS.get(name) == {"default": None}:
+        words += f"/--no{words[1:]}"
+    text = HELP[name].replace("`", "")
+    return click.option(words, help=text[0].upper() + text[1:], **_KINDS.get(name, {"type": FILE}))
+
+
+_PLAN_OPTIONS = [_option(name) for name in HELP if name != "maps"]
 
 
 def plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options that decide what becomes of a file; `choices_of` collects them."""
+    """Adds the options that decide what becomes of a file; `options_of` collects them."""
     return functools.reduce(lambda f, option: option(f), reversed(_PLAN_OPTIONS), function)
 
 
-def choices_of(options: dict[str, Any]) -> Choices:
-    """Returns the choices among a command's options."""
-    chosen: Any = {key: options[key] for key in Choices.__annotations__ if key in options}
-    chosen["maps"] = key_maps()
-    return chosen  # type: ignore[no-any-return]
+def options_of(words: dict[str, Any]) -> Options:
+    """Returns the record of a command's options."""
+    return Options.of({k: v for k, v in words.items() if k in HELP} | {"maps": key_maps()})
 
 
 def key_maps(folder: Path | None = None) -> KeyMaps:
@@ -137,10 +104,13 @@ def console() -> Console:
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows a progress bar of bytes on stderr, or nothing where that is not a terminal."""
+def progress(what: str) -> Iterator[Callable[..., None]]:
+    """Shows a progress bar on stderr, or nothing where that is not a terminal.
+
+    The bar takes the bytes done, the bytes in all and, if it changed, the description.
+    """
     if not sys.stderr.isatty():
-        yield lambda _done, _total: None
+        yield lambda _done, _total, _what="": None
         return
     from rich.console import Console
     from rich.progress import (
@@ -154,4 +124,6 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress("{task.description}", *columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total, what=what: bar.update(
+            task, description=what, completed=done, total=total
+        )

@@ -35,7 +35,8 @@ from ..errors import FileRefused, MapError
 from ..files import read_json
 from ..libraries import PIPELINES
 from ..maps.architecture import Component
-from ..planning.plan import Plan, Slot
+from ..planning.plan import Plan
+from ..planning.step import Target
 
 __all__ = ["Config", "class_of", "configs", "model_index"]
 
@@ -161,11 +162,11 @@ class _Measure:
         self.asked: list[str] = []
         self.odd: OddWidth | None = None  # OmegaConf does not pass on what a resolver raises
 
-    def _find(self, key: str) -> Slot | None:
+    def _find(self, key: str) -> Target | None:
         component, _, name = key.rpartition("/")
         return (self.plan.tensors(component) if component else self.tensors).get(name)
 
-    def _slot(self, key: str) -> Slot:
+    def _slot(self, key: str) -> Target:
         self.asked.append("measured")
         if slot := self._find(key):
             return slot

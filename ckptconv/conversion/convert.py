@@ -1,26 +1,26 @@
-"""The main job, put together: detect, configure, plan, execute."""
+"""The main job, put together: detect, configure, plan, write."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 from ..configs.config import Config, configs
 from ..configs.original_config import OriginalConfig, read_original_config
-from ..detection.detect import FACT_VALUES, detect, option_fact
-from ..detection.facts import Fact
-from ..errors import FileRefused
+from ..destination import check_destination
+from ..detection.detect import detect, option_fact
+from ..errors import FileRefused, option
 from ..files import read_json
 from ..folder.weights import component_headers
-from ..maps.architecture import KeyMaps, bundled
+from ..options import Choices, Options, checked
 from ..planning.adapters import read_adapter
-from ..planning.plan import Donor, Plan, build_plan
+from ..planning.components import Donor
+from ..planning.plan import Plan, build_plan
 from ..reading.source import open_header
 from ..version import __version__
-from .write import Layout, Report, check_destination, execute
-
-__all__ = ["Choices", "convert", "plan"]
+from .write import CONVERTED, Packaging, Report, write_folder
 
 DONORS = {
     "vae": ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE"),
@@ -32,62 +32,29 @@ DONORS = {
 """The components that a donor may give, and the classes that can stand there."""
 
 
-class Choices(TypedDict, total=False):
-    """What a caller may choose; every entry is optional.
-
-    Attributes:
-        dtype: `fp16`, `bf16` or `fp32` for the float tensors; as stored by default.
-        ema: take the EMA copy of the UNet instead of its weights.
-        only: names of the components to write.
-        vae: another checkpoint, a lone component file or a diffusers component folder.
-        text_encoder: likewise.
-        text_encoder_2: likewise.
-        image_normalizer: likewise, or a file with its mean and standard deviation.
-        depth_estimator: likewise.
-        prediction_type: `epsilon` or `v_prediction`; found out by default.
-        zero_terminal_snr: whether the noise schedule ends in pure noise; found out by default.
-        family: `sd1`, `sd2` or `sdxl`: what a VAE that stands alone is for; found out by default.
-        original_config: the LDM or SGM yaml of the model; it wins over what is measured.
-        lora: adapters (LoRA, DoRA of PEFT, LoHa, LoKr) to add to the weights, in this order: `FILE`
-            or `FILE:SCALE`.
-        maps: key maps to use; those that come with ckptconv by default.
-    """
-
-    dtype: str | None
-    ema: bool
-    only: Iterable[str] | None
-    vae: str | Path | None
-    text_encoder: str | Path | None
-    text_encoder_2: str | Path | None
-    image_normalizer: str | Path | None
-    depth_estimator: str | Path | None
-    prediction_type: str | None
-    zero_terminal_snr: bool | None
-    family: str | None
-    original_config: str | Path | None
-    lora: Sequence[str | Path]
-    maps: KeyMaps | None
-
-
+@checked
 def plan(path: str | Path, **choices: Unpack[Choices]) -> Plan:
     """Accounts for every key of a checkpoint, and writes nothing.
 
     Args:
         path: a safetensors file or a PyTorch checkpoint.
-        **choices: see `Choices`.
+        **choices: see `Options`.
 
     Raises:
         FileRefused: the file, a donor or the original configuration cannot be used.
         UsageError: the choices contradict each other or the file.
     """
-    return _plan(path, choices)[0]
+    return plan_file(path, Options.of(choices))[0]
 
 
+@checked
 def convert(
     path: str | Path,
     out: str | Path,
     *,
-    layout: Layout = Layout(),  # noqa: B008  (frozen)
+    variant: str | None = None,
+    max_shard_size: str | int | None = None,
+    configs_only: bool = False,
     overwrite: bool = False,
     ignore_unclaimed: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
@@ -98,41 +65,56 @@ def convert(
     Args:
         path: a safetensors file or a PyTorch checkpoint.
         out: the folder to make.
-        layout: how the weights are laid out in files.
+        variant: a word, such as `fp16`, that goes into the names of the weight files.
+        max_shard_size: bytes of tensors in one weight file, such as `5GB`; no limit by default.
+        configs_only: write no weights.
         overwrite: replace a converted folder that is there.
         ignore_unclaimed: leave out keys that no map knows, instead of refusing the file.
         progress: is called with bytes written and bytes in all, from one thread at a time.
-        **choices: see `Choices`.
+        **choices: see `Options`.
 
     Raises:
         FileRefused: the file, a donor or the original configuration cannot be used.
         UsageError: the choices contradict each other or the file.
         OutputError: the destination exists or cannot be written.
     """
-    if (only := choices.get("only")) is not None:
-        only = choices["only"] = frozenset(only)
-    made, original = _plan(path, choices)
-    check_destination(Path(out), made, overwrite=overwrite)
-    made.require_complete(ignore_unclaimed=ignore_unclaimed)
-    built, notes = configured(made, original)
-    report = execute(
-        made,
-        built,
+    return convert_file(
+        path,
         Path(out),
-        record=_record(made, built),
-        layout=layout,
-        only=only,
+        Options.of(choices),
+        Packaging.of(variant, max_shard_size, configs_only=configs_only),
         overwrite=overwrite,
+        ignore_unclaimed=ignore_unclaimed,
         progress=progress,
     )
-    return Report(
-        report.out,
-        report.plan,
-        report.configs,
-        report.files,
-        (*made.detection.notes, *made.notes, *notes, *_absences(made), *report.warnings),
-        report.seconds,
+
+
+def convert_file(
+    path: str | Path,
+    out: Path,
+    options: Options,
+    packaging: Packaging,
+    *,
+    overwrite: bool,
+    ignore_unclaimed: bool,
+    progress: Callable[[int, int], None],
+) -> Report:
+    """Converts a checkpoint, as `convert` does."""
+    made, original = plan_file(path, options)
+    check_destination(out, overwrite=overwrite, kind=CONVERTED, inputs=made.files)
+    made.require_complete(ignore_unclaimed=ignore_unclaimed)
+    built, notes = configured(made, original)
+    report = write_folder(
+        made,
+        built,
+        out,
+        record=_record(made, built),
+        packaging=packaging,
+        only=options.only,
+        progress=progress,
     )
+    warnings = (*made.detection.notes, *made.notes, *notes, *_absences(made), *report.warnings)
+    return replace(report, warnings=warnings, original=original)
 
 
 def configured(made: Plan, original: OriginalConfig | None) -> tuple[dict[str, Config], list[str]]:
@@ -144,25 +126,28 @@ def configured(made: Plan, original: OriginalConfig | None) -> tuple[dict[str, C
     return configs(made, overrides), notes
 
 
-def _plan(path: str | Path, choices: Choices) -> tuple[Plan, OriginalConfig | None]:
-    maps = choices.get("maps") or bundled()
+def plan_file(
+    path: str | Path, options: Options, *, without: Collection[str] = ()
+) -> tuple[Plan, OriginalConfig | None]:
+    """Reads a checkpoint and what its options name, and accounts for every key.
+
+    Components that `without` names are left out, and may be missing.
+    """
     header = open_header(path)
-    decided: dict[str, Fact] = {}
     original = None
-    if yaml := choices.get("original_config"):
-        original = read_original_config(Path(yaml), maps)
-        decided |= original.facts
-    for name in FACT_VALUES:
-        if (value := choices.get(name)) is not None:
-            decided[name] = option_fact(name, value)
-    donors = {name: choices.get(name) for name in DONORS}
+    if options.original_config:
+        original = read_original_config(options.original_config, options.maps)
+    decided = dict(original.facts) if original else {}
+    decided |= {name: option_fact(name, value) for name, value in options.facts.items()}
+    detection = detect(header, maps=options.maps, decided=decided)
+    if without:
+        only = detection.require()[0].components if options.only is None else options.only
+        options = replace(options, only=frozenset(only) - set(without))
     made = build_plan(
-        detect(header, maps=maps, decided=decided),
-        ema=choices.get("ema", False),
-        only=choices.get("only"),
-        donors={name: _donor(name, Path(str(place))) for name, place in donors.items() if place},
-        dtype=choices.get("dtype"),
-        adapters=[read_adapter(text) for text in choices.get("lora") or ()],
+        detection,
+        options,
+        donors={name: _donor(name, place) for name, place in options.donors.items()},
+        adapters=[read_adapter(file) for file in options.lora],
     )
     _require_fit(made)
     return made, original
@@ -233,7 +218,7 @@ def _absences(made: Plan) -> list[str]:
 def option_for(made: Plan, name: str) -> str:
     """Returns the option that gives a component which the file lacks, and what it may be given."""
     supply = made.detection.require()[0].components[name].supply
-    return f"--{name.replace('_', '-')} FILE" + (f" ({supply})" if supply else "")
+    return option(name, "FILE") + (f" ({supply})" if supply else "")
 
 
 def _record(made: Plan, built: dict[str, Config]) -> dict[str, Any]:
@@ -251,7 +236,7 @@ def _record(made: Plan, built: dict[str, Config]) -> dict[str, Any]:
         },
         "ckptconv_version": __version__,
         "donors": {name: str(d.headers[0].path.name) for name, d in made.donors.items()},
-        "dropped": {s.sources[0].key: s.reason for s in made.steps if s.reason},
+        "dropped": {s.sources[0].name: s.reason for s in made.steps if s.reason},
         "facts": {
             f.name: {"detail": f.detail, "source": f.source, "value": f.value}
             for f in made.detection.facts.values()

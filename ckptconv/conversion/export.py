@@ -14,19 +14,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..destination import check_destination, check_room, new_file
 from ..detection.detect import detect
-from ..errors import FileRefused, OutputError, UsageError
-from ..folder.read import Saved, read_saved
+from ..dtypes import CASTS, FLOATS, cast_name
+from ..errors import FileRefused
+from ..files import ByteCounter
+from ..folder.read import ModelFolder, read_folder
 from ..maps.architecture import Architecture, KeyMaps, bundled
 from ..maps.ops import DROP
-from ..planning.plan import DTYPES, Slot, Step, build_plan
-from ..reading.header import FLOATS, Header, encode_header
+from ..planning.plan import build_plan
+from ..planning.step import Step, Target
+from ..reading.header import encode_header
+from ..reading.tensor import Header
 from ..streaming.stream import WeightFile, lay_out, write
-from ..streaming.transfers import pieces
-from .restore import Backwards, backwards, recorded_facts
-from .write import Total, check_room, sibling
-
-__all__ = ["Exported", "export"]
+from ..streaming.transfers import transfers
+from .restore import Restoration, recorded_facts, restore
 
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 """Entries of the metadata that hold for the tensors as they were, and for no others."""
@@ -44,7 +46,7 @@ TELLS: dict[str, dict[Any, tuple[str, str]]] = {
 """How metadata say what a scheduler's configuration says and no tensor does."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Exported:
     """What an export did.
 
@@ -73,12 +75,15 @@ class Exported:
     notes: tuple[str, ...]
     seconds: float
 
+    def __repr__(self) -> str:
+        return f"<Exported {self.out}: {self.tensors:,} tensors, {self.size:,} bytes>"
+
 
 def export(
     folder: str | Path,
     out: str | Path,
     *,
-    dtype: str | None = None,
+    dtype: Any = None,
     metadata: Mapping[str, str] | None = None,
     maps: KeyMaps | None = None,
     overwrite: bool = False,
@@ -104,62 +109,41 @@ def export(
     """
     started = time.monotonic()
     out, maps = Path(out), maps or bundled()
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is unknown", hint=f"it is one of {', '.join(DTYPES)}")
+    dtype = None if dtype is None else cast_name(dtype)
     names = {c.name for a in maps.architectures.values() for c in a.models}
-    saved = read_saved(folder, names)
-    _check_destination(out, saved, overwrite=overwrite)
-    way = backwards(saved, maps)
+    saved = read_folder(folder, names)
+    check_destination(out, overwrite=overwrite, inputs=saved.files)
+    way = restore(saved, maps)
     notes = _require_whole(way, saved)
     steps = [_cast(step, way.architecture, dtype) for step in way.steps]
-    slots = {step.targets[0].key: step.targets[0] for step in steps}
+    targets = {step.targets[0].key: step.targets[0] for step in steps}
     added = _adapters(saved)
-    as_source = _is_layout(slots, saved.layout) and not added
-    said, hints = _metadata(saved, way, maps, keep_hashes=as_source)
-    file = _lay_out(out, slots, saved.layout if as_source else None, said | (dict(metadata or {})))
-    done = Total(file.size, progress)
-    check_room(out, file.size)
-    with sibling(out) as partial:
-        made = WeightFile(partial / out.name, file.beginning, file.tensors)
-        targets = {("", key): (made.path, info) for key, info in made.tensors.items()}
-        warnings = write([made], pieces(steps, saved.headers, targets), done.add)
-        done.add(file.size - done.total)
-        made.path.replace(out)
-    aside = {slot.place for slot in saved.aside.values()}
+    as_source = _is_layout(targets, saved.layout) and not added
+    said, hints = _metadata(saved, way, keep_hashes=as_source)
+    said |= dict(metadata or {})
+    with new_file(out) as hidden:
+        file = _lay_out(hidden, targets, saved.layout if as_source else None, said)
+        check_room(out, file.size, "the file")
+        done = ByteCounter(file.size, progress)
+        places = {("", key): tensor for key, tensor in file.tensors.items()}
+        warnings = write([file], transfers(steps, places), done.add)
+        done.finish()
+    aside = {tensor.file for tensor in saved.aside.values()}
     return Exported(
         out,
         way.architecture,
         way.detection.require()[1].name,
-        len(slots),
+        len(targets),
         file.size,
-        tuple(s.targets[0].key for s in steps if s.sources[0].place in aside),
-        _lost(saved, way, slots),
+        tuple(s.targets[0].key for s in steps if s.sources[0].file in aside),
+        _lost(saved, way, targets),
         as_source,
         (*notes, *added, *hints, *way.detection.notes, *warnings),
         time.monotonic() - started,
     )
 
 
-def _check_destination(out: Path, saved: Saved, *, overwrite: bool) -> None:
-    try:
-        if not out.parent.is_dir():
-            raise OutputError(f"{out.parent}: no such folder", hint="make it first, with mkdir -p")
-        if out.is_dir():
-            raise OutputError(f"{out}: is a folder", hint="give the name of the file to make")
-        if (out.exists() or out.is_symlink()) and not overwrite:
-            raise OutputError(
-                f"{out}: exists", hint="--overwrite replaces it; or choose another name"
-            )
-        inside = any(out.resolve() == Path(path).resolve() for path in saved.headers)
-    except OSError as error:
-        raise OutputError(
-            f"{out}: cannot be looked at: {error.strerror}", hint="choose another place"
-        ) from error
-    if inside:
-        raise OutputError(f"{out}: is one of the files to read", hint="choose another name")
-
-
-def _require_whole(way: Backwards, saved: Saved) -> list[str]:
+def _require_whole(way: Restoration, saved: ModelFolder) -> list[str]:
     """Checks that nothing of the folder is left behind, and returns what the file will not have.
 
     Raises:
@@ -196,10 +180,10 @@ def _cast(step: Step, architecture: Architecture, dtype: str | None) -> Step:
     (target,) = step.targets
     if dtype is None or target.dtype not in FLOATS or not target.key.startswith(prefixes):
         return step
-    return replace(step, targets=(replace(target, dtype=DTYPES[dtype]),))
+    return replace(step, targets=(replace(target, dtype=CASTS[dtype]),))
 
 
-def _adapters(saved: Saved) -> list[str]:
+def _adapters(saved: ModelFolder) -> list[str]:
     """Returns a sentence if the conversion added adapters: the source does not come back."""
     noted = saved.record.get("adapters")
     if not isinstance(noted, list) or not noted:
@@ -208,25 +192,25 @@ def _adapters(saved: Saved) -> list[str]:
     return [f"the weights are those of the source with {names} added, which stays in them"]
 
 
-def _is_layout(slots: Mapping[str, Slot], layout: Header | None) -> bool:
+def _is_layout(targets: Mapping[str, Target], layout: Header | None) -> bool:
     """Whether these are the tensors of the source."""
-    have = {slot.key: (slot.dtype, slot.shape) for slot in slots.values()}
+    have = {key: (target.dtype, target.shape) for key, target in targets.items()}
     return layout is not None and have == {
         key: (info.dtype, info.shape) for key, info in layout.tensors.items()
     }
 
 
 def _lay_out(
-    out: Path, slots: Mapping[str, Slot], layout: Header | None, metadata: Mapping[str, str]
+    out: Path, targets: Mapping[str, Target], layout: Header | None, metadata: Mapping[str, str]
 ) -> WeightFile:
     if layout is None:
-        return lay_out(out, slots.values(), metadata)
-    ordered = [(key, slots[key].dtype, slots[key].shape) for key in layout.tensors]
-    return WeightFile(out, *encode_header(ordered, metadata))
+        return lay_out(out, targets.values(), metadata)
+    ordered = [(key, targets[key].dtype, targets[key].shape) for key in layout.tensors]
+    return WeightFile(out, *encode_header(ordered, metadata, out))
 
 
 def _metadata(
-    saved: Saved, way: Backwards, maps: KeyMaps, *, keep_hashes: bool
+    saved: ModelFolder, way: Restoration, *, keep_hashes: bool
 ) -> tuple[dict[str, str], list[str]]:
     """Returns the metadata of the source, and what the folder says that no tensor does."""
     said = dict(way.detection.header.metadata)
@@ -235,7 +219,7 @@ def _metadata(
         notes.append(f"{', '.join(stale)} is left out: it holds for other tensors")
     scheduler = saved.parts["scheduler"].config if "scheduler" in saved.parts else None
     told = {n: f.value for n, f in recorded_facts(saved.record).items() if f.source in _OF_FILE}
-    alone = {n: f.value for n, f in detect(way.detection.header, maps=maps).facts.items()}
+    alone = {name: fact.value for name, fact in way.detection.found.items()}
     for name, value in _of_scheduler(scheduler or {}).items():
         if name in alone and told.get(name, alone[name]) != value:
             key, text = TELLS[name][value]
@@ -255,12 +239,14 @@ def _of_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
     return {fact: v for fact, v in stated.items() if isinstance(v, str | bool) and v in TELLS[fact]}
 
 
-def _lost(saved: Saved, way: Backwards, slots: Mapping[str, Slot]) -> dict[str, str]:
+def _lost(saved: ModelFolder, way: Restoration, targets: Mapping[str, Target]) -> dict[str, str]:
     """Returns the keys that the file does not have, and why."""
     if saved.layout:
         noted = saved.record.get("dropped")
         reasons = noted if isinstance(noted, dict) else {}
-        return {k: str(reasons.get(k, "left out")) for k in saved.layout.tensors if k not in slots}
+        return {
+            k: str(reasons.get(k, "left out")) for k in saved.layout.tensors if k not in targets
+        }
     published = build_plan(detect(way.architecture.layout(), maps=way.architecture.maps))
-    dropped = [(step.sources[0].key, step.reason) for step in published.steps if step.op is DROP]
-    return {key: reason for key, reason in dropped if key not in slots}
+    dropped = [(step.sources[0].name, step.reason) for step in published.steps if step.op is DROP]
+    return {key: reason for key, reason in dropped if key not in targets}

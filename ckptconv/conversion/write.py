@@ -7,61 +7,63 @@ nothing that a reader takes for a model.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
+import math
 import re
-import secrets
-import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..configs.config import Config, model_index, versioned
+from ..configs.original_config import OriginalConfig
 from ..configs.tokenizer import tokenizer_files
-from ..errors import OutputError, UsageError
+from ..destination import Kind, check_room, new_folder
+from ..dtypes import nbytes
+from ..errors import UsageError
+from ..files import ByteCounter
 from ..folder.names import CONFIG_FILES, DROPPED, INDEX, LAYOUT, RECORD
-from ..maps.architecture import Component
-from ..planning.plan import ASIDE, Plan, Slot
-from ..reading.header import Header
-from ..reading.view import stored
+from ..planning.plan import Plan
+from ..planning.step import ASIDE, Target
+from ..reading.tensor import Header
 from ..streaming.stream import WeightFile, lay_out, write
-from ..streaming.transfers import pieces
-
-__all__ = ["Layout", "Report", "execute", "layout_text", "parse_size", "sibling"]
+from ..streaming.transfers import transfers
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """How the weights are laid out in files.
+class Packaging:
+    """How the weights are divided among files, and what these are called.
 
     Attributes:
         variant: goes into the names of the weight files, such as `fp16`; empty for none.
-        max_shard: bytes of tensors in one file; 0 for no limit.
-        weights: false writes the configurations only.
+        max_shard_size: bytes of tensors in one file; 0 for no limit.
+        weights: False writes the configurations only.
     """
 
     variant: str = ""
-    max_shard: int = 0
+    max_shard_size: int = 0
     weights: bool = True
 
-    def __post_init__(self) -> None:
-        """Checks the variant.
+    @classmethod
+    def of(
+        cls, variant: str | None, max_shard_size: str | int | None, *, configs_only: bool = False
+    ) -> Packaging:
+        """Returns the packaging that the keywords of diffusers' `save_pretrained` mean.
 
         Raises:
-            UsageError: it is not a word that diffusers and transformers find in a file name.
+            UsageError: the variant is not a word that diffusers and transformers find in a file
+                name, or the size is none.
         """
-        if not re.fullmatch(r"[A-Za-z0-9_-]*", self.variant):
+        if not re.fullmatch(r"[A-Za-z0-9_-]*", variant or ""):
             raise UsageError(
-                f"variant {self.variant!r} cannot stand in a file name",
+                f"variant {variant!r} cannot stand in a file name",
                 hint="use letters, digits, - and _, such as fp16",
             )
+        return cls(variant or "", parse_size(max_shard_size or 0), not configs_only)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """What a conversion did.
 
@@ -72,6 +74,7 @@ class Report:
         files: sizes in bytes by path relative to the folder.
         warnings: what the user should know.
         seconds: from the first byte to the last.
+        original: the yaml that the model was trained with, if it was given.
     """
 
     out: Path
@@ -80,9 +83,14 @@ class Report:
     files: Mapping[str, int]
     warnings: tuple[str, ...]
     seconds: float
+    original: OriginalConfig | None = None
+
+    def __repr__(self) -> str:
+        total = sum(self.files.values())
+        return f"<Report on {self.out}: {len(self.files)} files, {total:,} bytes>"
 
 
-def parse_size(text: str) -> int:
+def parse_size(size: str | int) -> int:
     """Returns the bytes that a size such as `5GB` or `500MiB` means.
 
     Raises:
@@ -91,22 +99,23 @@ def parse_size(text: str) -> int:
     >>> parse_size("5GB"), parse_size("1 MiB")
     (5000000000, 1048576)
     """
+    if isinstance(size, int) and size >= 0:
+        return size
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    found = re.fullmatch(r"(\d{1,12})\s*([A-Za-z]*)", text.strip())
+    found = re.fullmatch(r"(\d{1,12})\s*([A-Za-z]*)", str(size).strip())
     if not found or found[2].upper() not in units or int(found[1]) == 0:
-        raise UsageError(f"{text!r} is not a size", hint="write a number and a unit, such as 5GB")
+        raise UsageError(f"{size!r} is not a size", hint="write a number and a unit, such as 5GB")
     return int(found[1]) * units[found[2].upper()]
 
 
-def execute(
+def write_folder(
     plan: Plan,
     built: Mapping[str, Config],
     out: Path,
     *,
     record: Mapping[str, Any],
-    layout: Layout = Layout(),
+    packaging: Packaging,
     only: frozenset[str] | None = None,
-    overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Report:
     """Runs a plan.
@@ -114,213 +123,111 @@ def execute(
     Args:
         plan: complete (`Plan.require_complete`).
         built: the configurations, by component.
-        out: the folder to make.
+        out: the folder to make; the one that is there is replaced.
         record: what `ckptconv/source.json` says of the source.
-        layout: how the weights are laid out.
-        only: the components to write; all by default, and then `model_index.json` as well.
-        overwrite: replace a converted folder that is there.
+        packaging: how the weights are divided among files.
+        only: the components to write; None for all, and then `model_index.json` as well.
         progress: is called with bytes written and bytes in all, from one thread at a time.
 
     Raises:
-        OutputError: the destination exists, holds an input, is too small or cannot be written.
+        OutputError: the disk is too small, or cannot be written.
     """
     started = time.monotonic()
-    check_destination(out, plan, overwrite=overwrite)
-    components = [c.component for n, c in built.items() if only is None or n in only]
     single = plan.detection.require()[0].single
-
-    def home(component: Component) -> Path:
-        return Path() if single else Path(component.name)
-
-    metadata = {"format": "pt"} | {
-        k: v for k, v in plan.detection.header.metadata.items() if k != "format"
-    }
-    with sibling(out) as partial:
+    header = plan.detection.header
+    metadata = {"format": "pt"} | {k: v for k, v in header.metadata.items() if k != "format"}
+    with new_folder(out) as partial:
         files: list[tuple[str, WeightFile]] = []
         texts: dict[str, str] = {}
-        targets: dict[tuple[str, str], tuple[Path, Any]] = {}
-        for component in components:
-            if component.kind == "model" and layout.weights:
-                slots = list(plan.tensors(component.name).values())
-                made, index = _weight_files(component, slots, layout, metadata, home)
-                files += [(component.name, file) for file in made]
-                texts |= index
+        for name, config in built.items():
+            if only is not None and name not in only:
+                continue
+            folder = "" if single else f"{name}/"
+            texts |= {f"{folder}{file}": text for file, text in _config_files(config).items()}
+            if config.component.kind == "model" and packaging.weights:
+                targets = list(plan.tensors(name).values())
+                stem = partial / folder / config.component.weights
+                made, index = _weight_files(stem, targets, packaging, metadata)
+                files += [(name, file) for file in made]
+                texts |= {f"{folder}{file}": text for file, text in index.items()}
         kept = plan.tensors(ASIDE)
-        if kept and layout.weights:
-            files.append((ASIDE, lay_out(Path(ASIDE, DROPPED), kept.values(), {"format": "pt"})))
-        for place, file in files:
-            targets |= {(place, k): (partial / file.path, info) for k, info in file.tensors.items()}
-        for component in components:
-            texts |= _config_files(built[component.name], home)
+        if kept and packaging.weights:
+            aside = lay_out(partial / ASIDE / DROPPED, kept.values(), {"format": "pt"})
+            files.append((ASIDE, aside))
         texts[f"{ASIDE}/{RECORD}"] = _json(record)
-        texts[f"{ASIDE}/{LAYOUT}"] = layout_text(plan.detection.header)
+        texts[f"{ASIDE}/{LAYOUT}"] = layout_text(header)
         if only is None and not single:  # the last to be written, since a folder with it loads
             texts[INDEX] = _json(model_index(plan, built))
         need = sum(file.size for _, file in files) + sum(len(t.encode()) for t in texts.values())
-        check_room(out, need)
-        for folder in {Path(name).parent for name in [*texts, *(str(f.path) for _, f in files)]}:
-            (partial / folder).mkdir(exist_ok=True)
-        done = Total(need, progress)
-        steps = [s for s in plan.steps if any((t.place, t.key) in targets for t in s.targets)]
-        warnings = write(
-            [WeightFile(partial / f.path, f.beginning, f.tensors) for _, f in files],
-            pieces(steps, plan.headers, targets),
-            done.add,
-        )
+        check_room(out, need, "the folder")
+        for path in [*(partial / name for name in texts), *(file.path for _, file in files)]:
+            path.parent.mkdir(exist_ok=True)
+        done = ByteCounter(need, progress)
+        places = {(name, key): t for name, file in files for key, t in file.tensors.items()}
+        steps = [s for s in plan.steps if any((t.component, t.key) in places for t in s.targets)]
+        warnings = write([file for _, file in files], transfers(steps, places), done.add)
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
-        done.add(need - done.total)
-        _put(partial, out)
-    sizes = {str(file.path): file.size for _, file in files}
+        done.finish()
+        sizes = {file.path.relative_to(partial).as_posix(): file.size for _, file in files}
     sizes |= {name: len(text.encode()) for name, text in texts.items()}
     return Report(
         out, plan, built, dict(sorted(sizes.items())), tuple(warnings), time.monotonic() - started
     )
 
 
-def check_destination(out: Path, plan: Plan, *, overwrite: bool) -> None:
-    """Checks that the folder may be written.
-
-    Raises:
-        OutputError: it exists and may not be replaced, an input lies in it, or it has a name that
-            no folder can have.
-    """
-    try:
-        if not out.parent.is_dir():
-            raise OutputError(f"{out.parent}: no such folder", hint="make it first, with mkdir -p")
-        if not (out.exists() or out.is_symlink()):
-            return
-        _check_replaceable(out, plan, overwrite=overwrite)
-    except OSError as error:
-        raise OutputError(
-            f"{out}: cannot be looked at: {error.strerror}", hint="choose another place"
-        ) from error
-
-
-def _check_replaceable(out: Path, plan: Plan, *, overwrite: bool) -> None:
-    if not overwrite:
-        raise OutputError(f"{out}: exists", hint="--overwrite replaces it; or choose another name")
-    if out.is_symlink() or not out.is_dir() or not _is_converted(out):
-        raise OutputError(
-            f"{out}: exists and is not a converted folder, so --overwrite does not remove it",
-            hint="remove it yourself, or choose another name",
-        )
-    inside = [p for p in plan.headers if Path(p).resolve().is_relative_to(out.resolve())]
-    if inside:
-        raise OutputError(
-            f"{out}: holds the input {inside[0]}, so --overwrite does not remove it",
-            hint="choose another name",
-        )
-
-
-@contextlib.contextmanager
-def sibling(out: Path) -> Iterator[Path]:
-    """Makes an empty folder beside `out`, and removes it if it is still there at the end.
-
-    Raises:
-        OutputError: the disk is full, or the place cannot be written.
-    """
-    partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
-    try:
-        partial.mkdir()
-        yield partial
-    except OSError as error:
-        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise OutputError(
-            f"{out}: cannot be written: {why}", hint="nothing was left behind; choose another place"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _put(partial: Path, out: Path) -> None:
-    """Renames the finished folder to its place, an old one out of the way."""
-    if not out.exists():
-        partial.rename(out)
-        return
-    old = out.parent / f".{out.name}.{secrets.token_hex(4)}.old"
-    out.rename(old)
-    try:
-        partial.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _is_converted(folder: Path) -> bool:
-    """Whether a conversion made the folder (it leaves a record), or nothing is in it."""
-    return (folder / ASIDE / RECORD).is_file() or not any(folder.iterdir())
+    """Whether a conversion made this folder (it leaves a record), or nothing is in it."""
+    return folder.is_dir() and ((folder / ASIDE / RECORD).is_file() or not any(folder.iterdir()))
 
 
-def check_room(out: Path, need: int) -> None:
-    free = shutil.disk_usage(out.parent).free
-    if need > free:
-        raise OutputError(
-            f"{out}: the disk has {free:,} bytes free, and the folder needs {need:,}",
-            hint=f"free {need - free:,} bytes, or choose another disk",
-        )
-
-
-class Total:
-    """Adds up the bytes written, from several threads."""
-
-    def __init__(self, need: int, progress: Callable[[int, int], None]) -> None:
-        self.need, self.progress, self.total = need, progress, 0
-        self._lock = threading.Lock()
-
-    def add(self, nbytes: int) -> None:
-        with self._lock:
-            self.total += nbytes
-            self.progress(self.total, self.need)
+CONVERTED: Kind = ("a converted folder", _is_converted)
 
 
 def _weight_files(
-    component: Component,
-    slots: list[Slot],
-    layout: Layout,
-    metadata: Mapping[str, str],
-    home: Callable[[Component], Path],
+    stem: Path, targets: list[Target], packaging: Packaging, metadata: Mapping[str, str]
 ) -> tuple[list[WeightFile], dict[str, str]]:
-    """Returns a component's weight files, and the index file if there are several."""
-    shards: list[list[Slot]] = [[]]
-    room = layout.max_shard
-    whole = lay_out(Path(), slots, {}).tensors
-    for slot in slots:
-        nbytes = whole[slot.key].nbytes
-        if layout.max_shard and shards[-1] and nbytes > room:
+    """Returns a component's weight files, and the index if there are several."""
+    shards: list[list[Target]] = [[]]
+    limit, room = packaging.max_shard_size, packaging.max_shard_size
+    sizes = {target.key: nbytes(math.prod(target.shape), target.dtype) for target in targets}
+    for target in targets:
+        if limit and shards[-1] and sizes[target.key] > room:
             shards.append([])
-            room = layout.max_shard
-        shards[-1].append(slot)
-        room -= nbytes
-    stem = component.weights
-    dotted = f".{layout.variant}" if layout.variant else ""
-    folder = home(component)
+            room = limit
+        shards[-1].append(target)
+        room -= sizes[target.key]
+    variant = f".{packaging.variant}" if packaging.variant else ""
     if len(shards) == 1:
-        return [lay_out(folder / f"{stem}{dotted}.safetensors", slots, metadata)], {}
+        file = stem.with_name(f"{stem.name}{variant}.safetensors")
+        return [lay_out(file, targets, metadata)], {}
     files = []
-    weight_map: dict[str, str] = {}
     for n, shard in enumerate(shards, 1):
-        name = f"{stem}{dotted}-{n:05}-of-{len(shards):05}.safetensors"
-        files.append(lay_out(folder / name, shard, metadata))
-        weight_map |= {slot.key: name for slot in shard}
-    total = sum(info.nbytes for info in whole.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    return files, {str(folder / f"{stem}.safetensors.index{dotted}.json"): _json(index)}
+        name = f"{stem.name}{variant}-{n:05}-of-{len(shards):05}.safetensors"
+        files.append(lay_out(stem.with_name(name), shard, metadata))
+    index = {
+        "metadata": {"total_size": sum(sizes.values())},
+        "weight_map": {
+            target.key: file.path.name
+            for file, shard in zip(files, shards, strict=True)
+            for target in shard
+        },
+    }
+    return files, {f"{stem.name}.safetensors.index{variant}.json": _json(index)}
 
 
-def _config_files(config: Config, home: Callable[[Component], Path]) -> dict[str, str]:
-    folder, kind = home(config.component), config.component.kind
+def _config_files(config: Config) -> dict[str, str]:
+    kind = config.component.kind
     if kind == "tokenizer":
-        return {str(folder / f): text for f, text in tokenizer_files(config.values).items()}
-    return {str(folder / CONFIG_FILES[kind]): _json(versioned(config))}
+        return tokenizer_files(config.values)
+    return {CONFIG_FILES[kind]: _json(versioned(config))}
 
 
 def layout_text(header: Header) -> str:
     """Returns a header in the form of `key_maps/*/layout.json`: one tensor a line, no offsets."""
     lines = (
-        f"  {json.dumps(key)}: {json.dumps([info.dtype, info.shape])}"
-        for key, info in stored(header).items()
+        f"  {json.dumps(tensor.name)}: {json.dumps([tensor.dtype, tensor.shape])}"
+        for tensor in header.tensors.values()
     )
     metadata = json.dumps(dict(header.metadata))
     return f'{{"metadata": {metadata},\n "tensors": {{\n' + ",\n".join(lines) + "\n}}\n"

@@ -6,33 +6,27 @@ is, and why it is not something else.
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Ambiguous, NotACheckpoint, UsageError
+from ..errors import Ambiguous, NotACheckpoint
 from ..maps.architecture import UNET_ROOT, Architecture, Condition, KeyMaps, Task, bundled
-from ..reading.header import Header, TensorInfo
 from ..reading.source import open_header
+from ..reading.tensor import Header, Tensor
 from .facts import Fact, find_fact, hints
 from .spellings import in_original_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Detection", "Line", "Verdict", "detect", "inspect", "option_fact"]
+__all__ = ["Detection", "Line", "Verdict", "detect", "inspect", "judge", "option_fact"]
 
 CONV_OUT = "out.2.weight"
 """Its last, which a ControlNet, the copy of the first half of a UNet, does not have."""
-
-FACT_VALUES: dict[str, tuple[Any, ...]] = {
-    "prediction_type": ("epsilon", "v_prediction"),
-    "zero_terminal_snr": (False, True),
-    "family": ("sd1", "sd2", "sdxl"),
-}
-"""What a fact can be set to by an option."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +64,7 @@ class Verdict:
         return tuple(line for line in self.lines if not line.holds)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Detection:
     """What a file is.
 
@@ -80,6 +74,7 @@ class Detection:
         architecture: the one that matches, or None.
         task: what the input channels tell; None without an architecture.
         facts: by name, what names and shapes cannot tell and how it was decided.
+        found: the same, as the file alone tells it.
         refusal: why the file is not a known checkpoint; None with an architecture.
         notes: what else the file holds, and where its metadata or a decision disagree with it.
     """
@@ -89,8 +84,14 @@ class Detection:
     architecture: Architecture | None = None
     task: Task | None = None
     facts: Mapping[str, Fact] = field(default_factory=dict)
+    found: Mapping[str, Fact] = field(default_factory=dict)
     refusal: NotACheckpoint | None = None
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        if self.architecture is None or self.task is None:
+            return f"<Detection of {self.header.path}: no known architecture>"
+        return f"<Detection of {self.header.path}: {self.architecture.title}, {self.task.name}>"
 
     def require(self) -> tuple[Architecture, Task]:
         """Returns the architecture and the task.
@@ -103,6 +104,11 @@ class Detection:
         assert self.architecture is not None  # noqa: S101  (one or the other, by construction)
         assert self.task is not None  # noqa: S101
         return self.architecture, self.task
+
+    def _repr_html_(self) -> str:
+        """Returns the summary that a notebook shows."""
+        reports = importlib.import_module("ckptconv.reports.html")  # they build on this module
+        return str(reports.fragment(self))
 
     @property
     def evidence(self) -> tuple[str, ...]:
@@ -143,7 +149,7 @@ def detect(
     """
     maps = maps or bundled()
     given, header = header, in_original_names(header, maps)
-    verdicts = tuple(_judge(a, header.tensors) for a in maps.architectures.values())
+    verdicts = tuple(judge(a, header.tensors) for a in maps.architectures.values())
     matching = [v for v in verdicts if v.matches]
     if len(matching) > 1:
         raise Ambiguous(
@@ -172,6 +178,7 @@ def detect(
         architecture,
         task,
         facts,
+        found,
         notes=(
             *header.notes,
             *_disagreements(header, architecture, maps),
@@ -182,18 +189,11 @@ def detect(
 
 
 def option_fact(name: str, value: Any) -> Fact:
-    """Returns a fact that the user has set.
-
-    Raises:
-        UsageError: the fact cannot have this value.
-    """
-    if value not in FACT_VALUES[name]:
-        allowed = ", ".join(map(str, FACT_VALUES[name]))
-        raise UsageError(f"{name} cannot be {value!r}: it is one of {allowed}")
+    """Returns a fact that the user has set."""
     return Fact(name, value, "option", "set by an option")
 
 
-def _judge(architecture: Architecture, tensors: Mapping[str, TensorInfo]) -> Verdict:
+def judge(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Verdict:
     """Tries the prefixes that the network may have, and keeps the one that fits best."""
     verdicts, conditions = [], architecture.conditions
     for prefix in architecture.prefixes:
@@ -213,7 +213,7 @@ def _judge(architecture: Architecture, tensors: Mapping[str, TensorInfo]) -> Ver
 
 
 def _task(
-    architecture: Architecture, prefix: str, tensors: Mapping[str, TensorInfo]
+    architecture: Architecture, prefix: str, tensors: Mapping[str, Tensor]
 ) -> tuple[Task | None, Line]:
     """Returns the first task that fits, and why; None, and why not, if none does."""
     root = tensors.get(prefix + architecture.root)
@@ -244,7 +244,7 @@ def _why(task: Task) -> str:
     return "the UNet's input channels tell the task" if task.channels else "it has no other"
 
 
-def _alone(prefix: str, tensors: Mapping[str, TensorInfo]) -> Line:
+def _alone(prefix: str, tensors: Mapping[str, Tensor]) -> Line:
     """Whether a component is all that a file holds: in anything more, it is a part of the whole."""
     other = next((key for key in tensors if not key.startswith(prefix)), None)
     if other is None:
@@ -260,9 +260,7 @@ def _network(architecture: Architecture) -> str:
     return "VAE" if name == "vae" else name.replace("_", " ")
 
 
-def _test(
-    condition: Condition, prefix: str, tensors: Mapping[str, TensorInfo], network: str
-) -> Line:
+def _test(condition: Condition, prefix: str, tensors: Mapping[str, Tensor], network: str) -> Line:
     key, because = condition.key, f" ({condition.because})" if condition.because else ""
     found: Any
     if condition.kind in ("has", "lacks"):
@@ -285,7 +283,7 @@ def _test(
     return Line(f"{said}, needed {needed}{because}", False)
 
 
-def _indices(pattern: str, keys: Mapping[str, TensorInfo]) -> Iterator[int]:
+def _indices(pattern: str, keys: Mapping[str, Tensor]) -> Iterator[int]:
     """Yields, in order, the numbers that stand for the `*` in the keys."""
     before, after = pattern.split("*")
     found = re.compile(re.escape(before) + r"(0|[1-9]\d{0,4})" + re.escape(after))

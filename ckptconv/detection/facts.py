@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import MapError
-from ..reading.header import DTYPE_BITS, Header
+from ..files import read_range
+from ..reading.tensor import Header
 
 __all__ = ["Fact", "find_fact", "hints", "values_of"]
 
@@ -203,14 +204,9 @@ def _shortest(value: float) -> float:
 def _few_values(header: Header, key: str) -> list[float]:
     """Returns the values of a small float tensor; none if it is missing or no number somewhere."""
     info = header.tensors.get(key)
-    owner, _ = header.locate(key)
-    if not info or info.numel > FEW or owner.data_start == 0:
+    if not info or info.numel > FEW or not header.has_data(info):
         return []
-    with owner.path.open("rb") as file:
-        file.seek(info.start)
-        data = file.read(info.nbytes)
-    if len(data) * 8 != info.numel * DTYPE_BITS[info.dtype]:
-        return []
+    data = read_range(info.file, info.start, info.nbytes)
     if info.dtype == "BF16":  # the upper half of a float32
         data = b"".join(b"\0\0" + data[i : i + 2] for i in range(0, len(data), 2))
     letter = {"F64": "d", "F32": "f", "BF16": "f", "F16": "e"}.get(info.dtype)

@@ -8,10 +8,10 @@ without their dots. After this, everything else sees one layout only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from ..maps.architecture import Architecture, KeyMaps, Source
-from ..reading.header import Header
-from ..reading.view import renamed
+from ..reading.tensor import Header
 
 __all__ = ["EMA_NAMES", "EMA_OF", "EMA_PREFIX", "in_original_names", "present_name"]
 
@@ -64,6 +64,18 @@ def present_name(key: str) -> str:
     place, _, leaf = key.rpartition(".")
     before, _, name = place.rpartition(".")
     return f"{before}.{OLD_ATTENTION.get(name, name)}.{leaf}"
+
+
+def renamed(header: Header, names: Mapping[str, str], note: str) -> Header:
+    """Returns a header under other names.
+
+    Args:
+        header: of the file.
+        names: the new name of each tensor that gets one, by its key in `header`; all differ.
+        note: what was done, as a sentence.
+    """
+    tensors = {names.get(key, key): tensor for key, tensor in header.tensors.items()}
+    return replace(header, tensors=tensors, notes=(*header.notes, note))
 
 
 def _free(names: Mapping[str, str], header: Header) -> dict[str, str]:

@@ -1,7 +1,5 @@
 """The names of the files in a diffusers folder."""
 
-__all__ = ["CONFIG_FILES", "DROPPED", "INDEX", "LAYOUT", "RECORD"]
-
 INDEX = "model_index.json"
 RECORD = "source.json"
 DROPPED = "dropped.safetensors"

@@ -19,11 +19,10 @@ from ..detection.spellings import present_name
 from ..errors import FileRefused
 from ..files import read_json
 from ..folder.names import CONFIG_FILES, DROPPED, INDEX, LAYOUT, RECORD
-from ..planning.step import ASIDE, Slot, slot_of
-from ..reading.header import Header, header_from_json, read_header
+from ..planning.step import ASIDE
+from ..reading.header import header_from_json, read_header
+from ..reading.tensor import Header, Tensor
 from .weights import component_headers
-
-__all__ = ["Part", "Saved", "current_name", "read_saved"]
 
 FLAT = "embeddings.token_embedding.weight"
 """In a text encoder: its names lack the segment `text_model.`."""
@@ -38,34 +37,34 @@ SINGLE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One component's folder.
+class ComponentFolder:
+    """One component of a folder.
 
     Attributes:
         folder: its path.
         config: content of its configuration; None if it cannot be read.
-        tensors: by current name, where they are: `place` is the path of the file, `key` the name
-            in it. Empty for tokenizers and schedulers.
+        tensors: by the name that the tensor has today. Empty for tokenizers and schedulers.
         problems: what cannot be read, as sentences.
         unread: further weight files, which a library reads only if told to.
+        headers: of the weight files that are read.
     """
 
     folder: Path
     config: Mapping[str, Any] | None
-    tensors: Mapping[str, Slot] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    headers: tuple[Header, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class ModelFolder:
     """A diffusers folder.
 
     Attributes:
         path: the folder.
         index: content of `model_index.json`; None without that file.
         parts: the components, by name.
-        headers: every weight file that is read, by path.
         record: what ckptconv noted of the source (`ckptconv/source.json`); empty without it.
         layout: the header of the source, as ckptconv noted it; None without it.
         aside: the tensors that ckptconv kept aside, by name.
@@ -75,16 +74,22 @@ class Saved:
 
     path: Path
     index: Mapping[str, Any] | None
-    parts: Mapping[str, Part]
-    headers: Mapping[str, Header]
+    parts: Mapping[str, ComponentFolder]
     record: Mapping[str, Any]
     layout: Header | None
-    aside: Mapping[str, Slot]
+    aside: Mapping[str, Tensor]
     problems: tuple[str, ...] = ()
     single: str = ""
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every weight file that is read."""
+        headers = [header for part in self.parts.values() for header in part.headers]
+        aside = (tensor.file for tensor in self.aside.values())
+        return tuple(dict.fromkeys([*(header.path for header in headers), *aside]))
 
-def read_saved(path: str | Path, models: Iterable[str]) -> Saved:
+
+def read_folder(path: str | Path, models: Iterable[str]) -> ModelFolder:
     """Reads a folder: its configurations and the headers of its weights.
 
     Args:
@@ -94,46 +99,42 @@ def read_saved(path: str | Path, models: Iterable[str]) -> Saved:
     Raises:
         FileRefused: it is no folder, or holds no component.
     """
-    path = Path(path)
+    path, models = Path(path), frozenset(models)
     if not path.is_dir():
         what = "a file" if path.exists() else "missing"
         raise FileRefused(f"{path}: is {what}; needed a diffusers folder", hint="check the path")
     problems: list[str] = []
     index = _json(path / INDEX, problems) if (path / INDEX).exists() else None
-    headers: dict[str, Header] = {}
     parts = {
-        folder.name: _part(folder, headers, weights=folder.name in set(models))
+        folder.name: _part(folder, weights=folder.name in models)
         for folder in sorted(path.iterdir())
         if folder.is_dir() and any((folder / name).exists() for name in CONFIG_FILES.values())
     }
-    for name in models:  # a folder that lost its configuration
-        if name not in parts and (path / name).is_dir():
-            parts[name] = _part(path / name, headers, weights=True)
+    for name in sorted(models - parts.keys()):  # a folder that lost its configuration
+        if (path / name).is_dir():
+            parts[name] = _part(path / name, weights=True)
     single = "" if parts else _single(path)
-    if single:
-        for kind, name in CONFIG_FILES.items():
-            if (path / name).exists():
-                part = single if kind == "model" else kind
-                parts[part] = _part(path, headers, weights=kind == "model", config=name)
+    for kind, name in CONFIG_FILES.items() if single else ():
+        if (path / name).exists():
+            part = single if kind == "model" else kind
+            parts[part] = _part(path, weights=kind == "model", config=name)
     if not parts:
         raise FileRefused(
             f"{path}: holds no component of a diffusers model: no subfolder has a config.json",
             hint="give the folder that holds model_index.json, or that of one component",
         )
-    aside: dict[str, Slot] = {}
-    layout = None
+    aside: Mapping[str, Tensor] = {}
+    layout = record = None
     try:
         if (path / ASIDE / DROPPED).exists():
-            kept = read_header(path / ASIDE / DROPPED)
-            headers[str(kept.path)] = kept
-            aside = _slots(kept)
+            aside = read_header(path / ASIDE / DROPPED).tensors
         if (path / ASIDE / LAYOUT).exists():
             layout = header_from_json(path / ASIDE / LAYOUT)
     except FileRefused as error:
         problems += _sentences(error)
-    record = _json(path / ASIDE / RECORD, problems) if (path / ASIDE / RECORD).exists() else None
-    found = tuple(problems)
-    return Saved(path, index, parts, headers, record or {}, layout, aside, found, single)
+    if (path / ASIDE / RECORD).exists():
+        record = _json(path / ASIDE / RECORD, problems)
+    return ModelFolder(path, index, parts, record or {}, layout, aside, tuple(problems), single)
 
 
 def _single(path: Path) -> str:
@@ -143,39 +144,33 @@ def _single(path: Path) -> str:
     return SINGLE.get(str(said[0] if isinstance(said, list) and said else said), "")
 
 
-def _part(
-    folder: Path, headers: dict[str, Header], *, weights: bool, config: str | None = None
-) -> Part:
-    """Reads a component's folder; `config` names its configuration where it holds several."""
+def _part(folder: Path, *, weights: bool, config: str | None = None) -> ComponentFolder:
+    """Reads a component; `config` names its configuration where the folder holds several."""
     problems: list[str] = []
     names = [n for n in CONFIG_FILES.values() if (folder / n).exists() and config in (None, n)]
     values = _json(folder / names[0], problems) if names else None
     if not names:
         problems.append(f"{folder}: holds no {CONFIG_FILES['model']}")
     if not weights:
-        return Part(folder, values, problems=tuple(problems))
+        return ComponentFolder(folder, values, problems=tuple(problems))
     try:
-        found = component_headers(folder)
+        headers = component_headers(folder)
     except FileRefused as error:
-        return Part(folder, values, problems=(*problems, *_sentences(error)))
-    headers |= {str(header.path): header for header in found}
-    stored: dict[str, Slot] = {}
-    for header in found:
+        return ComponentFolder(folder, values, problems=(*problems, *_sentences(error)))
+    stored: dict[str, Tensor] = {}
+    for header in headers:
         twice = stored.keys() & header.tensors.keys()
         problems += [f"{key}: is in several shards" for key in sorted(twice)]
-        stored |= _slots(header)
-    read = {header.path for header in found}
-    return Part(
+        stored |= header.tensors
+    read = {header.path for header in headers}
+    return ComponentFolder(
         folder,
         values,
-        {current_name(key, stored): slot for key, slot in stored.items()},
+        {current_name(key, stored): tensor for key, tensor in stored.items()},
         tuple(problems),
         tuple(sorted(p.name for p in folder.glob("*.safetensors") if p not in read)),
+        headers,
     )
-
-
-def _slots(header: Header) -> dict[str, Slot]:
-    return {key: slot_of(header, key) for key in header.tensors}
 
 
 def current_name(key: str, stored: Container[str]) -> str:

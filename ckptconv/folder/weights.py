@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import FileRefused
-from ..reading.header import Header, read_header
+from ..reading.header import read_header
 from ..reading.shards import read_shards
-
-__all__ = ["component_headers"]
+from ..reading.tensor import Header
 
 STEMS = ("diffusion_pytorch_model", "model")
 

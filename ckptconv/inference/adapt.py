@@ -8,11 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import FileRefused, UsageError
-from ..planning.adapters import Adapter, read_adapter
+from ..options import AdapterFile, adapter_file
 from ..reading.header import read_header
 from .generation import Pipeline
-
-__all__ = ["add_loras", "find_scheduler", "read_loras", "set_scheduler"]
 
 PUBLISHED = {"skip_prk_steps": True}
 """What the published configurations of these models say, where a scheduler's default is another."""
@@ -21,22 +19,22 @@ EDM = "sigma_data"
 """What only schedulers of the EDM formulation take (https://arxiv.org/abs/2206.00364)."""
 
 
-def read_loras(texts: Iterable[str]) -> list[Adapter]:
+def read_loras(texts: Iterable[str]) -> list[AdapterFile]:
     """Reads the headers of the LoRA files that `FILE` or `FILE:SCALE` name.
 
     Raises:
         FileRefused: a file is not a whole, well-formed safetensors file.
         UsageError: PEFT is missing, or a scale is not finite.
     """
-    loras = [read_adapter(text) for text in texts]
+    loras = [adapter_file(text) for text in texts]
     if loras and not importlib.util.find_spec("peft"):
         raise UsageError("a LoRA needs the library PEFT", hint="pip install peft")
     for lora in loras:
-        read_header(lora.header.path)  # diffusers would unpickle a PyTorch file
+        read_header(lora.path)  # diffusers would unpickle a PyTorch file
     return loras
 
 
-def add_loras(pipe: Pipeline, loras: Sequence[Adapter]) -> None:
+def add_loras(pipe: Pipeline, loras: Sequence[AdapterFile]) -> None:
     """Loads LoRA files into a pipeline, by diffusers, each with its scale.
 
     Raises:
@@ -48,8 +46,8 @@ def add_loras(pipe: Pipeline, loras: Sequence[Adapter]) -> None:
         cause: Exception | None = None
         try:
             pipe.load_lora_weights(
-                str(lora.header.path.parent),
-                weight_name=lora.header.path.name,
+                str(lora.path.parent),
+                weight_name=lora.path.name,
                 adapter_name=name,
                 local_files_only=True,
             )
@@ -57,7 +55,7 @@ def add_loras(pipe: Pipeline, loras: Sequence[Adapter]) -> None:
             problems, cause = [line.strip() for line in str(error).splitlines()], error
         if cause or not any(name in there for there in pipe.get_list_adapters().values()):
             raise FileRefused(
-                f"{lora.header.path}: diffusers cannot load it as a LoRA of {type(pipe).__name__}",
+                f"{lora.path}: diffusers cannot load it as a LoRA of {type(pipe).__name__}",
                 problems=problems,
                 hint="give a LoRA that was trained on this architecture",
             ) from cause

@@ -12,15 +12,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = [
-    "check_dtype",
-    "free_memory",
-    "is_out_of_memory",
-    "memory_errors",
-    "pick_device",
-    "spread",
-]
-
 SPARE = 0.15
 """The part of a GPU's free memory that stays free for activations when a model is spread."""
 
@@ -76,14 +67,13 @@ def check_dtype(device: torch.device, dtype: str) -> None:
     """
     import torch
 
-    from ..planning.plan import DTYPES
-    from ..streaming.cast import torch_dtype
+    from ..dtypes import CASTS, torch_dtype
 
     if device.type == "cuda":  # asked, not tried: loading the convolution library takes long
         with torch.cuda.device(device):
             able = dtype != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        probe = torch.ones(1, 1, 1, 1, device=device, dtype=torch_dtype(DTYPES[dtype]))
+        probe = torch.ones(1, 1, 1, 1, device=device, dtype=torch_dtype(CASTS[dtype]))
         try:
             torch.nn.functional.conv2d(probe, probe)
             able = True

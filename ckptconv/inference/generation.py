@@ -14,28 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DeviceError, FileRefused, OutputError, UsageError
-from ..files import whole
+from ..destination import check_destination, new_file
+from ..errors import DeviceError, FileRefused, UsageError
 from ..version import __version__
 from .device import memory_errors
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL import Image
-
-__all__ = [
-    "TASKS",
-    "Pipeline",
-    "Settings",
-    "call_arguments",
-    "check",
-    "check_outputs",
-    "described",
-    "generate",
-    "open_images",
-    "parse_pixels",
-    "save_png",
-]
 
 Pipeline = Any
 """A pipeline of diffusers, whose attributes depend on its class."""
@@ -183,12 +169,8 @@ def check_outputs(out: Path, count: int, *, overwrite: bool) -> list[Path]:
     if out.suffix.lower() != ".png":
         raise UsageError(f"{out}: only PNG is written", hint="end the name in .png")
     paths = [out.with_stem(f"{out.stem}-{n}") for n in range(1, count + 1)] if count > 1 else [out]
-    if not out.parent.is_dir():
-        raise OutputError(f"{out.parent}: no such folder", hint="make it first, with mkdir -p")
-    there = [path for path in paths if path.exists()]
-    if there and not (overwrite and all(path.is_file() for path in there)):
-        names = ", ".join(map(str, there))
-        raise OutputError(f"{names}: exists", hint="--overwrite replaces a file")
+    for path in paths:
+        check_destination(path, overwrite=overwrite)
     return paths
 
 
@@ -305,8 +287,8 @@ def save_png(image: Image.Image, path: Path, values: Mapping[str, Any]) -> None:
 
     info = PngInfo()
     info.add_itxt(CHUNK, json.dumps(values, ensure_ascii=False))
-    with whole(path) as partial:
-        image.save(partial, format="PNG", pnginfo=info)
+    with new_file(path) as hidden:
+        image.save(hidden, format="PNG", pnginfo=info)
 
 
 def _opened(path: Path, mode: str) -> Image.Image:

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Container, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Container, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 from ..configs.config import model_index
-from ..configs.original_config import read_original_config
-from ..conversion.convert import Choices, configured, option_for, plan
-from ..detection.detect import inspect
-from ..errors import FileRefused, Incomplete, UsageError
+from ..configs.original_config import OriginalConfig
+from ..conversion.convert import configured, option_for, plan_file
+from ..dtypes import CASTS, FLOATS
+from ..errors import FileRefused, Incomplete, UsageError, option
 from ..files import read_json
 from ..folder.names import CONFIG_FILES, INDEX
 from ..folder.read import current_name
 from ..folder.weights import component_headers
-from ..maps.architecture import Architecture, bundled
-from ..maps.ops import DROP, RENAME
-from ..planning.plan import DTYPES, Plan, Step
-from ..planning.step import slot_of
-from ..reading.header import FLOATS, Header
-
-__all__ = ["Blueprint", "Model", "open_model"]
+from ..maps.architecture import Architecture
+from ..maps.ops import RENAME
+from ..options import Options
+from ..planning.plan import Plan
+from ..planning.step import Step, Target
+from ..reading.tensor import Tensor
 
 EXACT_IN_FP16 = {"F16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 """Dtypes whose every value is a value of float16."""
@@ -60,8 +59,7 @@ class Model:
         blueprints: of the components to build, by name.
         arguments: what else the pipeline is made with; None for a component that is left out.
         steps: bring the tensors from their files to the components.
-        headers: of these files, by path.
-        dtype: of the weights, as in `DTYPES`.
+        dtype: of the weights: a key of `CASTS`.
         notes: what the user should know.
     """
 
@@ -70,66 +68,61 @@ class Model:
     blueprints: Mapping[str, Blueprint]
     arguments: Mapping[str, Any]
     steps: tuple[Step, ...]
-    headers: Mapping[str, Header]
     dtype: str
     notes: tuple[str, ...] = ()
 
 
 def open_model(
     path: str | Path,
+    options: Options,
     *,
     given: Collection[str] = (),
     ignore_unclaimed: bool = False,
-    **choices: Unpack[Choices],
 ) -> Model:
     """Reads what a pipeline is made of, all but the weights.
 
     Args:
         path: a checkpoint, or a folder with `model_index.json`.
+        options: that decide what is read; a folder takes `dtype` only.
         given: names of components that are not needed from it.
         ignore_unclaimed: take a file that has keys which no map knows.
-        **choices: as for `load_pipeline`.
 
     Raises:
         FileRefused: the file, the folder, a donor or the original configuration cannot be used.
-        UsageError: the choices contradict each other or the file.
+        UsageError: the options contradict each other or the file.
     """
     path = Path(path)
     if path.is_dir():
-        return _from_folder(path, given, choices)
-    made = _planned(path, given, choices)
+        return _from_folder(path, options, given)
+    made, original = _planned(path, options, given)
     made.require_complete(ignore_unclaimed=ignore_unclaimed)
-    return _from_plan(made, given, choices)
+    return _from_plan(made, original, options, given)
 
 
-def _planned(path: Path, given: Collection[str], choices: Choices) -> Plan:
+def _planned(
+    path: Path, options: Options, given: Collection[str]
+) -> tuple[Plan, OriginalConfig | None]:
     """Returns the plan for what is not given, with all weights in one dtype."""
-    chosen: Choices = {**choices}
-    if given:
-        architecture, _ = inspect(path, maps=choices.get("maps")).require()
-        _refuse_single(path, architecture)
-        only = choices.get("only")
-        chosen["only"] = set(architecture.components if only is None else only) - set(given)
-    made = plan(path, **chosen)
+    made, original = plan_file(path, options, without=given)
     _refuse_single(path, made.detection.require()[0])
     if made.absent:
-        options = ", ".join(option_for(made, name) for name in made.absent)
+        supplies = ", ".join(option_for(made, name) for name in made.absent)
         raise Incomplete(
             f"{path}: the file has no {' and no '.join(made.absent)}, which its pipeline needs",
-            hint=f"supply what is missing: {options}; or, in Python, load_pipeline(..., "
+            hint=f"supply what is missing: {supplies}; or, in Python, load_pipeline(..., "
             f"components={{{made.absent[0]!r}: None}}) leaves it out",
         )
     donors = {name for name, donor in made.donors.items() if donor.config}
-    changed = {step.targets[0].place for step in made.steps if step.changes}
+    changed = {step.targets[0].component for step in made.steps if step.changes}
     if lost := ", ".join(sorted(donors & changed)):
         raise UsageError(
             f"an adapter changes {lost}, which comes from a diffusers folder",
-            hint="convert the checkpoint with --lora, and load the folder that comes out",
+            hint=f"convert the file with {option('lora')}, and load the folder that comes out",
         )
-    if choices.get("dtype") is None and (dtype := _common_dtype(_dtypes(made))):
+    if options.dtype is None and (dtype := _common_dtype(_dtypes(made))):
         log.info("%s: the weights become %s, which holds all of their values", path, dtype)
-        made = replace(made, steps=_cast(made.steps, dtype))
-    return made
+        made = made.cast(dtype)
+    return made, original
 
 
 def _refuse_single(path: Path, architecture: Architecture) -> None:
@@ -144,8 +137,8 @@ def _refuse_single(path: Path, architecture: Architecture) -> None:
 def _dtypes(made: Plan) -> set[str]:
     """Returns the float dtypes of the components' tensors."""
     models = {component.name for component in made.detection.require()[0].models}
-    targets = [target for step in made.steps for target in step.targets if target.place in models]
-    return {target.dtype for target in targets if target.dtype in FLOATS}
+    targets = (target for step in made.steps for target in step.targets)
+    return {target.dtype for target in targets if target.component in models} & FLOATS
 
 
 def _common_dtype(stored: set[str]) -> str | None:
@@ -154,30 +147,20 @@ def _common_dtype(stored: set[str]) -> str | None:
     A pipeline computes in one dtype: no layer takes the output of a layer of another, and in fp8
     there are no layers at all.
     """
-    if len(stored) <= 1 and stored <= set(DTYPES.values()):
+    if len(stored) <= 1 and stored <= set(CASTS.values()):
         return None
     return "fp16" if stored <= EXACT_IN_FP16 else "fp32"
 
 
-def _cast(steps: Iterable[Step], dtype: str) -> tuple[Step, ...]:
-    """Returns the steps with all floats in one dtype."""
-    return tuple(
-        step
-        if step.op is DROP or step.sources[0].dtype not in FLOATS
-        else replace(step, targets=tuple(replace(t, dtype=DTYPES[dtype]) for t in step.targets))
-        for step in steps
-    )
-
-
-def _from_plan(made: Plan, given: Collection[str], choices: Choices) -> Model:
-    yaml, maps = choices.get("original_config"), choices.get("maps") or bundled()
-    only = choices.get("only")
-    built, notes = configured(made, read_original_config(Path(yaml), maps) if yaml else None)
+def _from_plan(
+    made: Plan, original: OriginalConfig | None, options: Options, given: Collection[str]
+) -> Model:
+    built, notes = configured(made, original)
     index = model_index(made, built)
     blueprints: dict[str, Blueprint] = {}
     renamed: dict[tuple[str, str], str] = {}
     for name, config in built.items():
-        if name in given or (only is not None and name not in only):
+        if name in given or (options.only is not None and name not in options.only):
             continue
         donor = made.donors.get(name)
         folder = donor.config.parent if donor and donor.config else None
@@ -192,19 +175,16 @@ def _from_plan(made: Plan, given: Collection[str], choices: Choices) -> Model:
         index["_class_name"],
         blueprints,
         _arguments(index, blueprints),
-        tuple(
-            replace(
-                step,
-                targets=tuple(
-                    replace(t, key=renamed.get((t.place, t.key), t.key)) for t in step.targets
-                ),
-            )
-            for step in made.steps
-        ),
-        made.headers,
+        tuple(_renamed(step, renamed) for step in made.steps),
         _name_of(_dtypes(made)),
         (*made.notes, *notes),
     )
+
+
+def _renamed(step: Step, names: Mapping[tuple[str, str], str]) -> Step:
+    """Returns a step whose targets have other keys, by component and key."""
+    targets = [replace(t, key=names.get((t.component, t.key), t.key)) for t in step.targets]
+    return replace(step, targets=tuple(targets))
 
 
 def _arguments(index: Mapping[str, Any], blueprints: Container[str]) -> dict[str, Any]:
@@ -218,13 +198,14 @@ def _arguments(index: Mapping[str, Any], blueprints: Container[str]) -> dict[str
 
 def _name_of(stored: Container[str]) -> str:
     """Returns the name of the one dtype of the weights; fp32 if there are none."""
-    return next((name for name, dtype in DTYPES.items() if dtype in stored), "fp32")
+    return next((name for name, dtype in CASTS.items() if dtype in stored), "fp32")
 
 
-def _from_folder(path: Path, given: Collection[str], choices: Choices) -> Model:
+def _from_folder(path: Path, options: Options, given: Collection[str]) -> Model:
     """Reads the configurations and the headers of a diffusers folder."""
-    asked = {k for k, v in choices.items() if v is not None and (k, v) != ("ema", False)}
-    if unfit := sorted(asked - {"dtype", "maps"}):
+    default = Options()
+    names = [field.name for field in fields(Options) if field.name not in ("dtype", "maps")]
+    if unfit := sorted(n for n in names if getattr(options, n) != getattr(default, n)):
         raise UsageError(
             f"{', '.join(unfit)}: for a checkpoint only, and {path} is a folder",
             hint="its configuration files say it all: edit them, or convert the checkpoint anew",
@@ -245,33 +226,28 @@ def _from_folder(path: Path, given: Collection[str], choices: Choices) -> Model:
             hint=f"copy the folder again from its source, or correct {INDEX}",
         )
     blueprints: dict[str, Blueprint] = {}
-    headers: dict[str, Header] = {}
-    steps: list[Step] = []
-    for name, entry in entries.items():
+    tensors: dict[tuple[str, str], Tensor] = {}
+    for name, (library, cls) in entries.items():
         folder, config, kind = path / name, {}, "other"
         if (folder / CONFIG_FILES["model"]).is_file():
             config, kind = read_json(folder / CONFIG_FILES["model"]), "model"
-            found = component_headers(folder)
-            headers |= {str(header.path): header for header in found}
-            steps += _renames(name, found)
-        blueprints[name] = Blueprint(*entry, kind, config, folder)
-    stored = {t.dtype for step in steps for t in step.targets if t.dtype in FLOATS}
-    dtype = choices.get("dtype") or _common_dtype(stored) or _name_of(stored)
+            own = {k: t for header in component_headers(folder) for k, t in header.tensors.items()}
+            tensors |= {(name, current_name(key, own)): tensor for key, tensor in own.items()}
+        blueprints[name] = Blueprint(library, cls, kind, config, folder)
+    stored = {tensor.dtype for tensor in tensors.values()} & FLOATS
+    dtype = options.dtype or _common_dtype(stored) or _name_of(stored)
     return Model(
         path,
         str(index.get("_class_name")),
         blueprints,
         _arguments(index, blueprints),
-        _cast(steps, dtype),
-        headers,
+        tuple(
+            Step(RENAME, (tensor,), (Target(*place, _cast(tensor.dtype, dtype), tensor.shape),))
+            for place, tensor in tensors.items()
+        ),
         dtype,
     )
 
 
-def _renames(component: str, headers: Iterable[Header]) -> list[Step]:
-    """Returns the steps from a component's files, under today's names."""
-    slots = {key: slot_of(header, key) for header in headers for key in header.tensors}
-    return [
-        Step(RENAME, (slot,), (replace(slot, place=component, key=current_name(key, slots)),))
-        for key, slot in slots.items()
-    ]
+def _cast(stored: str, dtype: str) -> str:
+    return CASTS[dtype] if stored in FLOATS else stored

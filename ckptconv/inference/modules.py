@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 from ..configs.tokenizer import tokenizer_files
 from ..errors import FileRefused
 from ..libraries import LIBRARIES, LOCK, find_class
-from ..planning.step import Slot
+from ..planning.step import Target
 from .model import Blueprint
 from .weights import matched
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-__all__ = ["component_class", "empty_module", "from_library", "without_weights"]
 
 VARIANT = re.compile(r"\.([^.]+?)(-\d+-of-\d+)?\.safetensors$")
 """In the name of a weight file."""
@@ -50,7 +48,7 @@ def component_class(name: str, blueprint: Blueprint) -> Any:
 
 
 def empty_module(
-    cls: Any, blueprint: Blueprint, targets: Mapping[str, Slot], dtype: torch.dtype
+    cls: Any, blueprint: Blueprint, targets: Mapping[str, Target], dtype: torch.dtype
 ) -> nn.Module | None:
     """Returns a module whose parameters are on the meta device and whose buffers are real.
 
@@ -103,11 +101,10 @@ def _from_config(cls: Any, blueprint: Blueprint, dtype: torch.dtype) -> Any:
     return made
 
 
-def from_library(
-    cls: Any, blueprint: Blueprint, dtype: torch.dtype, weights: Iterable[Path]
-) -> Any:
+def from_library(cls: Any, blueprint: Blueprint, dtype: torch.dtype, files: Iterable[Path]) -> Any:
     """Lets its library load a component from its folder; that may change the process meanwhile."""
-    variants = {found[1] for path in weights if (found := VARIANT.search(path.name))}
+    weights = {file.name for file in files if file.parent == blueprint.folder}
+    variants = {found[1] for name in weights if (found := VARIANT.search(name))}
     options: dict[str, Any] = {"use_safetensors": True}
     if len(variants) == 1:
         options["variant"] = variants.pop()

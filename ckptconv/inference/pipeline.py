@@ -14,12 +14,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from ..conversion.convert import Choices
+from ..dtypes import CASTS, torch_dtype
 from ..errors import DeviceError, FileRefused, UsageError
 from ..libraries import find_class
 from ..maps.architecture import bundled
-from ..planning.plan import DTYPES
-from ..streaming.cast import torch_dtype
+from ..options import Choices, Options, checked
 from .device import check_dtype, free_memory, is_out_of_memory, memory_errors, pick_device, spread
 from .model import Model, open_model
 from .modules import component_class, empty_module, from_library, without_weights
@@ -28,8 +27,6 @@ from .weights import Devices, fill, targets_of
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
-
-__all__ = ["OFFLOADS", "build_pipeline", "load_pipeline", "pipeline_class"]
 
 OFFLOADS = {
     "model": "enable_model_cpu_offload",
@@ -58,6 +55,7 @@ LESS_MEMORY = (
 log = logging.getLogger(__name__)
 
 
+@checked
 def load_pipeline(
     path: str | Path,
     *,
@@ -72,8 +70,10 @@ def load_pipeline(
 ) -> Any:
     """Loads a checkpoint, or a diffusers folder, as a pipeline of diffusers.
 
-    Several threads may load at the same time. On the CPU, weights that keep their dtype are a view
-    of the file: do not write to it while the pipeline lives.
+    Weights of several dtypes, or of fp8, are cast to one that holds all of their values, unless
+    `dtype` says otherwise. A folder takes no other option than `dtype`. On the CPU, weights that
+    keep their dtype are a view of the file: do not write to it while the pipeline lives. Several
+    threads may load at the same time.
 
     Args:
         path: a checkpoint, or a folder with `model_index.json`.
@@ -87,8 +87,7 @@ def load_pipeline(
         device_map: `balanced` spreads a model that outgrows one GPU over all of them.
         ignore_unclaimed: load a file that has keys which no map knows.
         progress: is called with bytes in place and bytes in all, from one thread at a time.
-        **choices: as for `convert`. `dtype` is as stored by default; weights of several dtypes, or
-            of fp8, become one that holds all of their values. A folder takes `dtype` only.
+        **choices: see `Options`.
 
     Returns:
         The `DiffusionPipeline` of that task, untyped because its attributes depend on its class;
@@ -102,7 +101,7 @@ def load_pipeline(
     """
     names = (components or {}).keys()
     return build_pipeline(
-        open_model(path, given=names, ignore_unclaimed=ignore_unclaimed, **choices),
+        open_model(path, Options.of(choices), given=names, ignore_unclaimed=ignore_unclaimed),
         device=device,
         task=task,
         components=components,
@@ -197,7 +196,7 @@ def _built(
             hint=f"its components are {', '.join(parameters)}",
         )
     check_dtype(device, model.dtype)
-    dtype, targets = torch_dtype(DTYPES[model.dtype]), targets_of(model.steps)
+    dtype, targets = torch_dtype(CASTS[model.dtype]), targets_of(model.steps)
     parts: dict[str, Any] = {}
     modules: dict[str, torch.nn.Module] = {}
     with _refusals(model):
@@ -210,9 +209,7 @@ def _built(
             elif module := empty_module(its, blueprint, targets[name], dtype):
                 modules[name] = module
             else:
-                files = [
-                    path for path in map(Path, model.headers) if path.parent == blueprint.folder
-                ]
+                files = [source.file for step in model.steps for source in step.sources]
                 parts[name] = from_library(its, blueprint, dtype, files).to(device).eval()
     arguments = {**model.arguments, **parts, **modules, **given}
     _require(cls, {n for n, p in parameters.items() if p.default is p.empty} - arguments.keys())
@@ -222,7 +219,7 @@ def _built(
             name: {part: torch.device("cuda", gpu) for part, gpu in gpus.items()}
             for name, gpus in spread(modules, dtype, free_memory()).items()
         }
-    for note in [*model.notes, *fill(modules, model.steps, model.headers, devices, progress)]:
+    for note in [*model.notes, *fill(modules, model.steps, devices, progress)]:
         log.warning("%s", note)
     arguments |= {name: _connected(module, devices[name]) for name, module in modules.items()}
     pipe: Any = cls(**{name: arguments[name] for name in parameters if name in arguments})

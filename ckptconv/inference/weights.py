@@ -1,6 +1,6 @@
 """Puts the tensors of files into empty modules.
 
-Each tensor goes from its file to its place, by the same pieces that `ckptconv.streaming.stream`
+Each tensor goes from its file to its place, by the same transfers that `ckptconv.streaming.stream`
 copies for `convert`. On the CPU a tensor whose bytes stay as they are becomes a view of the mapped
 file: it takes no memory beside the page cache, and a write to it is private. Everything else passes
 through small buffers, one a thread, that for CUDA are page-locked.
@@ -10,27 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-import mmap
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..dtypes import BITS, nbytes, torch_dtype
 from ..errors import MapError
-from ..planning.step import Slot, Step
-from ..reading.header import DTYPE_BITS, Header, TensorInfo
-from ..streaming.cast import torch_dtype
-from ..streaming.stream import Files, converted, read_into
-from ..streaming.transfers import Piece, pieces
+from ..files import ByteCounter, Files
+from ..planning.step import Step, Target
+from ..reading.tensor import Tensor
+from ..streaming.stream import converted, in_threads
+from ..streaming.transfers import Transfer, transfers
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-__all__ = ["Devices", "fill", "matched", "targets_of"]
 
 Devices = Mapping[str, "torch.device"]
 """The device of each submodule of a module: the longest name that a key begins with counts, and
@@ -41,16 +38,16 @@ CHUNK = 16 << 20
 """Bytes that one thread moves at a time."""
 
 
-def targets_of(steps: Iterable[Step]) -> dict[str, dict[str, Slot]]:
+def targets_of(steps: Iterable[Step]) -> dict[str, dict[str, Target]]:
     """Returns the tensors that steps write, by component and key."""
-    found: dict[str, dict[str, Slot]] = defaultdict(dict)
+    found: dict[str, dict[str, Target]] = defaultdict(dict)
     for step in steps:
         for target in step.targets:
-            found[target.place][target.key] = target
+            found[target.component][target.key] = target
     return found
 
 
-def matched(module: nn.Module, targets: Mapping[str, Slot]) -> tuple[dict[str, str], list[str]]:
+def matched(module: nn.Module, targets: Mapping[str, Target]) -> tuple[dict[str, str], list[str]]:
     """Matches tensors with the parameters of a module.
 
     A key is the name of its parameter. The exception is one rule: where the module has no child of
@@ -86,14 +83,13 @@ class _Place:
 
     component: str
     parameter: str
-    target: Slot
+    target: Target
     device: torch.device
 
 
 def fill(
     modules: Mapping[str, nn.Module],
     steps: Iterable[Step],
-    headers: Mapping[str, Header],
     devices: Mapping[str, Devices],
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[str]:
@@ -102,7 +98,6 @@ def fill(
     Args:
         modules: from `empty_module`, by component.
         steps: of a plan; the tensors that they write have the dtypes that the parameters get.
-        headers: of the files that they read.
         devices: by component.
         progress: is called with bytes done and bytes in all, from one thread at a time.
 
@@ -116,36 +111,29 @@ def fill(
     steps = list(steps)
     places = _places(modules, steps, devices)
     packed = {
-        (place.component, place.target.key): (path, _packed(place.target))
+        (place.component, place.target.key): _packed(path, place.target)
         for path, place in places.items()
     }
-    parts: dict[Path, list[Piece]] = defaultdict(list)
-    needed = [s for s in steps if any((t.place, t.key) in packed for t in s.targets)]
-    for piece in pieces(needed, headers, packed):
-        parts[piece.target[0]].append(piece)
-    total, done = sum(info.nbytes for _, info in packed.values()), 0
+    parts: dict[Path, list[Transfer]] = defaultdict(list)
+    needed = [s for s in steps if any((t.component, t.key) in packed for t in s.targets)]
+    for transfer in transfers(needed, packed):
+        parts[transfer.target[0]].append(transfer)
+    done = ByteCounter(sum(tensor.nbytes for tensor in packed.values()), progress)
     states: dict[str, dict[str, torch.Tensor]] = {name: {} for name in modules}
-    with _Sources() as files:
-        moves: list[tuple[Piece, torch.Tensor]] = []
+    with Files() as files:
+        moves: list[tuple[Transfer, torch.Tensor]] = []
         for path, place in places.items():
             tensor = _view(place, parts[path], files)
             if tensor is None:
                 tensor = _room(place)
-                for piece in parts[path]:
-                    cut = piece.cut(CHUNK * 8 // DTYPE_BITS[piece.dtypes[0]])
+                for transfer in parts[path]:
+                    cut = transfer.cut(CHUNK * 8 // BITS[transfer.dtypes[0]])
                     moves += [(part, tensor) for part in cut]
             else:
-                done += tensor.nbytes
-                progress(done, total)
+                done.add(tensor.nbytes)
             states[place.component][place.parameter] = tensor
         mover = _Mover(files)
-        pool = ThreadPoolExecutor(THREADS)
-        try:
-            for nbytes in pool.map(mover.move, *zip(*moves, strict=True)) if moves else ():
-                done += nbytes
-                progress(done, total)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        in_threads(lambda move: done.add(mover.move(*move)), moves, THREADS)
     for name, module in modules.items():
         module.load_state_dict(states[name], strict=True, assign=True)
         if list(devices[name]) == [""]:
@@ -186,24 +174,24 @@ def _device_of(name: str, devices: Devices) -> torch.device:
     return next(devices[prefix] for prefix in prefixes if prefix in devices)
 
 
-def _packed(target: Slot) -> TensorInfo:
+def _packed(path: Path, target: Target) -> Tensor:
     """Returns a tensor as if it were alone in a file."""
-    nbytes = math.prod(target.shape) * DTYPE_BITS[target.dtype] // 8
-    return TensorInfo(target.dtype, target.shape, 0, nbytes)
+    size = nbytes(math.prod(target.shape), target.dtype)
+    return Tensor(path, target.key, target.dtype, target.shape, 0, size)
 
 
-def _view(place: _Place, parts: list[Piece], files: _Sources) -> torch.Tensor | None:
+def _view(place: _Place, parts: list[Transfer], files: Files) -> torch.Tensor | None:
     """Returns the tensor as a view of the mapped file, or None where its bytes must be moved."""
     import torch
 
     if place.device.type != "cpu" or len(parts) != 1 or not parts[0].is_copy:
         return None
-    (piece,), dtype = parts, torch_dtype(place.target.dtype)
-    path, offset = piece.source
+    (transfer,), dtype = parts, torch_dtype(place.target.dtype)
+    path, offset = transfer.source
     if offset % dtype.itemsize:  # not every kernel reads across the borders of elements
         return None
-    flat = torch.frombuffer(files.mapped(path), dtype=dtype, count=piece.count, offset=offset)
-    return flat.view(place.target.shape)
+    mapped = files.mapped(path, offset, transfer.nbytes)
+    return torch.frombuffer(mapped, dtype=dtype).view(place.target.shape)
 
 
 def _room(place: _Place) -> torch.Tensor:
@@ -213,54 +201,40 @@ def _room(place: _Place) -> torch.Tensor:
     return torch.empty(place.target.shape, dtype=dtype, device=place.device)
 
 
-class _Sources(Files):
-    """The files that are read, and those that were mapped."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._mapped: dict[Path, mmap.mmap] = {}
-
-    def mapped(self, path: Path) -> mmap.mmap:
-        """Returns the mapped file; writes to it are private. It lives as long as its views."""
-        if path not in self._mapped:
-            self._mapped[path] = mmap.mmap(self.source(path), 0, access=mmap.ACCESS_COPY)
-        return self._mapped[path]
-
-
 class _Mover:
     """Moves elements from files into tensors. Every thread has its own buffer and streams."""
 
-    def __init__(self, files: _Sources) -> None:
+    def __init__(self, files: Files) -> None:
         self.files, self.warnings = files, list[str]()
         self._thread = threading.local()
 
-    def move(self, piece: Piece, tensor: torch.Tensor) -> int:
-        """Fills the piece's part of a tensor, and returns how many bytes that are."""
+    def move(self, transfer: Transfer, tensor: torch.Tensor) -> int:
+        """Fills the transfer's part of a tensor, and returns how many bytes that are."""
         import torch
 
-        if piece.patches:  # on the CPU, so that the bits are those of a conversion
-            data, lost = converted(piece, self.files)
+        if transfer.changes:  # on the CPU, so that the bits are those of a conversion
+            data, lost = converted(transfer, self.files)
             values = torch.frombuffer(data, dtype=tensor.dtype)
             tensor.copy_(values.view(tensor.shape))
         else:
-            raw = self._buffer(piece.count * DTYPE_BITS[piece.dtypes[0]] // 8, tensor.device)
-            read_into(self.files.source(piece.source[0]), piece.source, raw.numpy().data)
+            raw = self._buffer(nbytes(transfer.count, transfer.dtypes[0]), tensor.device)
+            self.files.read_into(*transfer.source, raw.numpy().data)
             with self._stream(tensor.device):
-                lost = _put(raw.view(torch_dtype(piece.dtypes[0])), piece, tensor)
+                lost = _put(raw.view(torch_dtype(transfer.dtypes[0])), transfer, tensor)
         if lost:
-            name, dtype = piece.target[0], piece.dtypes[1]
+            name, dtype = transfer.target[0], transfer.dtypes[1]
             self.warnings.append(f"{name}: {lost:,} values are too large for {dtype}")
-        return piece.nbytes
+        return transfer.nbytes
 
-    def _buffer(self, nbytes: int, device: torch.device) -> torch.Tensor:
+    def _buffer(self, size: int, device: torch.device) -> torch.Tensor:
         import torch
 
         buffer: torch.Tensor | None = getattr(self._thread, "buffer", None)
-        if buffer is None or buffer.numel() < nbytes:
-            size, pinned = max(nbytes, CHUNK), device.type == "cuda"
-            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        if buffer is None or buffer.numel() < size:
+            pinned = device.type == "cuda"
+            buffer = torch.empty(max(size, CHUNK), dtype=torch.uint8, pin_memory=pinned)
             self._thread.buffer = buffer
-        return buffer[:nbytes]
+        return buffer[:size]
 
     @contextlib.contextmanager
     def _stream(self, device: torch.device) -> Iterator[None]:
@@ -280,17 +254,17 @@ class _Mover:
         streams[device].synchronize()
 
 
-def _put(values: torch.Tensor, piece: Piece, tensor: torch.Tensor) -> int:
+def _put(values: torch.Tensor, transfer: Transfer, tensor: torch.Tensor) -> int:
     """Copies, casts and transposes elements; returns how many finite values became infinite."""
     wait = tensor.device.type != "cuda"
-    if piece.transposed is None:
-        first = piece.target[1] * 8 // DTYPE_BITS[piece.dtypes[1]]
-        tensor = tensor.view(-1)[first : first + piece.count]
-    if not piece.is_copy:  # the device casts and transposes
+    if transfer.transposed is None:
+        first = transfer.target[1] * 8 // BITS[transfer.dtypes[1]]
+        tensor = tensor.view(-1)[first : first + transfer.count]
+    if not transfer.is_copy:  # the device casts and transposes
         values = values.to(tensor.device, non_blocking=not wait)
-    if piece.transposed is not None:
-        values = values.view(piece.transposed).T
+    if transfer.transposed is not None:
+        values = values.view(transfer.transposed).T
     tensor.copy_(values, non_blocking=not wait)
-    if piece.dtypes[0] == piece.dtypes[1] or not tensor.isinf().any():
+    if transfer.dtypes[0] == transfer.dtypes[1] or not tensor.isinf().any():
         return 0
     return int((tensor.isinf() & values.isfinite()).sum())

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..errors import MapError
-from ..reading.header import Header, header_from_json
+from ..reading.header import header_from_json
+from ..reading.tensor import Header
 from .keymap import KeyMap
 
 if TYPE_CHECKING:
@@ -201,6 +202,11 @@ class KeyMaps:
         self.folders = tuple(folders)
         self._keymaps: dict[str, KeyMap] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels as the names of its folders: ours lie elsewhere on another machine."""
+        own = tuple(path for path in self.folders if path not in bundled().folders)
+        return _with_bundled, (own,)
+
     def find(self, name: str) -> Path:
         """Returns the path of a file, given relative to a folder.
 
@@ -324,6 +330,11 @@ def bundled() -> KeyMaps:
     package = Path(__file__).parents[1]
     inside = package / "key_maps"
     return KeyMaps([inside if inside.is_dir() else package.parent / "key_maps"])
+
+
+@functools.cache
+def _with_bundled(own: tuple[Path, ...]) -> KeyMaps:
+    return KeyMaps([*own, *bundled().folders]) if own else bundled()
 
 
 _layout = functools.cache(header_from_json)

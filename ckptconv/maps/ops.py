@@ -1,87 +1,112 @@
 """The closed set of tensor operations that a key map may name.
 
-Every operation reads the elements of its sources, in order, and lays them out over its targets,
-in order. All but `transpose` keep that order, so they are copies of byte ranges and run without
-an array library. That makes the way back trivial: swap sources and targets.
+Every operation reads the elements of its source, in order, and lays them out over its targets, in
+order. All but `transpose` keep that order, so they are copies of byte ranges and need no array
+library. The way back lays the elements of the targets out over the source; only the shape of the
+source has to be found, which is what `backward` does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-__all__ = ["DROP", "OPS", "RENAME", "TRANSPOSE", "Op", "Shape"]
+__all__ = ["DROP", "OPS", "RENAME", "Op", "Shape"]
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One operation: its shape rule, and what it does to the order of the elements.
+    """One operation.
 
     Attributes:
         name: as a key map writes it.
-        shapes: from the shape of the one source and the number of targets to the targets'
-            shapes; raises ValueError, saying what was needed, where the shape does not fit.
+        forward: from the shape of the source and the number of targets to the shapes of the
+            targets.
+        backward: from the shapes of the targets, and the shape that the source is known to have
+            had (None if nobody noted it), to the shape of the source. Without a note, it is the
+            shape of the published files.
         keeps_order: the targets are consecutive byte ranges of the source.
+
+    Both functions raise ValueError, saying what was needed, where a shape does not fit.
     """
 
     name: str
-    shapes: Callable[[Shape, int], tuple[Shape, ...]]
+    forward: Callable[[Shape, int], tuple[Shape, ...]]
+    backward: Callable[[Sequence[Shape], Shape | None], Shape]
     keeps_order: bool = True
+
+
+def _needs(holds: bool, needed: str, found: object) -> None:
+    if not holds:
+        raise ValueError(f"needs {needed}, found {found}")
 
 
 def _same(shape: Shape, count: int) -> tuple[Shape, ...]:
     return (shape,) * count
 
 
-def _nothing(_shape: Shape, _count: int) -> tuple[Shape, ...]:
-    return ()
+def _from_same(shapes: Sequence[Shape], _noted: Shape | None) -> Shape:
+    return shapes[0]
 
 
-def _squeeze(shape: Shape, _count: int) -> tuple[Shape, ...]:
-    if len(shape) == 2:  # stored as a linear layer already
-        return (shape,)
-    if len(shape) != 4 or shape[2:] != (1, 1):
-        raise ValueError(f"needs shape [out, in, 1, 1] or [out, in], found {list(shape)}")
+def _squeezed(shape: Shape, _count: int) -> tuple[Shape, ...]:
+    fits = len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1))
+    _needs(fits, "shape [out, in, 1, 1] or [out, in]", list(shape))
     return (shape[:2],)
 
 
-def _split_rows(shape: Shape, count: int) -> tuple[Shape, ...]:
-    if not shape or shape[0] % count:
-        raise ValueError(f"needs rows that divide by {count}, found {list(shape)}")
+def _unsqueezed(shapes: Sequence[Shape], noted: Shape | None) -> Shape:
+    (shape,) = shapes
+    _needs(len(shape) == 2, "shape [out, in]", list(shape))
+    return shape if noted == shape else (*shape, 1, 1)
+
+
+def _rows_split(shape: Shape, count: int) -> tuple[Shape, ...]:
+    _needs(bool(shape) and shape[0] % count == 0, f"rows that divide by {count}", list(shape))
     return ((shape[0] // count, *shape[1:]),) * count
 
 
-def _row(shape: Shape, _count: int) -> tuple[Shape, ...]:
-    if len(shape) == 1:
-        return ((1, *shape),)
-    if len(shape) != 2 or shape[0] != 1:
-        raise ValueError(f"needs shape [n] or [1, n], found {list(shape)}")
-    return (shape,)
+def _rows_joined(shapes: Sequence[Shape], _noted: Shape | None) -> Shape:
+    alike = bool(shapes[0]) and len(set(shapes)) == 1
+    _needs(alike, "parts of one shape", ", ".join(str(list(shape)) for shape in shapes))
+    return (len(shapes) * shapes[0][0], *shapes[0][1:])
 
 
-def _transpose(shape: Shape, _count: int) -> tuple[Shape, ...]:
-    if len(shape) != 2:
-        raise ValueError(f"needs a matrix, found {list(shape)}")
+def _as_row(shape: Shape, _count: int) -> tuple[Shape, ...]:
+    fits = len(shape) == 1 or (len(shape) == 2 and shape[0] == 1)
+    _needs(fits, "shape [n] or [1, n]", list(shape))
+    return ((1, shape[-1]),)
+
+
+def _from_row(shapes: Sequence[Shape], noted: Shape | None) -> Shape:
+    (shape,) = shapes
+    _needs(len(shape) == 2 and shape[0] == 1, "shape [1, n]", list(shape))
+    return shape if noted == shape else shape[1:]
+
+
+def _transposed(shape: Shape, _count: int) -> tuple[Shape, ...]:
+    _needs(len(shape) == 2, "a matrix", list(shape))
     return (shape[::-1],)
 
 
-RENAME = Op("rename", _same)
-TRANSPOSE = Op("transpose", _transpose, keeps_order=False)
-DROP = Op("drop", _nothing)
+RENAME = Op("rename", _same, _from_same)
+DROP = Op("drop", lambda _shape, _count: (), _from_same)
 
 OPS = {
     op.name: op
     for op in (
         RENAME,
-        Op("squeeze", _squeeze),
-        Op("split_rows", _split_rows),
-        Op("row", _row),
-        TRANSPOSE,
+        Op("squeeze", _squeezed, _unsqueezed),
+        Op("split_rows", _rows_split, _rows_joined),
+        Op("row", _as_row, _from_row),
+        Op(
+            "transpose",
+            _transposed,
+            lambda shapes, _noted: _transposed(shapes[0], 1)[0],
+            keeps_order=False,
+        ),
         DROP,
     )
 }

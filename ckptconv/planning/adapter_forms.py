@@ -11,10 +11,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..reading.header import FLOATS
-from .step import Change, Slot
-
-__all__ = ["change_of"]
+from ..dtypes import FLOATS
+from ..reading.tensor import Shape, Tensor
+from .step import Change, Target
 
 
 def _noted_factor(name: str, rank: int, settings: Mapping[str, Any]) -> float:
@@ -35,20 +34,23 @@ def _noted_factor(name: str, rank: int, settings: Mapping[str, Any]) -> float:
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def change_of(name: str, slot: Slot, parts: dict[str, Slot], settings: Mapping[str, Any]) -> Change:
+def change_of(
+    name: str, target: Target, parts: dict[str, Tensor], settings: Mapping[str, Any]
+) -> Change:
     """Returns what the tensors of one layer do to its weight.
 
     Args:
         name: of the layer, without prefix.
-        slot: the weight.
+        target: the weight.
         parts: the tensors, by their role.
         settings: what the metadata note of PEFT's settings.
 
     Raises:
         ValueError: they are no whole set, or have wrong shapes.
     """
-    weights = [slot, *(part for role, part in parts.items() if role != "alpha")]
-    if wrong := [weight.key for weight in weights if weight.dtype not in FLOATS]:
+    dtypes = {part.name: part.dtype for role, part in parts.items() if role != "alpha"}
+    dtypes = {target.key: target.dtype} | dtypes
+    if wrong := [key for key, dtype in dtypes.items() if dtype not in FLOATS]:
         raise ValueError(f"{wrong[0]} is not of floats, and cannot be merged")
     roles = parts.keys() - {"alpha"}
     kind = next((kind for kind, sets in FORMS.items() if roles in sets), None)
@@ -62,16 +64,16 @@ def change_of(name: str, slot: Slot, parts: dict[str, Slot], settings: Mapping[s
         given, rank = SHAPES[kind](shapes)
     except (ValueError, IndexError):
         given, rank = (), None
-    if not _fits(given, slot.shape, kind):
+    if not _fits(given, target.shape, kind):
         found = ", ".join(f"{role} {list(shape)}" for role, shape in sorted(shapes.items()))
-        raise ValueError(f"{found} do not make {list(slot.shape)}, the shape of {slot.key}")
+        raise ValueError(f"{found} do not make {list(target.shape)}, the shape of {target.key}")
     ordered = tuple(sorted(parts.items()))
     if rank is None:  # two whole matrices have no rank, and LyCORIS ignores their alpha
-        return Change(slot.key, kind, tuple(part for part in ordered if part[0] != "alpha"))
+        return Change(target.key, kind, tuple(part for part in ordered if part[0] != "alpha"))
     if rank == 0:
         raise ValueError("its rank is 0")
     factor = 1 / rank if "alpha" in parts else _noted_factor(name, rank, settings)
-    return Change(slot.key, kind, ordered, factor)
+    return Change(target.key, kind, ordered, factor)
 
 
 LOHA = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
@@ -85,7 +87,6 @@ FORMS: Mapping[str, frozenset[frozenset[str]]] = {
 }
 """By kind, the sets of tensors that a layer can have."""
 
-Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
 

@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from ..errors import FileRefused, UsageError
+from ..errors import FileRefused
 from ..maps.architecture import Architecture
-from ..reading.header import Header
+from ..options import AdapterFile
 from ..reading.source import open_header
+from ..reading.tensor import Header
 from .adapter_forms import change_of
-from .components import best_claim
-from .step import Change, Slot, Step, slot_of
-
-__all__ = ["Adapter", "read_adapter", "with_adapters"]
+from .components import best_match
+from .step import Change, Step, Target
 
 PREFIXES = {
     "lora_unet_": "unet",
@@ -95,34 +92,13 @@ class Adapter:
     scale: float = 1.0
 
 
-def read_adapter(text: str | Path) -> Adapter:
-    """Reads the header of the adapter that `FILE` or `FILE:SCALE` names.
-
-    Args:
-        text: a file that exists under this whole name is taken as it is.
+def read_adapter(file: AdapterFile) -> Adapter:
+    """Reads the header of an adapter.
 
     Raises:
         FileRefused: the file cannot be read.
-        UsageError: the scale is not finite.
     """
-    name, colon, number = str(text).rpartition(":")
-    scale = 1.0
-    path = Path(text)
-    if colon and name and not _exists(path):
-        try:
-            path, scale = Path(name), float(number)
-        except ValueError:  # a colon in the name of the file
-            path = Path(text)
-    if not math.isfinite(scale):
-        raise UsageError(f"{text}: the scale is {number}", hint="give a number, such as 0.8")
-    return Adapter(open_header(path), scale)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:
-        return False  # a name that is too long, say: the reader tells
+    return Adapter(open_header(file.path), file.scale)
 
 
 def with_adapters(
@@ -150,28 +126,28 @@ def with_adapters(
     adapters = tuple(adapters)
     homes = _homes(architecture, steps) if adapters else {}
     skipped = frozenset(left_out)
-    changes: dict[tuple[str, str], list[Change]] = {}
+    changes: dict[Target, list[Change]] = {}
     notes: list[str] = []
     for adapter in adapters:
         found = _read(adapter, homes, skipped)
         if found.problems:
             raise _refusal(architecture, adapter, found)
         notes += found.notes
-        for slot, change in found.changes:
-            changes.setdefault((slot.place, slot.key), []).append(change)
+        for target, change in found.changes:
+            changes.setdefault(target, []).append(change)
     changed = []
     for step in steps:
-        own = [c for t in step.targets for c in changes.get((t.place, t.key), ())]
+        own = [c for target in step.targets for c in changes.get(target, ())]
         changed.append(replace(step, changes=(*step.changes, *own)) if own else step)
     return tuple(changed), notes
 
 
-Homes = Mapping[str, Sequence[Slot]]
+Homes = Mapping[str, Sequence[Target]]
 """By every name that a layer can have, its weight; several where a name is ambiguous."""
 
 
 def _homes(architecture: Architecture, steps: Iterable[Step]) -> Homes:
-    homes: dict[str, list[Slot]] = {}
+    homes: dict[str, list[Target]] = {}
     prefixes: dict[str, list[str]] = {}
     for prefix, component in PREFIXES.items():
         prefixes.setdefault(component, []).append(prefix)
@@ -183,21 +159,21 @@ def _homes(architecture: Architecture, steps: Iterable[Step]) -> Homes:
         for component in architecture.models
     }
     for step in steps:
-        for slot in step.targets:
-            if slot.place not in prefixes or not slot.key.endswith(".weight"):
+        for target in step.targets:
+            if target.component not in prefixes or not target.key.endswith(".weight"):
                 continue
-            origins = [keymap.origin(slot.key) for keymap in maps.get(slot.place, ())]
+            origins = [keymap.origin(target.key) for keymap in maps.get(target.component, ())]
             originals = [
                 origin.source
                 for origin in origins
                 if origin and origin.parts == 1 and origin.op.keeps_order
             ]
-            names = dict.fromkeys(_names(slot.key, originals))
-            for prefix in prefixes[slot.place]:
+            names = dict.fromkeys(_names(target.key, originals))
+            for prefix in prefixes[target.component]:
                 for name in names:
                     full = prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
-                    if slot not in homes.setdefault(full, []):
-                        homes[full].append(slot)
+                    if target not in homes.setdefault(full, []):
+                        homes[full].append(target)
     return homes
 
 
@@ -217,7 +193,7 @@ def _names(key: str, originals: Iterable[str]) -> Iterator[str]:
 class _Found:
     """What an adapter does to the tensors of a plan."""
 
-    changes: tuple[tuple[Slot, Change], ...]
+    changes: tuple[tuple[Target, Change], ...]
     misplaced: tuple[str, ...]
     unfit: tuple[str, ...]
     notes: tuple[str, ...]
@@ -234,7 +210,7 @@ def _read(adapter: Adapter, homes: Homes, skipped: frozenset[str]) -> _Found:
     misplaced: list[str] = []
     unfit: list[str] = []
     notes: list[str] = []
-    changes: list[tuple[Slot, Change]] = []
+    changes: list[tuple[Target, Change]] = []
     for key in header.tensors:
         end = max((e for e in (*ROLES, *REFUSED) if key.endswith(e)), key=len, default="")
         if end in ROLES:
@@ -245,29 +221,29 @@ def _read(adapter: Adapter, homes: Homes, skipped: frozenset[str]) -> _Found:
             misplaced.append(f"{key}: {what}; needed one of LoRA, LoHa or LoKr")
     settings = _settings(header, unfit)
     passed: dict[str, int] = {}
-    taken: dict[tuple[str, str], str] = {}
+    taken: dict[Target, str] = {}
     for name, keys in layers.items():
         component = next((c for p, c in PREFIXES.items() if name.startswith(p)), "")
         if component in skipped:
             passed[component] = passed.get(component, 0) + 1
             continue
-        slots = homes.get(name) or homes.get(name.replace(".processor.", "."), ())
-        if len(slots) != 1:
-            misplaced.append(_misplaced(name, component, keys, slots, homes))
+        targets = homes.get(name) or homes.get(name.replace(".processor.", "."), ())
+        if len(targets) != 1:
+            misplaced.append(_misplaced(name, component, keys, targets, homes))
             continue
-        (slot,) = slots
-        if other := taken.get((slot.place, slot.key)):
-            misplaced.append(f"{name}: changes {slot.place}/{slot.key}, as {other} does")
+        (target,) = targets
+        if other := taken.get(target):
+            misplaced.append(f"{name}: changes {target.component}/{target.key}, as {other} does")
             continue
-        taken[slot.place, slot.key] = name
-        parts = {role: slot_of(header, key) for role, key in keys.items()}
+        taken[target] = name
+        parts = {role: header.tensors[key] for role, key in keys.items()}
         try:
             short = name.removeprefix(f"{component}.")
-            change = change_of(short, slot, parts, settings.get(component, {}))
+            change = change_of(short, target, parts, settings.get(component, {}))
         except ValueError as error:
             unfit.append(f"{name}: {error}")
             continue
-        changes.append((slot, replace(change, factor=change.factor * adapter.scale)))
+        changes.append((target, replace(change, factor=change.factor * adapter.scale)))
     for component, count in passed.items():
         notes.append(
             f"{header.path}: {count:,} layers of {component}, which is left out, are passed over"
@@ -278,15 +254,14 @@ def _read(adapter: Adapter, homes: Homes, skipped: frozenset[str]) -> _Found:
 
 
 def _misplaced(
-    name: str, component: str, keys: Mapping[str, str], slots: Sequence[Slot], homes: Homes
+    name: str, component: str, keys: Mapping[str, str], targets: Sequence[Target], homes: Homes
 ) -> str:
     """Says why a layer of an adapter has no place."""
-    if slots:
-        places = " and ".join(f"{slot.place}/{slot.key}" for slot in slots)
-        return f"{name}: may be {places}"
+    if targets:
+        return f"{name}: may be {' and '.join(f'{t.component}/{t.key}' for t in targets)}"
     if not component:
         return f"{next(iter(keys.values()))}: begins with none of {', '.join(PREFIXES)}"
-    if not any(slot.place == component for found in homes.values() for slot in found):
+    if not any(target.component == component for found in homes.values() for target in found):
         return f"{name}: there is no {component} to change"
     return f"{name}: {component} has no such layer"
 
@@ -310,8 +285,8 @@ def _settings(header: Header, problems: list[str]) -> dict[str, dict[str, Any]]:
 def _published(architecture: Architecture) -> Homes:
     """Returns the names of the layers of a published file."""
     layout = architecture.layout()
-    claims = [best_claim(architecture, c, layout, c.sources) for c in architecture.models]
-    return _homes(architecture, [step for claim in claims for step in claim.steps.values()])
+    matches = [best_match(architecture, c, layout, c.sources) for c in architecture.models]
+    return _homes(architecture, [step for match in matches for step in match.steps.values()])
 
 
 def _refusal(architecture: Architecture, adapter: Adapter, found: _Found) -> FileRefused:

@@ -1,7 +1,7 @@
-"""What a source of a component makes of a header: the steps, and what is wrong with it.
+"""The components of a file: which of its keys are whose, what becomes of them, and what is wrong.
 
-The keys that a claim gives are compared with those of the published layout, so that a file that
-lacks one, or holds one too many, is found before anything is written.
+The keys that come out are compared with those of the published layout, so that a file that lacks
+one, or holds one too many, is found before anything is written.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from pathlib import Path
 from ..maps.architecture import Architecture, Component, Source
 from ..maps.keymap import KeyMap, Rule
 from ..maps.ops import DROP, RENAME
-from ..reading.header import Header
-from .step import ASIDE, Slot, Step, dropped, slot_of
-
-__all__ = ["Claim", "Donor", "best_claim", "donated"]
+from ..reading.tensor import Header
+from .step import Step, Target, dropped
 
 TRANSFORMERS_MAP = "shared/maps/transformers"
 
@@ -39,8 +37,8 @@ class Donor:
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
-    """What one source of a component makes of a header.
+class Match:
+    """What becomes of the keys of a component, if its weights are where one of its sources says.
 
     Attributes:
         known: how many of the keys that it gives are in the published layout.
@@ -53,10 +51,10 @@ class Claim:
     problems: tuple[str, ...]
 
 
-def best_claim(
+def best_match(
     architecture: Architecture, component: Component, header: Header, sources: Iterable[Source]
-) -> Claim:
-    """Returns what the source that fits best makes of a header.
+) -> Match:
+    """Returns the match of the source that fits best.
 
     Args:
         architecture: whose published layout counts.
@@ -64,48 +62,49 @@ def best_claim(
         header: of the file.
         sources: to try.
     """
-    claims = [_claim(architecture, component, header, source) for source in sources]
-    return max(claims, key=lambda claim: (claim.known, -len(claim.problems)))
+    matches = [_match(architecture, component, header, source) for source in sources]
+    return max(matches, key=lambda match: (match.known, -len(match.problems)))
 
 
-def _claim(
+def _match(
     architecture: Architecture, component: Component, header: Header, source: Source
-) -> Claim:
+) -> Match:
     keymap = _bound(architecture, component, source, header)
     if not keymap:
-        return Claim(0, {}, ())
+        return Match(0, {}, ())
     layout = _layout(architecture, component)
     steps: dict[str, Step] = {}
     problems: list[str] = []
     known, given = 0, set[str]()
-    for key, info in header.tensors.items():
+    for key, tensor in header.tensors.items():
         short = key.removeprefix(source.prefix)
-        match = keymap.match(short) if key.startswith(source.prefix) else None
-        if not match:
+        found = keymap.match(short) if key.startswith(source.prefix) else None
+        if not found:
             continue
-        slot = slot_of(header, key)
-        if match.op is DROP:
-            steps[key] = Step(DROP, (slot,), (replace(slot, place=ASIDE),), match.reason)
+        if found.op is DROP:
+            steps[key] = dropped(tensor, found.reason, keep=True)
             continue
-        given.update(match.targets)
-        ranks = [layout.get(keymap.template(target)) for target in match.targets]
+        given.update(found.targets)
+        ranks = [layout.get(keymap.template(target)) for target in found.targets]
         if None not in ranks:
             known += len(ranks)
         elif not keymap.is_optional(short):
             problems.append(f"{key}: not a key of a {architecture.title} {component.name}")
         try:
-            shapes = match.op.shapes(info.shape, len(match.targets))
+            shapes = found.op.forward(tensor.shape, len(found.targets))
         except ValueError as error:
-            problems.append(f"{key}: {match.op.name} {error}")
+            problems.append(f"{key}: {found.op.name} {error}")
             continue
         for shape, rank in zip(shapes, ranks, strict=True):
             if rank not in (None, len(shape)):
-                problems.append(f"{key}: has shape {list(info.shape)}, needed {rank} axes")
-        targets = zip(match.targets, shapes, strict=True)
-        written = tuple(Slot(component.name, name, info.dtype, shape) for name, shape in targets)
-        steps[key] = Step(match.op, (slot,), written)
+                problems.append(f"{key}: has shape {list(tensor.shape)}, needed {rank} axes")
+        targets = tuple(
+            Target(component.name, name, tensor.dtype, shape)
+            for name, shape in zip(found.targets, shapes, strict=True)
+        )
+        steps[key] = Step(found.op, (tensor,), targets)
     problems += [f"{component.name}: {line}" for line in _missing(layout, given, keymap)]
-    return Claim(known, steps, tuple(problems))
+    return Match(known, steps, tuple(problems))
 
 
 def _bound(
@@ -137,7 +136,7 @@ def _layout(architecture: Architecture, component: Component) -> dict[str, int]:
             short = key.removeprefix(source.prefix)
             match = keymap.match(short) if key.startswith(source.prefix) else None
             if match and match.op is not DROP:
-                shapes = match.op.shapes(info.shape, len(match.targets))
+                shapes = match.op.forward(info.shape, len(match.targets))
                 for target, shape in zip(match.targets, shapes, strict=True):
                     ranks[keymap.template(target)] = len(shape)
         best = max(best, ranks, key=len)
@@ -167,8 +166,11 @@ def donated(
 ) -> list[Step]:
     """Returns the steps for a component that comes from elsewhere."""
     if donor.config:  # a folder in the diffusers layout: its own configuration describes it
-        slots = [slot_of(header, key) for header in donor.headers for key in header.tensors]
-        return [Step(RENAME, (s,), (replace(s, place=component.name),)) for s in slots]
+        return [
+            Step(RENAME, (tensor,), (Target(component.name, key, tensor.dtype, tensor.shape),))
+            for header in donor.headers
+            for key, tensor in header.tensors.items()
+        ]
     (header,) = donor.headers
     readable = {source.keymap for source in component.sources}
     elsewhere = [
@@ -183,9 +185,9 @@ def donated(
     if component.library == "transformers":
         as_is.insert(0, Source("", TRANSFORMERS_MAP))
     sources = dict.fromkeys([*component.sources, *elsewhere, *alone, *as_is])
-    claim = best_claim(architecture, component, header, sources)
-    if claim.known:
-        problems += claim.problems
+    match = best_match(architecture, component, header, sources)
+    if match.known:
+        problems += match.problems
     else:
         problems.append(f"{component.name}: {header.path} holds none in a layout that is known")
-    return [dropped(s, s.reason) if s.op is DROP else s for s in claim.steps.values()]
+    return [replace(s, targets=()) if s.op is DROP else s for s in match.steps.values()]

@@ -12,11 +12,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from ..dtypes import FLOATS
+from ..files import read_range
 from ..maps.ops import DROP, OPS
-from ..reading.header import FLOATS, Header
-from .step import Change, Slot, Step, slot_of
-
-__all__ = ["Scales", "read_scales", "scaled"]
+from ..reading.tensor import Header, Tensor
+from .step import Change, Step, dropped
 
 MARKER = "scaled_fp8"
 WEIGHTS = {".scale_weight": ".weight", ".weight_scale": ".weight"}
@@ -45,14 +45,14 @@ class Scales:
     """
 
     header: Header
-    scales: Mapping[str, Slot]
+    scales: Mapping[str, Tensor]
     dropped: Mapping[str, str]
     problems: tuple[str, ...]
 
-    def by_slot(self) -> Iterator[tuple[Slot, Slot]]:
-        """Yields each weight that has a scale, and the scale."""
-        for weight, scale in self.scales.items():
-            yield slot_of(self.header, weight), scale
+    @property
+    def by_weight(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each weight that has a scale, and the scale."""
+        return ((self.header.tensors[key], scale) for key, scale in self.scales.items())
 
     def steps(self, header: Header) -> dict[str, Step]:
         """Returns the steps for the keys that are no weights, by key.
@@ -60,10 +60,7 @@ class Scales:
         Args:
             header: of the file, with all of its keys.
         """
-        return {
-            key: Step(DROP, (slot_of(header, key),), (), reason)
-            for key, reason in self.dropped.items()
-        }
+        return {key: dropped(header.tensors[key], why) for key, why in self.dropped.items()}
 
 
 def read_scales(header: Header) -> Scales:
@@ -72,56 +69,56 @@ def read_scales(header: Header) -> Scales:
     Args:
         header: of the file; of a format, its few bytes are read as well.
     """
-    scales: dict[str, Slot] = {}
-    dropped: dict[str, str] = {}
+    scales: dict[str, Tensor] = {}
+    left_out: dict[str, str] = {}
     problems: list[str] = []
     named: set[str] = set()
     for key in header.tensors:
         end = next((end for end in WEIGHTS if key.endswith(end)), None)
         if end:
             weight = key.removesuffix(end) + WEIGHTS[end]
-            dropped[key] = FOLDED
+            left_out[key] = FOLDED
             named.add(weight)
             if problem := _unfit(header, key, weight):
                 problems.append(problem)
             elif weight in scales:
-                problems.append(f"{key}: {weight} has another scale, {scales[weight].key}")
+                problems.append(f"{key}: {weight} has another scale, {scales[weight].name}")
             else:
-                scales[weight] = slot_of(header, key)
+                scales[weight] = header.tensors[key]
         elif key.endswith(INPUTS):
-            dropped[key] = "unused"
+            left_out[key] = "unused"
         elif key.endswith(FORMAT):
-            dropped[key] = "unused"
+            left_out[key] = "unused"
             problems += _format_problems(header, key)
     for key in header.tensors:
         before, _, last = key.rpartition(".")
         if last == MARKER:
-            dropped[key] = "unused"
+            left_out[key] = "unused"
         if (last == MARKER or key.endswith(FORMAT)) and not any(
             weight.startswith(before) for weight in named
         ):
             problems.append(f"{key}: says that weights have scales, and there is none")
-    if not dropped:
+    if not left_out:
         return Scales(header, {}, {}, ())
-    kept = {key: info for key, info in header.tensors.items() if key not in dropped}
-    return Scales(replace(header, tensors=kept), scales, dropped, tuple(problems))
+    kept = {key: info for key, info in header.tensors.items() if key not in left_out}
+    return Scales(replace(header, tensors=kept), scales, left_out, tuple(problems))
 
 
-def scaled(step: Step, scales: Mapping[tuple[str, str], Slot], problems: list[str]) -> Step:
+def scaled(step: Step, scales: Mapping[Tensor, Tensor], problems: list[str]) -> Step:
     """Adds the scale of its source to a step, if it has one.
 
     Args:
         step: of a plan.
-        scales: by place and key of the weight.
+        scales: by weight.
         problems: gets a sentence where a scale cannot be applied.
     """
     (source,) = step.sources
-    scale = scales.get((source.place, source.key))
+    scale = scales.get(source)
     if scale is None or step.op is DROP:
         return step
     rows = math.prod(scale.shape) > 1
     if rows and step.op not in (OPS["rename"], OPS["squeeze"]):
-        problems.append(f"{scale.key}: has a scale for each row, which {step.op.name} would move")
+        problems.append(f"{scale.name}: has a scale for each row, which {step.op.name} would move")
         return step
     changes = tuple(Change(t.key, "scale", (("scale", scale),)) for t in step.targets)
     return replace(step, changes=changes)
@@ -149,15 +146,11 @@ def _rows(shape: Iterable[int]) -> tuple[int, ...]:
 
 
 def _format_problems(header: Header, key: str) -> list[str]:
-    owner, _ = header.locate(key)
     info = header.tensors[key]
     if info.nbytes > FEW:
         return [f"{key}: has {info.nbytes:,} bytes, needed a short text in JSON"]
-    with owner.path.open("rb") as file:
-        file.seek(info.start)
-        data = file.read(info.nbytes)
     try:
-        said = json.loads(data)
+        said = json.loads(read_range(info.file, info.start, info.nbytes))
     except (ValueError, RecursionError):
         return [f"{key}: is not JSON"]
     if not isinstance(said, dict) or said.get("format") not in FORMATS or said.keys() - SETTINGS:

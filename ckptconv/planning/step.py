@@ -2,48 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..maps.ops import DROP, Op
-from ..reading.header import Header
-
-__all__ = ["ASIDE", "Change", "Slot", "Step", "dropped", "slot_of"]
+from ..reading.tensor import Shape, Tensor
 
 ASIDE = "ckptconv"
 """The folder of what no pipeline reads: the tensors that were dropped, for the way back."""
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
-    """A tensor in a file.
+class Target:
+    """A tensor to write.
 
     Attributes:
-        place: path of the file for an original tensor, folder for a converted one.
-        key: its name.
-        dtype: as safetensors writes it.
+        component: the folder that it goes to; empty in a single file.
+        key: its name there.
+        dtype: a key of `ckptconv.dtypes.BITS`.
         shape: number of elements along each axis.
     """
 
-    place: str
+    component: str
     key: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: Shape
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What is done to the values of a target, beside moving and casting them.
+    """What is done to the values of a target, besides moving and casting them.
 
     Attributes:
         key: of the target.
-        kind: a key of `ckptconv.streaming.deltas.KINDS`: how the values change.
+        kind: how the values change: a key of `ckptconv.streaming.deltas.KINDS`.
         parts: the tensors that say by how much, by their role.
         factor: multiplies what is added.
     """
 
     key: str
     kind: str
-    parts: tuple[tuple[str, Slot], ...]
+    parts: tuple[tuple[str, Tensor], ...]
     factor: float = 1.0
 
 
@@ -52,16 +50,16 @@ class Step:
     """The elements of the sources, in order, become those of the targets, in order.
 
     Attributes:
-        op: `rename`, `squeeze`, `split_rows`, `transpose` or `drop`.
-        sources: one tensor, or several in a plan that was turned round.
-        targets: the tensors to write; none if a dropped tensor is not kept aside.
+        op: from the key map.
+        sources: one tensor; on the way back, as many as the operation had targets.
+        targets: the tensors to write; none if a dropped tensor is not kept.
         reason: why the tensor is dropped; empty otherwise.
         changes: what is done to the values, in this order.
     """
 
     op: Op
-    sources: tuple[Slot, ...]
-    targets: tuple[Slot, ...]
+    sources: tuple[Tensor, ...]
+    targets: tuple[Target, ...]
     reason: str = ""
     changes: tuple[Change, ...] = ()
 
@@ -70,18 +68,14 @@ class Step:
         """Whether the dtype changes."""
         return bool(self.targets) and self.sources[0].dtype != self.targets[0].dtype
 
-    def inverse(self) -> Step:
-        """Returns the step that goes back; the elements keep their order, and their new values."""
-        return replace(self, sources=self.targets, targets=self.sources, changes=())
 
+def dropped(tensor: Tensor, reason: str, *, keep: bool = False) -> Step:
+    """Returns the step of a tensor that is not converted.
 
-def slot_of(header: Header, key: str) -> Slot:
-    """Returns a tensor of a header, where it lies."""
-    owner, name = header.locate(key)
-    info = header.tensors[key]
-    return Slot(str(owner.path), name, info.dtype, info.shape)
-
-
-def dropped(step: Step, reason: str) -> Step:
-    """Returns a step that leaves the tensor out for good."""
-    return Step(DROP, step.sources, (), reason)
+    Args:
+        tensor: of the file.
+        reason: why.
+        keep: write it beside the components, for the way back.
+    """
+    aside = (Target(ASIDE, tensor.name, tensor.dtype, tensor.shape),) if keep else ()
+    return Step(DROP, (tensor,), aside, reason)

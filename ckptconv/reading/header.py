@@ -15,44 +15,19 @@ Whatever the library refuses is refused here as well.
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..dtypes import BITS
 from ..errors import HeaderError
 from ..files import opened, refuse_unreadable
 from .formats import other_format
 from .strict_json import Repeated, is_unicode, show, strict_loads
+from .tensor import Header, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = [
-    "DTYPE_BITS",
-    "FLOATS",
-    "Header",
-    "TensorInfo",
-    "encode_header",
-    "header_from_json",
-    "nbytes_of",
-    "read_header",
-]
-
-DTYPE_BITS: dict[str, int] = {
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
-    **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
-    **dict.fromkeys(("BOOL", "U8", "I8"), 8),
-    **dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}
-"""Bits per element of every dtype of the format: `Dtype::bitsize` in `safetensors/src/tensor.rs`
-of safetensors 0.8."""
-
-FLOATS: frozenset[str] = frozenset(dtype for dtype in DTYPE_BITS if dtype.startswith(("F", "BF")))
-"""The real floating-point dtypes: neither the integers, BOOL nor C64."""
 
 _LENGTH_BYTES = 8
 _MAX_HEADER = 100_000_000  # bytes: `MAX_HEADER_SIZE` in safetensors/src/tensor.rs
@@ -65,60 +40,6 @@ _DAMAGED = (
     "the file is damaged or a faulty program wrote it: compare its SHA-256 with the one at its "
     "source, then download it again or save it again with the safetensors library"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What the header says of one tensor.
-
-    Attributes:
-        dtype: a key of `DTYPE_BITS`.
-        shape: number of elements along each axis; `()` is a scalar.
-        start: offset of the first byte of the data, in bytes from the beginning of the file.
-        end: offset of the byte after the last one, likewise.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the data in bytes."""
-        return self.end - self.start
-
-    @property
-    def numel(self) -> int:
-        """Number of elements; 1 for a scalar."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """The header of one file.
-
-    Attributes:
-        path: the file.
-        tensors: what the header says of each tensor, by name, in the order of the data.
-        metadata: the entry `__metadata__`; empty where the file has none.
-        data_start: offset of the first byte after the header, in bytes.
-        size: size of the whole file in bytes.
-        notes: what the file holds beside tensors and metadata, as sentences.
-        origins: in a view (`ckptconv.reading.view`), by name, the file and the name in it.
-    """
-
-    path: Path
-    tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, str]
-    data_start: int
-    size: int
-    notes: tuple[str, ...] = ()
-    origins: Mapping[str, tuple[Header, str]] = field(default_factory=dict, repr=False)
-
-    def locate(self, key: str) -> tuple[Header, str]:
-        """Returns the header of the file that holds a tensor, and the name that it has there."""
-        return self.origins.get(key, (self, key))
 
 
 def read_header(path: str | Path) -> Header:
@@ -143,7 +64,7 @@ def read_header(path: str | Path) -> Header:
     entries = _parse(path, raw)
     problems: list[str] = []
     metadata = _check_metadata(entries.pop(_METADATA, {}), problems)
-    tensors = _check_tensors(entries, data_start, problems)
+    tensors = _check_tensors(path, entries, data_start, problems)
     end = data_start if problems else _check_layout(tensors, data_start, problems)
     if problems:
         raise HeaderError(f"{path}: the header is malformed", problems=problems, hint=_DAMAGED)
@@ -180,7 +101,7 @@ def header_from_json(path: str | Path) -> Header:
     try:
         document = _parse(path, path.read_bytes())
         metadata = _check_metadata(document["metadata"], problems)
-        tensors = _lay_out(((name, *entry) for name, entry in document["tensors"].items()), 0)
+        tensors = _lay_out(path, ((n, *entry) for n, entry in document["tensors"].items()), 0)
     except OSError as error:
         refuse_unreadable(path, error)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -195,8 +116,10 @@ def header_from_json(path: str | Path) -> Header:
 
 
 def encode_header(
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, TensorInfo]]:
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    path: Path = Path(),
+) -> tuple[bytes, dict[str, Tensor]]:
     """Makes the beginning of a safetensors file: all bytes before the data.
 
     The data must follow back to back in the order of `tensors`. It begins at a multiple of 8 bytes.
@@ -204,8 +127,9 @@ def encode_header(
     first, as the safetensors library does.
 
     Args:
-        tensors: name, dtype (a key of `DTYPE_BITS`) and shape of each tensor.
+        tensors: name, dtype (a key of `BITS`) and shape of each tensor.
         metadata: the entry `__metadata__`; the file has none where this is empty.
+        path: the file to be written.
 
     Returns:
         The bytes, and what they say of each tensor, by name, with offsets in the file.
@@ -215,7 +139,7 @@ def encode_header(
             shape is not valid, or the header would be longer than the format allows (100 MB).
     """
     entries: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
-    for name, info in _lay_out(tensors, 0).items():
+    for name, info in _lay_out(path, tensors, 0).items():
         offsets = (info.start, info.end)
         entries[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": offsets}
     raw = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
@@ -223,7 +147,7 @@ def encode_header(
     if len(raw) > _MAX_HEADER:
         raise ValueError(f"the header has {len(raw):,} bytes; the format allows {_MAX_HEADER:,}")
     beginning = len(raw).to_bytes(_LENGTH_BYTES, "little") + raw
-    return beginning, _lay_out(tensors, len(beginning))
+    return beginning, _lay_out(path, tensors, len(beginning))
 
 
 def _read_raw(path: Path) -> tuple[bytes, int]:
@@ -309,19 +233,19 @@ def _check_metadata(value: object, problems: list[str]) -> dict[str, str]:
 
 
 def _check_tensors(
-    entries: dict[str, Any], data_start: int, problems: list[str]
-) -> dict[str, TensorInfo]:
+    path: Path, entries: dict[str, Any], data_start: int, problems: list[str]
+) -> dict[str, Tensor]:
     """Returns the valid tensors in the order of the data; adds the others to `problems`."""
     tensors = {}
     for name, entry in entries.items():
         try:
-            tensors[name] = _check_entry(name, entry, data_start)
+            tensors[name] = _check_entry(path, name, entry, data_start)
         except ValueError as error:
             problems.append(f"tensor {show(name)}: {error}")
     return dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
 
 
-def _check_entry(name: str, entry: object, data_start: int) -> TensorInfo:
+def _check_entry(path: Path, name: str, entry: object, data_start: int) -> Tensor:
     if not is_unicode(name):
         raise ValueError("the name holds half of a surrogate pair")
     if isinstance(entry, Repeated):
@@ -341,10 +265,10 @@ def _check_entry(name: str, entry: object, data_start: int) -> TensorInfo:
             f"data_offsets {show(offsets)} hold {end - start:,} bytes, but {dtype} of shape "
             f"{show(shape)} needs {nbytes:,}"
         )
-    return TensorInfo(dtype, tuple(shape), data_start + start, data_start + end)
+    return Tensor(path, name, dtype, tuple(shape), data_start + start, data_start + end)
 
 
-def _check_layout(tensors: Mapping[str, TensorInfo], data_start: int, problems: list[str]) -> int:
+def _check_layout(tensors: Mapping[str, Tensor], data_start: int, problems: list[str]) -> int:
     """Returns the offset where the last tensor ends; adds holes and overlaps to `problems`."""
     end, last = data_start, ""
     for name, info in tensors.items():
@@ -360,15 +284,15 @@ def _check_layout(tensors: Mapping[str, TensorInfo], data_start: int, problems: 
 
 
 def _lay_out(
-    tensors: Iterable[tuple[str, str, Sequence[int]]], start: int
-) -> dict[str, TensorInfo]:
+    path: Path, tensors: Iterable[tuple[str, str, Sequence[int]]], start: int
+) -> dict[str, Tensor]:
     """Returns the tensors with offsets back to back from `start` on; ValueError if one is bad."""
-    laid_out: dict[str, TensorInfo] = {}
+    laid_out: dict[str, Tensor] = {}
     for name, dtype, shape in tensors:
         if name in laid_out or name == _METADATA:
             raise ValueError(f"tensor {show(name)}: the name is taken")
         end = start + nbytes_of(dtype, shape)
-        laid_out[name] = TensorInfo(dtype, tuple(shape), start, end)
+        laid_out[name] = Tensor(path, name, dtype, tuple(shape), start, end)
         start = end
     return laid_out
 
@@ -379,11 +303,11 @@ def nbytes_of(dtype: object, shape: object) -> int:
     Raises:
         ValueError: the dtype is unknown, or the shape is not valid.
     """
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"{show(dtype)} is not a dtype of the format, such as F16 or F32")
     if not isinstance(shape, list | tuple) or not _are_sizes(shape):
         raise ValueError(f"the shape {show(shape)} is not a list of integers from 0 to 2**63 - 1")
-    bits = DTYPE_BITS[dtype]
+    bits = BITS[dtype]
     for size in shape:
         bits *= size
         if bits >= _MAX_BITS:

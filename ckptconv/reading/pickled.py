@@ -1,69 +1,63 @@
-"""PyTorch checkpoints (`.ckpt`, `.pt`), read as what they hold: tensors at places in a file.
+"""PyTorch checkpoints (`.ckpt`, `.pt`): the tensors in them, as byte ranges of the file.
 
 Since release 1.6, `torch.save` writes a zip file. Its member `data.pkl` is a pickle of the saved
-object, in which a tensor is a reference to a storage, with dtype, shape and strides; the elements
-of each storage are a member of their own, stored as they are. So a tensor that is contiguous is a
-range of bytes of the file, as in a safetensors file, and needs neither PyTorch nor memory. The
-pickle is read as data (see `ckptconv.reading.unpickle`): nothing in it is executed.
+object, in which a tensor refers to a storage and has a dtype, a shape and strides. The elements of
+each storage are a member of their own, uncompressed. So a contiguous tensor is a byte range of the
+file, as in a safetensors file, and reading it takes neither PyTorch nor memory. The pickle is read
+as data (see `ckptconv.reading.unpickle`): nothing in it is executed.
 Source: https://github.com/pytorch/pytorch, `torch/serialization.py` (`_save`, `_load`).
 """
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import SHOWN, HeaderError, NotACheckpoint, UnsafePickle
 from ..files import opened
-from .header import Header, TensorInfo, nbytes_of
-from .rebuild import CALLS, Tensor, storage_of
+from .header import nbytes_of
 from .strict_json import is_unicode, show
+from .tensor import Header, Tensor
+from .torch_globals import GLOBALS, StridedTensor, storage_of
 from .unpickle import Forbidden, Global, Table, load
-from .zipped import Member, data_start, read_directory, read_member
+from .zip_directory import Member, read_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
-__all__ = ["read_pickled"]
 
 MAX_PICKLE = 32 << 20
-"""Bytes of `data.pkl`, which holds no elements: a checkpoint of 3,000 tensors has about 1 MB."""
+"""Bytes of `data.pkl`, which holds no elements; a checkpoint of 3,000 tensors needs about 1 MB."""
 
-NESTED = (
-    "state_dict",
-    "model",
-    "module",
-    "params_ema",
-    "params",
-    "model_state_dict",
-    "weights",
-)
-"""Where a checkpoint may keep the tensors of its model, in this order where several are alike."""
+NESTED = ["state_dict", "model", "module", "params_ema", "params", "model_state_dict", "weights"]
+"""Keys under which a checkpoint may keep its model; of dicts with as many tensors, the first."""
 
-_AGAIN = (
-    "PyTorch reads it without running its code (`torch.load(FILE, map_location='cpu', "
-    "weights_only=True)`): make every tensor `.contiguous()` and save them with safetensors"
+_RESAVE = (
+    "load it with PyTorch, which runs none of its code with `torch.load(FILE, map_location='cpu', "
+    "weights_only=True)`, make every tensor `.contiguous()`, and save them with safetensors"
 )
 _DAMAGED = (
-    "the file is damaged, or no whole download: compare its size and SHA-256 with those at its "
-    "source, then download it again"
+    "the file is damaged or its download incomplete: compare its size and SHA-256 with those at "
+    "its source, then download it again"
 )
+_TYPES = {StridedTensor: "a lone tensor", list: "a list", tuple: "a tuple", Global: "a class"}
 
 
 def read_pickled(path: str | Path) -> Header:
-    """Reads what a PyTorch checkpoint holds, without executing anything and without its data.
+    """Reads what a PyTorch checkpoint holds. Executes nothing, and does not read the elements.
 
     Args:
         path: a file that `torch.save` of release 1.6 or later wrote.
 
     Returns:
-        The header that the file would have, with the offsets of the data in the zip file. Tensors
-        may share data. There is no metadata; what the file holds beside tensors is in the notes.
+        The tensors with their offsets in the zip file; they may share bytes. The metadata are
+        empty, and the notes list what the file holds beside the tensors.
 
     Raises:
-        HeaderError: the file cannot be read, is damaged, or holds tensors that are no range of
-            bytes, such as a transposed view; all of them are named.
-        UnsafePickle: it names code that weights do not need; every global is named.
+        HeaderError: the file cannot be read, is damaged, or holds tensors that are not byte ranges,
+            such as transposed views; all of them are named.
+        UnsafePickle: it names code that weights do not need; all of it is named.
         NotACheckpoint: it holds no tensors by name, or is a program (TorchScript).
     """
     path = Path(path)
@@ -71,185 +65,188 @@ def read_pickled(path: str | Path) -> Header:
         members: dict[str, Member] = {}
         try:
             members = read_directory(file, size)
-            root = _root(path, members)
-            content = _content(file, root, members)
+            members = _within_root(path, members)
+            content = _content(file, members)
         except Forbidden as error:
             raise UnsafePickle(
                 f"{path}: the file names code that weights do not need; none of it was run",
                 problems=[show(name) for name in error.names],
-                hint="delete the file if you do not know why it names that; if you trust its "
-                "source, load it there, and save its state_dict alone with safetensors",
+                hint="delete the file unless you know why it names this code; if you trust its "
+                "source, load it there, and save its state_dict with safetensors",
             ) from error
         except ValueError as error:
-            packed = any(member.packed == "compressed" for member in members.values())
+            compressed = any(member.is_compressed for member in members.values())
             raise HeaderError(
-                f"{path}: this is not a whole PyTorch checkpoint: {error}",
-                hint=f"somebody packed it anew: {_AGAIN}" if packed else _DAMAGED,
+                f"{path}: this is not an intact PyTorch checkpoint: {error}",
+                hint=f"the file was repacked with compression: {_RESAVE}"
+                if compressed
+                else _DAMAGED,
             ) from error
-        named, left = _named_tensors(path, content)
-        data = f"{root}/data/"
-        storages = {n.removeprefix(data): m for n, m in members.items() if n.startswith(data)}
-        tensors = _located(path, file, storages, named)
-    start = min((info.start for info in tensors.values()), default=size)
-    return Header(path, tensors, {}, start, size, _notes(left))
+        tensors, rest = _state_dict(path, content)
+        found = _locate(path, file, members, tensors)
+    start = min((info.start for info in found.values()), default=size)
+    return Header(path, found, {}, start, size, _notes(rest))
 
 
-def _root(path: Path, members: Mapping[str, Member]) -> str:
-    """Returns the folder inside the zip file that holds everything."""
+def _within_root(path: Path, members: Mapping[str, Member]) -> dict[str, Member]:
+    """Returns the members by their names in the folder of the zip file that holds everything."""
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in members):
         raise NotACheckpoint(
             f"{path}: this is a TorchScript program, not a checkpoint: its weights come with code",
             hint="if you trust its source, load it there with torch.jit.load, and save its "
             "state_dict() with safetensors",
         )
-    roots = [name.removesuffix("/data.pkl") for name in members if name.endswith("/data.pkl")]
-    roots = [root for root in roots if "/" not in root]
+    folders = [name.removesuffix("/data.pkl") for name in members if name.endswith("/data.pkl")]
+    roots = [folder for folder in folders if "/" not in folder]
     if len(roots) != 1:
         some = ", ".join(show(name) for name in list(members)[:3]) or "nothing"
         raise NotACheckpoint(
             f"{path}: this is a zip file, but not a PyTorch checkpoint",
-            problems=[f"needed one folder with data.pkl, found {len(roots)}", f"it holds {some}"],
-            hint="if a model is in it, unpack it, and give that file",
+            problems=[
+                f"expected one folder with data.pkl, found {len(roots)}",
+                f"the first members are {some}",
+            ],
+            hint="if it is an archive that contains a model, unpack it and give the model",
         )
-    return roots[0]
+    root = f"{roots[0]}/"
+    return {name.removeprefix(root): m for name, m in members.items() if name.startswith(root)}
 
 
-def _content(file: BinaryIO, root: str, members: Mapping[str, Member]) -> object:
-    """Returns the saved object, made of data."""
-    if order := members.get(f"{root}/byteorder"):
-        said = read_member(file, order, 16)
-        if said != b"little":
-            raise ValueError(f"its byte order is {show(said)}, needed b'little'")
-    raw = read_member(file, members[f"{root}/data.pkl"], MAX_PICKLE)
+def _content(file: BinaryIO, members: Mapping[str, Member]) -> object:
+    """Returns the saved object, as data."""
+    if member := members.get("byteorder"):
+        order = member.read(file, 16)
+        if order != b"little":
+            raise ValueError(f"its byte order is {show(order)}, expected b'little'")
+    raw = members["data.pkl"].read(file, MAX_PICKLE)
     try:
-        return load(raw, CALLS, storage_of)
+        return load(raw, GLOBALS, storage_of)
     except Forbidden:
         raise
     except ValueError as error:
         raise ValueError(f"its pickle is malformed: {error}") from error
 
 
-def _named_tensors(path: Path, content: object) -> tuple[dict[str, Tensor], list[str]]:
-    """Returns the tensors of the model, and the names of what else the file holds.
+def _state_dict(path: Path, content: object) -> tuple[dict[str, StridedTensor], list[str]]:
+    """Returns the tensors of the model, and the keys of everything else in the file.
 
-    They are the entries of the saved dict, or of a dict in it under one of the usual names: of the
-    one with most tensors. If none has any, every dict gives its own, with its name before theirs.
-    Those of a tuple have their numbers as names.
+    They are the entries of the saved dict, or of the dict with most tensors under one of the usual
+    keys. If that has none, every dict in the saved one gives its tensors, with its key before their
+    names. A saved tuple gives its tensors by number.
     """
-    if isinstance(content, tuple) and content and all(isinstance(t, Tensor) for t in content):
+    if (
+        isinstance(content, tuple)
+        and content
+        and all(isinstance(t, StridedTensor) for t in content)
+    ):
         return {str(n): tensor for n, tensor in enumerate(content)}, []
     if not isinstance(content, Table):
         raise NotACheckpoint(
-            f"{path}: the file holds {_kind(content)}, where a checkpoint is a dict of tensors",
+            f"{path}: the file holds {_TYPES.get(type(content), 'a single value')}, but a "
+            "checkpoint is a dict of tensors",
             hint="save the state_dict() of the model, with safetensors",
         )
-    way, table = _model(content)
-    if any(_tensors(table)):
-        read = [table]
-        pairs = list(_tensors(table))
-        left = [key for key in content if key not in way[:1]] if way else []
-        left += [".".join([*way, key]) for key in table if not isinstance(table[key], Tensor)]
+    keys, model = _largest(content)
+    if tensors := _tensors(model):
+        parts = [("", model)]
+        rest = [key for key in content if keys and key != keys[0]]
+        rest += [".".join([*keys, key]) for key in model if key not in tensors]
     else:
-        nested = {id(v): (k, v) for k, v in content.items() if isinstance(v, Table)}
-        read = [table for _, table in nested.values()]
-        pairs = [
-            (f"{k}.{name}", tensor) for k, t in nested.values() for name, tensor in _tensors(t)
-        ]
-        left = [key for key, value in content.items() if id(value) not in nested]
-    if odd := sum(table.others for table in read if any(_tensors(table))):
-        raise HeaderError(f"{path}: {odd:,} keys beside those of tensors are no text", hint=_AGAIN)
-    named = dict(pairs)
-    if len(named) < len(pairs):
-        raise HeaderError(f"{path}: {len(pairs) - len(named):,} names are repeated", hint=_AGAIN)
-    return named, left
+        nested = {id(v): (f"{k}.", v) for k, v in content.items() if isinstance(v, Table)}
+        parts = [(prefix, part) for prefix, part in nested.values() if _tensors(part)]
+        rest = [key for key, value in content.items() if id(value) not in nested]
+    if dropped := sum(part.dropped for _, part in parts):
+        message = f"{path}: {dropped:,} keys beside those of tensors are not text"
+        raise HeaderError(message, hint=_RESAVE)
+    named = [(prefix + name, t) for prefix, part in parts for name, t in _tensors(part).items()]
+    result = dict(named)
+    if repeated := len(named) - len(result):
+        raise HeaderError(f"{path}: {repeated:,} names of tensors are repeated", hint=_RESAVE)
+    return result, rest
 
 
-def _model(content: Table) -> tuple[tuple[str, ...], Table]:
-    """Returns the keys that lead to the dict with most tensors, the outermost of these, and it."""
+def _largest(content: Table) -> tuple[tuple[str, ...], Table]:
+    """Returns the outermost of the dicts with most tensors, after the keys that lead to it."""
     level: list[tuple[tuple[str, ...], Table]] = [((), content)]
-    found = list(level)
+    found = [*level]
     for _ in range(2):
-        nested = [((*way, key), table.get(key)) for way, table in level for key in NESTED]
-        level = [(way, table) for way, table in nested if isinstance(table, Table)]
+        nested = [((*keys, key), table.get(key)) for keys, table in level for key in NESTED]
+        level = [(keys, table) for keys, table in nested if isinstance(table, Table)]
         found += level
-    return max(found, key=lambda each: sum(1 for _ in _tensors(each[1])))
+    return max(found, key=lambda each: len(_tensors(each[1])))
 
 
-def _tensors(table: Table) -> Iterator[tuple[str, Tensor]]:
-    return ((key, value) for key, value in table.items() if isinstance(value, Tensor))
+def _tensors(table: Table) -> dict[str, StridedTensor]:
+    return {key: value for key, value in table.items() if isinstance(value, StridedTensor)}
 
 
-def _notes(left: list[str]) -> tuple[str, ...]:
-    """Says what of a file is left out."""
-    if not left:
+def _notes(rest: list[str]) -> tuple[str, ...]:
+    """Returns the sentence that says what is left out, if anything is."""
+    if not rest:
         return ()
-    more = f" and {len(left) - SHOWN:,} more" if len(left) > SHOWN else ""
-    names = ", ".join(show(name)[1:-1] for name in left[:SHOWN])
+    names = ", ".join(show(name)[1:-1] for name in rest[:SHOWN])
+    more = f" and {len(rest) - SHOWN:,} more" if len(rest) > SHOWN else ""
     return (f"the file holds more than the tensors of a model, which is left out: {names}{more}",)
 
 
-def _located(
+def _locate(
     path: Path,
     file: BinaryIO,
-    storages: Mapping[str, Member],
-    named: Mapping[str, Tensor],
-) -> dict[str, TensorInfo]:
-    """Returns where the tensors are, in the order of the data.
+    members: Mapping[str, Member],
+    tensors: Mapping[str, StridedTensor],
+) -> dict[str, Tensor]:
+    """Returns the byte ranges of the tensors, in the order of the data.
 
     Raises:
-        HeaderError: some are nowhere, or are no range of bytes; all of them are named.
+        HeaderError: some are missing, or are not byte ranges; all of them are named.
     """
-    found: dict[str, TensorInfo] = {}
+    data_start = functools.cache(lambda key: members[f"data/{key}"].data_start(file))
+    found: dict[str, Tensor] = {}
     damaged, strided = [], []
-    starts: dict[str, int] = {}
-    for name, tensor in named.items():
+    for name, tensor in tensors.items():
         if not tensor.is_contiguous:
             strided.append(
                 f"tensor {show(name)}: a view with strides {show(tensor.stride)} of shape "
-                f"{show(tensor.shape)}, which is no range of bytes"
+                f"{show(tensor.shape)}, which is not a byte range"
             )
             continue
-        key = tensor.storage.key
         try:
-            nbytes, first = _range(name, tensor, storages)
-            if key not in starts:
-                starts[key] = data_start(file, storages[key])
+            offset, nbytes = _range_in_storage(name, tensor, members)
+            start = data_start(tensor.storage.key) + offset
         except ValueError as error:
             damaged.append(f"tensor {show(name)}: {error}")
             continue
-        start = starts[key] + first
-        found[name] = TensorInfo(tensor.dtype, tensor.shape, start, start + nbytes)
+        found[name] = Tensor(path, name, tensor.dtype, tensor.shape, start, start + nbytes)
     if damaged or strided:
         raise HeaderError(
-            f"{path}: tensors of the file cannot be read where they lie",
+            f"{path}: some tensors cannot be read from the file as they are",
             problems=[*damaged, *strided],
-            hint=_DAMAGED if damaged else _AGAIN,
+            hint=_DAMAGED if damaged else _RESAVE,
         )
     return dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].end)))
 
 
-def _range(name: str, tensor: Tensor, storages: Mapping[str, Member]) -> tuple[int, int]:
-    """Returns the bytes of a tensor, and how many bytes of its storage are before them.
+def _range_in_storage(
+    name: str, tensor: StridedTensor, members: Mapping[str, Member]
+) -> tuple[int, int]:
+    """Returns the offset of a tensor in its storage and its size, both in bytes.
 
     Raises:
-        ValueError: there can be no such tensor, or not in this file.
+        ValueError: no such tensor can exist, or not in this file.
     """
     if not is_unicode(name) or name == "__metadata__":
         raise ValueError("no tensor of a safetensors file can have this name")
-    if tensor.lazy:
-        raise ValueError("it is to be conjugated or negated, which its bytes are not")
+    if tensor.is_lazy:
+        raise ValueError("a conjugation or negation is still to be applied to its bytes")
     storage, dtype = tensor.storage, tensor.dtype
-    nbytes, first = nbytes_of(dtype, tensor.shape), nbytes_of(dtype, (tensor.offset,))
-    held = nbytes_of(storage.dtype, (storage.numel,))
-    if first + nbytes > held:
-        raise ValueError(f"it ends at byte {first + nbytes:,} of its data, which has {held:,}")
-    if storage.key not in storages:
-        raise ValueError(f"its data, the member {show(f'data/{storage.key}')}, is missing")
-    if (size := storages[storage.key].size) < held:
-        raise ValueError(f"its data has {size:,} bytes, needed {held:,}")
-    return nbytes, first
-
-
-def _kind(content: object) -> str:
-    names = {Tensor: "a lone tensor", list: "a list", tuple: "a tuple", Global: "a class"}
-    return names.get(type(content), "a single value")
+    nbytes, offset = nbytes_of(dtype, tensor.shape), nbytes_of(dtype, (tensor.offset,))
+    available = nbytes_of(storage.dtype, (storage.numel,))
+    if offset + nbytes > available:
+        raise ValueError(
+            f"it ends at byte {offset + nbytes:,} of its storage, which has {available:,}"
+        )
+    if not (member := members.get(f"data/{storage.key}")):
+        raise ValueError(f"its storage, the member {show(f'data/{storage.key}')}, is missing")
+    if member.size < available:
+        raise ValueError(f"its storage has {member.size:,} bytes, expected {available:,}")
+    return offset, nbytes

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from ..errors import FileRefused
 from ..files import read_json
-from .header import Header, read_header
-
-__all__ = ["open_index", "read_shards"]
+from .header import read_header
+from .tensor import Header, Tensor
 
 
 def open_index(path: Path) -> Header:
@@ -21,19 +20,13 @@ def open_index(path: Path) -> Header:
         FileRefused: the index and the shards do not agree, or one of them cannot be read.
     """
     shards = read_shards(path)
-    origins = {key: (shard, key) for shard in shards for key in shard.tensors}
     metadata: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
     for shard in shards:
         metadata |= shard.metadata
-    return Header(
-        path,
-        {key: shard.tensors[key] for key, (shard, _) in origins.items()},
-        metadata,
-        0,
-        sum(shard.size for shard in shards),
-        (f"the checkpoint lies in {len(shards)} files",),
-        origins,
-    )
+        tensors |= shard.tensors
+    note = f"the checkpoint lies in {len(shards)} files"
+    return Header(path, tensors, metadata, 0, sum(shard.size for shard in shards), (note,))
 
 
 def read_shards(index: Path) -> tuple[Header, ...]:

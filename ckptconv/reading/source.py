@@ -7,10 +7,9 @@ from pathlib import Path
 
 from ..errors import FileRefused
 from ..files import opened
-from .header import Header, read_header
+from .header import read_header
 from .shards import open_index
-
-__all__ = ["is_zip", "open_header"]
+from .tensor import Header
 
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 """How the files of a checkpoint that lies in several are named."""

@@ -1,4 +1,4 @@
-"""JSON that a stranger wrote: repeated keys are seen, and its text is safe to print."""
+"""JSON from an untrusted source: repeated keys are noticed, and values are safe to print."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import reprlib
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
-
-__all__ = ["Repeated", "is_unicode", "show", "strict_loads"]
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120
@@ -21,7 +19,7 @@ def show(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
-    """Stands for a JSON object that repeats keys."""
+    """A JSON object that repeats these keys."""
 
     keys: list[str]
 
@@ -38,17 +36,17 @@ def strict_loads(raw: bytes) -> Any:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether the text can be written as UTF-8: JSON can escape half of a surrogate pair."""
+    """Whether the text can be encoded as UTF-8: JSON can escape half of a surrogate pair."""
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Repeated:
     found = dict(pairs)
-    if len(found) == len(pairs):
+    if len(found) == len(pairs):  # the usual case, in which counting would take most of the time
         return found
     return Repeated([key for key, count in Counter(key for key, _ in pairs).items() if count > 1])
 
 
 def _parse_int(text: str) -> int | float:
-    """Reads integers past 64 bits and -0 as floats, as the safetensors library does."""
+    """Reads integers beyond 64 bits and -0 as floats, as the safetensors library does."""
     return float(text) if len(text) > 20 or text == "-0" else int(text)

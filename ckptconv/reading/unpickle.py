@@ -1,13 +1,13 @@
 """Reads a pickle as data: nothing that it names is imported, called or executed.
 
-A pickle is a program for a machine with a stack. The machine here knows the instructions that make
-data, and no object of Python beyond them: a global is its name, and a call is looked up in a table
-of names, whose entries make data of the arguments. A name that is not in the table is remembered
-and refused at the end, with all others, so the worst that a hostile pickle can do is to be refused.
+A pickle is a program for a stack machine. The machine here knows only the instructions that make
+data. A global is its name, and a call is looked up in a table of names, whose entries turn the
+arguments into data. A name outside the table is recorded and refused at the end, with all others:
+being refused is the worst that a hostile pickle can achieve.
 
-Nor can it take memory or time out of proportion: there is a limit to the instructions, each of them
-takes at most a few hundred bytes beside the text that it holds, keys of a dict are text, and no
-other object is compared, hashed or printed.
+Nor can it use memory or time out of proportion. The number of instructions is limited, each one
+takes at most a few hundred bytes beside its text, keys of a dict are text, and no other object is
+compared, hashed or printed.
 """
 
 from __future__ import annotations
@@ -19,19 +19,17 @@ from typing import Any, Final
 
 from .strict_json import show
 
-__all__ = ["INERT", "Call", "Forbidden", "Global", "Inert", "Table", "load"]
-
 MAX_STEPS = 1_000_000
-"""Instructions: a checkpoint has about 30 for each tensor, and seldom 10,000 tensors."""
+"""Instructions; a checkpoint has about 30 for each tensor, and seldom 10,000 tensors."""
 MAX_TEXT = 512
-"""Characters of the name of a global, and of a key: long ones that are joined fill the memory."""
+"""Characters in the name of a global or the key of a dict: joined, long ones would fill memory."""
 
 Call = Callable[[tuple[Any, ...]], object]
-"""Makes data of the arguments of a call; ValueError if they are not what they should be."""
+"""Turns the arguments of a call into data; ValueError if they are not what they should be."""
 
 
 class Forbidden(ValueError):
-    """The pickle names globals that data do not need."""
+    """The pickle names globals that data do not need: all of them, in `names`."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
@@ -40,38 +38,45 @@ class Forbidden(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """Stands for a class or a function: its name is all that is known of it."""
+    """A class or function, of which only the name is known."""
 
     name: str
 
 
 class Inert:
-    """Stands for an object that is not looked at; whatever is put into it is gone."""
+    """An object whose content is dropped."""
 
 
 class Table(dict[str, Any]):
-    """A dict. Only entries whose key is text are kept; the others are counted.
+    """A dict that keeps the entries whose key is text, and counts the others in `dropped`."""
 
-    Attributes:
-        others: how many entries have another key.
-    """
-
-    __slots__ = ("others",)
+    __slots__ = ("dropped",)
 
     def __init__(self) -> None:
-        self.others = 0
+        self.dropped = 0
 
 
 INERT: Final = Inert()
 
+_CONSTANTS = {
+    **{"NONE": None, "NEWTRUE": True, "NEWFALSE": False},
+    **{"EMPTY_TUPLE": (), "EMPTY_SET": INERT},
+}
+_LITERALS = frozenset(
+    (
+        *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES"),
+        *("BINBYTES8", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
+    )
+)
+
 
 def load(raw: bytes, calls: Mapping[str, Call], persistent: Call) -> object:
-    """Returns the object that a pickle describes, made of data.
+    """Returns the object that a pickle describes, as data.
 
     Args:
         raw: the whole pickle.
-        calls: by name of a global, what a call to it gives. No other global may occur.
-        persistent: what a persistent id, which is a tuple, gives.
+        calls: what a call to a global returns, by its name. No other global may occur.
+        persistent: what a persistent id, which is a tuple, stands for.
 
     Returns:
         None, bool, int, float, str, bytes, list, tuple, `Table`, `Global`, `Inert`, or what `calls`
@@ -90,16 +95,16 @@ def load(raw: bytes, calls: Mapping[str, Call], persistent: Call) -> object:
             if steps == MAX_STEPS:
                 fault = fault or f"it has more than {MAX_STEPS:,} instructions"
                 break
-            if instruction.name == "INST" or (fault and instruction.name == "GLOBAL"):
-                machine.named(str(argument).replace(" ", ".", 1))
-            if not fault:
-                try:
+            try:
+                if instruction.name in ("GLOBAL", "INST"):  # after a fault, too
+                    machine.find(*str(argument).split(" ", 1))
+                if not fault:
                     machine.step(instruction.name, argument)
-                except ValueError as error:
-                    fault = f"byte {position:,}: {error}"
-        if not fault and position + 1 != len(raw):
-            fault = f"{len(raw) - position - 1:,} bytes follow its end"
-    except ValueError as error:  # from pickletools: what is there is no instruction
+            except ValueError as error:
+                fault = fault or f"byte {position:,}: {error}"
+        if position + 1 != len(raw):
+            fault = fault or f"{len(raw) - position - 1:,} bytes follow its end"
+    except ValueError as error:  # from pickletools: these bytes are no instruction
         fault = fault or str(error)
     if machine.forbidden:
         raise Forbidden(tuple(machine.forbidden))
@@ -119,131 +124,117 @@ class _Machine:
         self.forbidden: dict[str, None] = {}  # a set that keeps the order
         self.result: object = None
 
-    def named(self, name: str) -> Global:
-        """Returns a global, and remembers its name if it may not occur."""
-        if len(name) > MAX_TEXT:
-            raise ValueError(f"the name of a global has {len(name):,} characters")
-        if name.startswith("__builtin__."):  # as Python 2 calls them
-            name = name.replace("__builtin__", "builtins", 1)
-        if name not in self.calls:
-            self.forbidden[name] = None
-        return Global(name)
-
     def step(self, name: str, argument: Any) -> None:
-        """Runs one instruction.
-
-        Raises:
-            ValueError: it cannot be run.
-        """
+        """Runs one instruction; ValueError if it cannot be run."""
         match name:
-            case "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = self.top()
-            case "MEMOIZE":
-                self.memo[len(self.memo)] = self.top()
+            case "PROTO" | "FRAME":
+                pass
+            case _ if name in _LITERALS:
+                self.push(argument)
+            case _ if name in _CONSTANTS:
+                self.push(_CONSTANTS[name])
+            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                self.memo[len(self.memo) if name == "MEMOIZE" else argument] = self.top()
             case "BINGET" | "LONG_BINGET":
                 if argument not in self.memo:
                     raise ValueError(f"nothing was stored as number {argument:,}")
-                self.stack.append(self.memo[argument])
-            case (
-                "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "BININT" | "BININT1" | "BININT2"
-                | "LONG1" | "BINFLOAT" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8"
-            ):  # fmt: skip
-                self.stack.append(argument)
-            case "NONE":
-                self.stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                self.stack.append(name == "NEWTRUE")
+                self.push(self.memo[argument])
             case "MARK":
                 self.below.append(self.stack)
                 self.stack = []
-            case "EMPTY_TUPLE":
-                self.stack.append(())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                items = [self.pop() for _ in range(int(name[-1]))]
-                self.stack.append(tuple(reversed(items)))
+                self.push(tuple(self.take(int(name[-1]))))
             case "TUPLE":
-                items = self.marked()
-                self.stack.append(tuple(items))
+                self.push(tuple(self.take_marked()))
             case "EMPTY_LIST":
-                self.stack.append([])
+                self.push([])
             case "APPEND":
-                self.extend([self.pop()])
+                self.extend(self.take(1))
             case "APPENDS":
-                self.extend(self.marked())
+                self.extend(self.take_marked())
             case "EMPTY_DICT":
-                self.stack.append(Table())
+                self.push(Table())
             case "SETITEM":
-                value, key = self.pop(), self.pop()
-                self.update([key, value])
+                self.update(self.take(2))
             case "SETITEMS":
-                self.update(self.marked())
-            case "EMPTY_SET":
-                self.stack.append(INERT)
+                self.update(self.take_marked())
             case "ADDITEMS":
-                self.marked()
+                self.take_marked()
                 self.top(Inert)
             case "FROZENSET":
-                self.marked()
-                self.stack.append(INERT)
+                self.take_marked()
+                self.push(INERT)
             case "GLOBAL":
-                self.stack.append(self.named(argument.replace(" ", ".", 1)))
+                self.push(self.find(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
-                words = self.pop(), self.pop()
+                words = self.take(2)
                 if not all(isinstance(word, str) for word in words):
                     raise ValueError("the name of a global is not text")
-                self.stack.append(self.named(f"{words[1]}.{words[0]}"))
+                self.push(self.find(*words))
             case "REDUCE" | "NEWOBJ":
-                arguments = self.pop()
-                self.stack.append(self.called(self.pop(), arguments))
+                self.call(*self.take(2))
             case "NEWOBJ_EX":
-                _, arguments = self.pop(), self.pop()
-                self.stack.append(self.called(self.pop(), arguments))
-            case "BUILD":  # attributes of an object: of a dict, of one that is not looked at
-                self.pop()
+                self.call(*self.take(3)[:2])
+            case "BUILD":  # sets attributes, which neither a dict nor a dropped object needs
+                self.take(1)
                 self.top(Table, Inert)
             case "BINPERSID":
-                identity = self.pop()
+                (identity,) = self.take(1)
                 if not isinstance(identity, tuple):
                     raise ValueError("a persistent id is not a tuple")
-                self.stack.append(self.persistent(identity))
-            case "PROTO" | "FRAME":
-                pass
+                self.push(self.persistent(identity))
             case "STOP":
-                self.result = self.pop()
+                (self.result,) = self.take(1)
                 if self.stack or self.below:
-                    raise ValueError("it ends with objects on the stack")
+                    raise ValueError("it ends with objects left on the stack")
             case _:
-                raise ValueError(f"{name} is no instruction that data need")
+                raise ValueError(f"{name} is not an instruction that data need")
 
-    def pop(self) -> Any:
-        """Takes the object on the top of the stack."""
-        if not self.stack:
-            raise ValueError("it takes an object from an empty stack")
-        return self.stack.pop()
+    def find(self, module: str, name: str) -> Global:
+        """Returns a global, and records its name if it may not occur."""
+        if module == "__builtin__":  # the name in Python 2
+            module = "builtins"
+        full_name = f"{module}.{name}"
+        if len(full_name) > MAX_TEXT:
+            raise ValueError(f"the name of a global has {len(full_name):,} characters")
+        if full_name not in self.calls:
+            self.forbidden[full_name] = None
+        return Global(full_name)
 
-    def top(self, *kinds: type) -> Any:
-        """Returns the object on the top of the stack, which must be of one of the kinds, if any."""
+    def push(self, value: object) -> None:
+        self.stack.append(value)
+
+    def top(self, *types: type) -> Any:
+        """Returns the object on top of the stack, which must be of one of the types, if any."""
         if not self.stack:
             raise ValueError("it needs an object on an empty stack")
-        if kinds and not isinstance(self.stack[-1], kinds):
+        if types and not isinstance(self.stack[-1], types):
             raise ValueError(f"it fills an object of type {type(self.stack[-1]).__name__}")
         return self.stack[-1]
 
-    def marked(self) -> list[Any]:
-        """Takes the objects above the last mark."""
+    def take(self, count: int) -> list[Any]:
+        """Removes objects from the top of the stack, and returns them, the topmost one last."""
+        if len(self.stack) < count:
+            raise ValueError("it takes an object from an empty stack")
+        items = self.stack[-count:]
+        del self.stack[-count:]
+        return items
+
+    def take_marked(self) -> list[Any]:
+        """Removes the objects above the last mark, and returns them."""
         if not self.below:
             raise ValueError("it needs a mark on a stack without one")
         items, self.stack = self.stack, self.below.pop()
         return items
 
     def extend(self, items: list[Any]) -> None:
-        """Adds to the list on the top of the stack."""
+        """Adds items to the list on top of the stack."""
         target = self.top(list, Inert)
         if isinstance(target, list):
             target += items
 
     def update(self, items: list[Any]) -> None:
-        """Adds keys and values, in turn, to the dict on the top of the stack."""
+        """Adds alternating keys and values to the dict on top of the stack."""
         target = self.top(Table, Inert)
         if len(items) % 2:
             raise ValueError("a dict gets a key without a value")
@@ -251,7 +242,7 @@ class _Machine:
             return
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str):
-                target.others += 1
+                target.dropped += 1
             elif len(key) > MAX_TEXT:
                 raise ValueError(f"a dict gets a key of {len(key):,} characters")
             elif key in target:
@@ -259,10 +250,9 @@ class _Machine:
             else:
                 target[key] = value
 
-    def called(self, function: object, arguments: object) -> object:
-        """Returns what a call gives, without calling it."""
+    def call(self, function: object, arguments: object) -> None:
+        """Pushes what a call stands for, without calling anything."""
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
-            raise ValueError("it calls what is no global, or without a tuple of arguments")
-        if function.name in self.forbidden:
-            return INERT
-        return self.calls[function.name](arguments)
+            raise ValueError("it calls something that is not a global, or without a tuple")
+        inert = function.name in self.forbidden
+        self.push(INERT if inert else self.calls[function.name](arguments))

@@ -7,8 +7,6 @@ from xml.etree import ElementTree as ET  # writes only; nothing is parsed
 
 from ..verification.result import CHECKS, Verification
 
-__all__ = ["junit"]
-
 FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 cannot hold."""
 

@@ -8,15 +8,13 @@ from ..detection.detect import Detection
 from ..errors import SHOWN
 from ..verification.result import Check, Verification
 
-__all__ = ["markdown"]
-
 _SPACE = re.compile(r"[\x00-\x20\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
 
 
 def markdown(verification: Verification, detection: Detection | None = None) -> str:
     """Returns a heading, the checks as a table, and the first problems.
 
-    What stands in a file cannot leave the code span that it is put into.
+    Nothing that a file holds can leave the code span that it is put into.
 
     Args:
         verification: what was found.
@@ -40,8 +38,8 @@ def markdown(verification: Verification, detection: Detection | None = None) -> 
     if problems:
         lines += ["", f"{len(problems):,} problem{'s' * (len(problems) > 1)}:", ""]
         lines += [f"- {_code(problem)}" for problem in problems[:SHOWN]]
-        if len(problems) > SHOWN:
-            lines.append(f"- and {len(problems) - SHOWN:,} more")
+    if len(problems) > SHOWN:
+        lines.append(f"- and {len(problems) - SHOWN:,} more")
     return "\n".join([*lines, "", ""])
 
 

@@ -1,4 +1,4 @@
-"""The network as a picture: its blocks, named as diffusers names them, measured on a plan."""
+"""The blocks of a network, named as diffusers names them and measured on a plan."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..planning.plan import Plan, Slot
-
-__all__ = ["Block", "blocks"]
+from ..planning.plan import Plan
+from ..planning.step import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +17,12 @@ class Block:
 
     Attributes:
         name: as diffusers names it, such as `down_blocks.0`.
-        channels: it gives; 0 where that means nothing.
+        channels: number of output channels; 0 where that means nothing.
         resnets: number of residual layers.
         attention: for each attention module, the number of transformer blocks in it.
         resamples: `down`, `up` or empty.
         parameters: number of elements of its tensors.
-        original: where its tensors stand in the file: the first segments of their keys.
+        original: the blocks of the file that its tensors come from.
     """
 
     name: str
@@ -35,8 +34,14 @@ class Block:
     original: tuple[str, ...]
 
 
-_NUMBERED = re.compile(r"((?:encoder\.|decoder\.)?(?:down_blocks|up_blocks)\.\d+|.*?layers\.\d+)\.")
-_PLAIN = re.compile(r"((?:(?:encoder|decoder|text_model)\.)?[^.]+)")
+_BLOCK = re.compile(
+    r"((?:encoder\.|decoder\.)?(?:down_blocks|up_blocks)\.\d+|.*?layers\.\d+)\."
+    r"|((?:(?:encoder|decoder|text_model)\.)?[^.]+)"
+)
+_ORIGINAL = re.compile(r".*?(?:blocks?|layers|down|up)(?:\.\d+)+|.*?(?=\.(?:weight|bias)$)")
+_WIDTHS = ("resnets.0.conv2.weight", "weight", "linear_2.weight", "mlp.fc2.weight")
+"""The tensor whose first axis has the output channels of a block: the first of these it has."""
+_RESAMPLERS = {"downsamplers": "down", "upsamplers": "up"}
 _ORDER = (
     *("embeddings", "conv_in", "time_embedding", "add_embedding"),
     *("down_blocks", "encoder", "mid_block", "up_blocks"),
@@ -51,64 +56,47 @@ def blocks(plan: Plan, component: str) -> list[Block]:
         plan: of the file.
         component: such as `unet`, `vae` or `text_encoder`.
     """
-    members: dict[str, list[tuple[Slot, str]]] = {}
+    members: dict[str, dict[str, Target]] = {}
+    originals: dict[str, list[str]] = {}
     for step in plan.steps:
         for target in step.targets:
-            if target.place == component:
-                found = _NUMBERED.match(target.key) or _PLAIN.match(target.key)
-                name = found[1] if found else target.key
-                members.setdefault(name, []).append((target, step.sources[0].key))
-    made = [_block(name, pairs) for name, pairs in members.items()]
-    return sorted(made, key=lambda block: _rank(block.name))
+            if target.component == component:
+                found = _BLOCK.match(target.key)
+                name = found[1] or found[2] if found else target.key
+                members.setdefault(name, {})[target.key.removeprefix(f"{name}.")] = target
+                originals.setdefault(name, []).append(step.sources[0].name)
+    return [_block(name, members[name], originals[name]) for name in sorted(members, key=_position)]
 
 
-def _block(name: str, pairs: list[tuple[Slot, str]]) -> Block:
-    tensors = {slot.key.removeprefix(name + "."): slot for slot, _ in pairs}
-    resample = {"downsamplers": "down", "upsamplers": "up"}
-    roots = {key.partition(".")[0] for key in tensors}
+def _block(name: str, tensors: Mapping[str, Target], originals: Iterable[str]) -> Block:
     return Block(
         name,
-        _channels(tensors),
+        next((tensors[key].shape[0] for key in _WIDTHS if key in tensors), 0),
         _entries(tensors, "resnets"),
         tuple(
             _entries(tensors, f"attentions.{n}.transformer_blocks")
             for n in range(_entries(tensors, "attentions"))
         ),
-        next((word for root, word in resample.items() if root in roots), ""),
-        sum(math.prod(slot.shape) for slot, _ in pairs),
-        _common(original for _, original in pairs),
+        next((_RESAMPLERS[r] for key in tensors if (r := key.split(".")[0]) in _RESAMPLERS), ""),
+        sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        tuple(dict.fromkeys(f[0] if (f := _ORIGINAL.match(key)) else key for key in originals)),
     )
 
 
-def _channels(tensors: Mapping[str, Slot]) -> int:
-    """Returns the output channels of a block's last convolution, or of its own one."""
-    for key in ("resnets.0.conv2.weight", "weight", "linear_2.weight", "mlp.fc2.weight"):
-        if key in tensors:
-            return tensors[key].shape[0]
-    return 0
-
-
-def _entries(tensors: Mapping[str, Slot], container: str) -> int:
-    start = container + "."
+def _entries(tensors: Iterable[str], container: str) -> int:
+    """Returns how many entries a container has."""
+    start = f"{container}."
     return len({k[len(start) :].partition(".")[0] for k in tensors if k.startswith(start)})
 
 
-def _common(originals: Iterable[str]) -> tuple[str, ...]:
-    """Returns the names of the original blocks: keys up to the first number and its neighbour."""
-    names = []
-    for key in originals:
-        found = re.match(r"(.*?(?:blocks?|layers|down|up)(?:\.\d+)+)", key)
-        names.append(found[1] if found else re.sub(r"\.(weight|bias)$", "", key))
-    return tuple(dict.fromkeys(names))
-
-
-def _rank(name: str) -> tuple[int, int, int]:
-    """Sorts blocks as data pass through: encoder before decoder, then by `_ORDER` and number."""
-    part = re.sub(r"^(encoder|decoder|text_model)\.", "", name)
-    late = name.startswith("decoder.")
+def _position(name: str) -> tuple[bool, int, int]:
+    """Sorts blocks in the order of the data: encoder before decoder, then `_ORDER`, then number."""
     if name == "post_quant_conv":  # the first of the decoder
-        return 1, -1, 0
-    root = part.partition(".")[0]
-    place = _ORDER.index(root) if root in _ORDER else len(_ORDER)
+        return True, -1, 0
+    root = re.sub(r"^(encoder|decoder|text_model)\.", "", name).partition(".")[0]
     number = re.search(r"(\d+)$", name)
-    return int(late), place, int(number[1]) if number else 0
+    return (
+        name.startswith("decoder."),
+        _ORDER.index(root) if root in _ORDER else len(_ORDER),
+        int(number[1]) if number else 0,
+    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["millions", "size"]
-
 
 def millions(count: int) -> str:
     """Returns a number of parameters.

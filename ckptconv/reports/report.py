@@ -3,38 +3,42 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..configs.config import class_of, configs
 from ..detection.detect import Detection
 from ..detection.spellings import EMA_PREFIX
-from ..planning.plan import Plan, build_plan
-from ..reading.header import Header
+from ..planning.plan import Plan
+from ..planning.step import Target
 from ..reading.source import is_zip
-from ..reading.view import files_of
+from ..reading.tensor import Header, Tensor
 
-__all__ = ["hashes", "inspection", "plan_rows"]
+UNKNOWN = "no key map knows it"
 
 
-def inspection(detection: Detection) -> dict[str, Any]:
-    """Returns everything that is known of a file; `architecture` is None if nothing matched."""
-    header = detection.header
+def inspection(detection: Detection, plan: Plan | None) -> dict[str, Any]:
+    """Returns everything that is known of a file.
+
+    Args:
+        detection: what the file is.
+        plan: what becomes of its keys; None if it was refused.
+
+    Returns:
+        Plain data; `architecture` is None if nothing matched, and `refusal` says why.
+    """
+    header, refusal = detection.header, detection.refusal
     data: dict[str, Any] = {
         "file": str(header.path),
         "size": header.size,
         "tensors": len(header.tensors),
-        "architecture": None,
-        "task": None,
-        "pipeline": None,
-        "prediction_type": None,
+        **dict.fromkeys(("architecture", "task", "pipeline", "prediction_type")),
         "components": {},
         "evidence": list(detection.evidence),
-        "missing": [],
-        "unclaimed": [],
-        "problems": [],
+        "missing": list(plan.absent) if plan else [],
+        "unclaimed": list(plan.unclaimed) if plan else [],
+        "problems": list(plan.problems) if plan else [],
         "verdicts": {
             v.architecture: {"matches": v.matches, "failing": [line.text for line in v.failing]}
             for v in detection.verdicts
@@ -43,38 +47,30 @@ def inspection(detection: Detection) -> dict[str, Any]:
         "metadata": dict(header.metadata),
         "notes": list(detection.notes),
     }
-    if detection.refusal:
-        refusal = detection.refusal
-        data["refusal"] = {
-            "message": refusal.message,
-            "problems": list(refusal.problems),
-            "hint": refusal.hint,
-        }
+    if refusal:
+        problems = list(refusal.problems)
+        data["refusal"] = {"message": refusal.message, "problems": problems, "hint": refusal.hint}
+    if plan is None:
         return data
     architecture, task = detection.require()
-    plan = build_plan(detection)
     data |= {
         "architecture": architecture.name,
         "title": architecture.title,
         "task": task.name,
         "pipeline": task.pipeline,
-        "missing": list(plan.absent),
-        "unclaimed": list(plan.unclaimed),
-        "problems": list(plan.problems),
         "dropped": dict(Counter(step.reason for step in plan.steps if step.reason)),
     }
-    for fact in detection.facts.values():
-        if fact.name != "task":
-            data[fact.name] = {"value": fact.value, "source": fact.source, "detail": fact.detail}
+    data |= {
+        fact.name: {"value": fact.value, "source": fact.source, "detail": fact.detail}
+        for fact in detection.facts.values()
+        if fact.name != "task"
+    }
     if plan.problems:
         return data
-    built = configs(plan)
-    for component in architecture.models:
-        if component.name in built:
-            data["components"][component.name] = {
-                "class": class_of(built[component.name]),
-                **_weights(plan, component.name),
-            }
+    built, sources = configs(plan), groups(plan)
+    for name in (component.name for component in architecture.models if component.name in built):
+        known = {"class": class_of(built[name]), "tensors": len(plan.tensors(name))}
+        data["components"][name] = known | weights(sources[name])
     data["assumed"] = {
         f"{name}.{key}": config.values[key]
         for name, config in built.items()
@@ -84,50 +80,73 @@ def inspection(detection: Detection) -> dict[str, Any]:
     return data
 
 
+def groups(plan: Plan) -> dict[str, list[Tensor]]:
+    """Returns the tensors that are read, by component or by the reason why they are left out."""
+    found: dict[str, list[Tensor]] = {}
+    for step in plan.steps:
+        name = f"not converted: {step.reason}" if step.reason else step.targets[0].component
+        found.setdefault(name, []).extend(step.sources)
+    if plan.unclaimed:
+        tensors = plan.detection.header.tensors
+        found[f"not converted: {UNKNOWN}"] = [tensors[key] for key in plan.unclaimed]
+    return found
+
+
+def weights(tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """Returns how much some tensors hold."""
+    return {
+        "parameters": sum(tensor.numel for tensor in tensors),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "dtypes": dict(Counter(tensor.dtype for tensor in tensors).most_common()),
+    }
+
+
 def plan_rows(plan: Plan) -> list[dict[str, Any]]:
     """Returns a row for every key of the file: what becomes of it."""
-    rows: list[dict[str, Any]] = [
-        {
-            "source": source.key,
-            "op": step.op.name,
-            "targets": [f"{t.place}/{t.key}" for t in step.targets],
-            "shape": list(source.shape),
-            "target_shapes": [list(t.shape) for t in step.targets],
-            "dtype": source.dtype,
-            "target_dtype": step.targets[0].dtype if step.targets else None,
-            "reason": step.reason,
-        }
+    unclaimed = {key: plan.detection.header.tensors[key] for key in plan.unclaimed}
+    rows = [
+        _row(source.name, source, step.op.name, step.targets, step.reason)
         for step in plan.steps
         for source in step.sources
     ]
-    tensors = plan.detection.header.tensors
-    rows += [
-        {
-            "source": key,
-            "op": "unclaimed",
-            "targets": [],
-            "shape": list(tensors[key].shape),
-            "target_shapes": [],
-            "dtype": tensors[key].dtype,
-            "target_dtype": None,
-            "reason": "no key map knows it",
-        }
-        for key in plan.unclaimed
-    ]
-    return rows
+    return rows + [_row(key, info, "unclaimed", (), UNKNOWN) for key, info in unclaimed.items()]
+
+
+def header_rows(header: Header) -> list[dict[str, Any]]:
+    """Returns such rows for a file that was refused: nothing becomes of its keys."""
+    return [_row(key, tensor, "", (), "") for key, tensor in header.tensors.items()]
+
+
+def _row(
+    key: str, source: Tensor, op: str, targets: Iterable[Target], reason: str
+) -> dict[str, Any]:
+    return {
+        "source": key,
+        "op": op,
+        "targets": [f"{target.component}/{target.key}" for target in targets],
+        "shape": list(source.shape),
+        "target_shapes": [list(target.shape) for target in targets],
+        "dtype": source.dtype,
+        "target_dtype": next((target.dtype for target in targets), None),
+        "reason": reason,
+    }
 
 
 def hashes(header: Header) -> dict[str, str]:
-    """Returns the hashes that users know, from one pass over the file.
+    """Returns the hashes by which users know a file, from one pass over it.
 
-    `sha256` of the whole file, its first ten digits (`short`), and, of a safetensors file,
-    `sshs_model_hash`, the SHA-256 of what follows the header, as training tools write it. None of
-    a checkpoint that lies in several files.
+    Args:
+        header: of the file.
+
+    Returns:
+        `sha256` of the whole file, its first ten digits (`short`), and, for a safetensors file,
+        `sshs_model_hash`, the SHA-256 of what follows the header, as training tools write it.
+        Nothing for a checkpoint that lies in several files.
     """
-    if len(files_of(header)) > 1:
+    if len(header.files) > 1:
         return {}
     whole, data = hashlib.sha256(), hashlib.sha256()
-    with Path(header.path).open("rb") as file:
+    with header.path.open("rb") as file:
         pickled = is_zip(file.read(9))
         file.seek(0)
         whole.update(b"" if pickled else file.read(header.data_start))
@@ -137,15 +156,3 @@ def hashes(header: Header) -> dict[str, str]:
     digest = whole.hexdigest()
     found = {"sha256": digest, "short": digest[:10]}
     return found if pickled else found | {"sshs_model_hash": data.hexdigest()}
-
-
-def _weights(plan: Plan, component: str) -> dict[str, Any]:
-    steps = [s for s in plan.steps if any(t.place == component for t in s.targets)]
-    sources = [source for step in steps for source in step.sources]
-    infos = [plan.headers[s.place].tensors[s.key] for s in sources]
-    return {
-        "tensors": len(plan.tensors(component)),
-        "parameters": sum(math.prod(source.shape) for source in sources),
-        "bytes": sum(info.nbytes for info in infos),
-        "dtypes": dict(Counter(source.dtype for source in sources).most_common()),
-    }

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FileRefused
-from ..reading.header import TensorInfo
+from ..planning.step import Change
+from ..reading.tensor import Tensor
 from .cast import cast
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     Rows = Callable[[slice], Array]
     """From some rows of a weight to what is added to them, each row flat."""
 
-__all__ = ["KINDS", "Patch", "merged"]
 
 BLOCK = 64 << 10
 """Elements that are computed at a time: they stay in a processor's cache."""
@@ -34,27 +32,12 @@ SMALL = 256 << 10
 for those: a conversion took six times as long on a busy machine."""
 
 
-@dataclass(frozen=True, slots=True)
-class Patch:
-    """A `Change` of a plan whose tensors have been found in their files.
-
-    Attributes:
-        kind: a key of `KINDS`.
-        parts: file and place of each tensor, by its role.
-        factor: multiplies what is added.
-    """
-
-    kind: str
-    parts: Mapping[str, tuple[Path, TensorInfo]]
-    factor: float
-
-
 def merged(
     data: bytearray,
     dtype: str,
     shape: tuple[int, ...],
-    patches: Iterable[Patch],
-    read: Callable[[Path, TensorInfo], bytearray],
+    changes: Iterable[Change],
+    read: Callable[[Tensor], bytearray],
 ) -> tuple[memoryview, str]:
     """Changes the values of one weight.
 
@@ -62,8 +45,8 @@ def merged(
         data: its elements, row by row.
         dtype: of the elements, as safetensors names it.
         shape: of the weight, [out, in, ...].
-        patches: what to do, in this order.
-        read: gives the bytes of a tensor of a patch.
+        changes: what to do, in this order.
+        read: gives the bytes of a tensor.
 
     Returns:
         The new elements and their dtype: F64 for F64, F32 for all others.
@@ -75,21 +58,22 @@ def merged(
 
     values = _decoded(data, dtype)
     weight = values.reshape(shape[0] if shape else 1, -1)
-    for patch in patches:
+    for each in changes:
+        tensors = dict(each.parts)
         parts = {
-            role: _decoded(read(path, info), info.dtype).reshape(info.shape).astype(np.float64)
-            for role, (path, info) in patch.parts.items()
+            role: _decoded(read(tensor), tensor.dtype).reshape(tensor.shape).astype(np.float64)
+            for role, tensor in tensors.items()
         }
-        factor = patch.factor
+        factor = each.factor
         if (alpha := parts.pop("alpha", None)) is not None:
-            factor *= float(alpha.reshape(-1)[0])
+            said = float(alpha.reshape(-1)[0])
+            factor *= said
             if not math.isfinite(factor):
-                path, _ = patch.parts["alpha"]
                 raise FileRefused(
-                    f"{path}: an alpha of the adapter is {float(alpha.reshape(-1)[0])}",
+                    f"{tensors['alpha'].file}: an alpha of the adapter is {said}",
                     hint="the adapter is broken, as by a training that diverged: take another",
                 )
-        change = KINDS[patch.kind](parts, factor)
+        change = KINDS[each.kind](parts, factor)
         step = max(1, BLOCK // max(1, weight.shape[1]))
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)

@@ -10,27 +10,21 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TypeVar
 
-from ..errors import FileRefused
-from ..planning.step import Slot
-from ..reading.header import DTYPE_BITS, TensorInfo, encode_header
+from ..dtypes import BITS
+from ..files import Files
+from ..planning.step import Target
+from ..reading.header import encode_header
+from ..reading.tensor import Tensor
 from .deltas import merged
-from .transfers import Piece, joined
+from .transfers import Transfer, joined
 
-__all__ = [
-    "Files",
-    "WeightFile",
-    "converted",
-    "lay_out",
-    "read_exactly",
-    "read_into",
-    "refuse_short",
-    "write",
-]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 THREADS = 2
 CHUNK = 8 << 20
@@ -53,7 +47,7 @@ class WeightFile:
 
     path: Path
     beginning: bytes
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, Tensor]
 
     @property
     def size(self) -> int:
@@ -61,19 +55,19 @@ class WeightFile:
         return max([len(self.beginning), *(info.end for info in self.tensors.values())])
 
 
-def lay_out(path: Path, slots: Iterable[Slot], metadata: Mapping[str, str]) -> WeightFile:
+def lay_out(path: Path, targets: Iterable[Target], metadata: Mapping[str, str]) -> WeightFile:
     """Plans a file for some tensors.
 
     The order of the source is kept, so that neighbours stay neighbours, but wide dtypes come
     before narrow ones, so that each tensor is aligned to its elements.
     """
-    ordered = sorted(slots, key=lambda slot: -DTYPE_BITS[slot.dtype])
-    beginning, tensors = encode_header([(s.key, s.dtype, s.shape) for s in ordered], metadata)
-    return WeightFile(path, beginning, tensors)
+    ordered = sorted(targets, key=lambda target: -BITS[target.dtype])
+    entries = [(t.key, t.dtype, t.shape) for t in ordered]
+    return WeightFile(path, *encode_header(entries, metadata, path))
 
 
 def write(
-    files: Sequence[WeightFile], todo: Iterable[Piece], progress: Callable[[int], None]
+    files: Sequence[WeightFile], todo: Iterable[Transfer], progress: Callable[[int], None]
 ) -> list[str]:
     """Writes files and returns what went wrong with single values.
 
@@ -95,66 +89,38 @@ def write(
     for file in files:
         with file.path.open("xb") as out:
             _reserve(out.fileno(), file.size)
-    jobs: list[tuple[Piece, Future[int]]] = []
-    with Files() as opened, ThreadPoolExecutor(THREADS) as pool:
-        stop = threading.Event()
-
-        def run(piece: Piece) -> int:
-            if stop.is_set():
-                return 0
-            try:
-                return _move(piece, opened, progress)
-            except BaseException:
-                stop.set()
-                raise
-
-        try:
-            for piece in joined(todo):
-                count = CHUNK * 8 // DTYPE_BITS[piece.dtypes[0]] if piece.is_copy else CAST_CHUNK
-                jobs += [(part, pool.submit(run, part)) for part in piece.cut(count)]
-            overflows = [(part.target, count) for part, job in jobs if (count := job.result())]
-        except BaseException:
-            stop.set()
-            raise
-    for file in files:
-        with file.path.open("r+b") as whole:
-            whole.write(file.beginning)
+    with Files() as opened:
+        parts = [part for each in joined(todo) for part in each.cut(_elements(each))]
+        counts = in_threads(lambda part: _move(part, opened, progress), parts, THREADS)
+        for file in files:
+            opened.write(file.path, 0, file.beginning)
+    overflows = [(part.target, n) for part, n in zip(parts, counts, strict=True) if n]
     return [*_overflowed(files, overflows)] if overflows else []
 
 
-class Files:
-    """Open file descriptors, shared by the threads: all access names its offset."""
+def _elements(whole: Transfer) -> int:
+    """Returns how many elements of a transfer are moved at a time."""
+    return CHUNK * 8 // BITS[whole.dtypes[0]] if whole.is_copy else CAST_CHUNK
 
-    def __init__(self) -> None:
-        self._open: dict[tuple[Path, int], int] = {}
-        self._lock = threading.Lock()
 
-    def __enter__(self) -> Self:
-        return self
+def in_threads(run: Callable[[Item], Result], items: Iterable[Item], threads: int) -> list[Result]:
+    """Runs a function on items, some at a time; after an exception it begins no other."""
+    stop = threading.Event()
 
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-
-    def source(self, path: Path) -> int:
-        """Returns the descriptor of a file to read."""
+    def one(item: Item) -> Result:
+        if stop.is_set():
+            return None  # type: ignore[return-value]  # nobody sees it: the exception comes out
         try:
-            return self._get(path, os.O_RDONLY)
-        except OSError as error:
-            raise FileRefused(
-                f"{path}: the file cannot be read any more: {error.strerror}",
-                hint="another program removed it or changed its rights: put it back",
-            ) from error
+            return run(item)
+        except BaseException:
+            stop.set()
+            raise
 
-    def target(self, path: Path) -> int:
-        """Returns the descriptor of a file to write."""
-        return self._get(path, os.O_WRONLY)
-
-    def _get(self, path: Path, flags: int) -> int:
-        with self._lock:
-            if (path, flags) not in self._open:
-                self._open[path, flags] = os.open(path, flags)
-            return self._open[path, flags]
+    pool = ThreadPoolExecutor(threads)
+    try:
+        return list(pool.map(one, items))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _overflowed(
@@ -178,23 +144,20 @@ def _reserve(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)
 
 
-def _move(piece: Piece, files: Files, progress: Callable[[int], None]) -> int:
-    """Moves one piece; returns how many values became infinite."""
-    target = files.target(piece.target[0])
-    if piece.is_copy:
-        _copy(files.source(piece.source[0]), piece.source, target, piece.target[1], piece.nbytes)
-        progress(piece.nbytes)
-        return 0
-    view, overflows = converted(piece, files)
-    done = 0
-    while done < len(view):
-        done += os.pwrite(target, view[done:], piece.target[1] + done)
-    progress(piece.nbytes)
+def _move(part: Transfer, files: Files, progress: Callable[[int], None]) -> int:
+    """Makes one transfer; returns how many values became infinite."""
+    overflows = 0
+    if part.is_copy:
+        _copy(part, files)
+    else:
+        view, overflows = converted(part, files)
+        files.write(*part.target, view)
+    progress(part.nbytes)
     return overflows
 
 
-def converted(piece: Piece, files: Files) -> tuple[memoryview, int]:
-    """Reads a piece, and does to it all that is to be done.
+def converted(part: Transfer, files: Files) -> tuple[memoryview, int]:
+    """Reads a part, and does to it all that is to be done.
 
     Returns:
         The bytes of the target, and how many finite values became infinite.
@@ -203,22 +166,14 @@ def converted(piece: Piece, files: Files) -> tuple[memoryview, int]:
         FileRefused: a source became shorter meanwhile, cannot be read any more, or says to add what
             is not finite.
     """
-
-    def read(path: Path, start: int, nbytes: int) -> bytearray:
-        return read_exactly(files.source(path), (path, start), nbytes)
-
-    dtype, wanted = piece.dtypes
-    data = read(*piece.source, piece.count * DTYPE_BITS[dtype] // 8)
-    if piece.transposed is not None:
-        data = _transposed(data, piece.transposed)
+    dtype, wanted = part.dtypes
+    data = files.read(*part.source, part.count * BITS[dtype] // 8)
+    if part.transposed is not None:
+        data = _transposed(data, part.transposed)
     view = memoryview(data)
-    if piece.patches:
+    if part.changes:
         view, dtype = merged(
-            data,
-            dtype,
-            piece.shape,
-            piece.patches,
-            lambda path, info: read(path, info.start, info.nbytes),
+            data, dtype, part.shape, part.changes, lambda t: files.read(t.file, t.start, t.nbytes)
         )
     if dtype == wanted:
         return view, 0
@@ -227,51 +182,18 @@ def converted(piece: Piece, files: Files) -> tuple[memoryview, int]:
     return cast(view, dtype, wanted)
 
 
-def _copy(source: int, start: tuple[Path, int], target: int, offset: int, nbytes: int) -> None:
+def _copy(part: Transfer, files: Files) -> None:
     """Copies bytes through a buffer that stays in the processor's cache.
 
     Into a file whose room is reserved, that takes two thirds of the time of `copy_file_range`,
     which moves page by page; and it works on every file system.
     """
-    path, position = start
-    view, done = memoryview(bytearray(min(nbytes, BUFFER))), 0
-    while done < nbytes:
-        got = _copy_some(source, position + done, target, offset + done, view[: nbytes - done])
-        if got == 0:
-            refuse_short(path)
-        done += got
-
-
-def _copy_some(source: int, start: int, target: int, offset: int, buffer: memoryview) -> int:
-    """Copies at most a buffer of bytes; returns how many, 0 at the end of the source."""
-    got = os.preadv(source, [buffer], start)
-    return os.pwrite(target, buffer[:got], offset) if got else 0
-
-
-def read_exactly(source: int, start: tuple[Path, int], nbytes: int) -> bytearray:
-    """Returns bytes of an open file, from an offset on; FileRefused if it has fewer."""
-    data = bytearray(nbytes)
-    read_into(source, start, memoryview(data))
-    return data
-
-
-def read_into(source: int, start: tuple[Path, int], view: memoryview) -> None:
-    """Fills a buffer with the bytes of an open file, from an offset on; FileRefused if too few."""
-    path, position = start
-    done = 0
-    while done < len(view):
-        got = os.preadv(source, [view[done:]], position + done)
-        if got == 0:
-            refuse_short(path)
-        done += got
-
-
-def refuse_short(path: Path) -> None:
-    """Raises FileRefused: the file has fewer bytes than its header says."""
-    raise FileRefused(
-        f"{path}: the file became shorter while it was read",
-        hint="another program is writing to it: wait until it is done",
-    )
+    (source, start), (target, offset) = part.source, part.target
+    buffer = memoryview(bytearray(min(part.nbytes, BUFFER)))
+    for done in range(0, part.nbytes, BUFFER):
+        piece = buffer[: part.nbytes - done]
+        files.read_into(source, start + done, piece)
+        files.write(target, offset + done, piece)
 
 
 def _transposed(data: bytearray, shape: tuple[int, ...]) -> bytearray:

@@ -10,39 +10,40 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..planning.step import Step
-from ..reading.header import DTYPE_BITS, Header, TensorInfo
-from .deltas import Patch
+from ..dtypes import nbytes
+from ..planning.step import Change, Step
+from ..reading.tensor import Shape, Tensor
 
-__all__ = ["Piece", "joined", "pieces"]
+Places = Mapping[tuple[str, str], Tensor]
+"""By component and key of a target, where it lies, or is to lie, in a file."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Transfer:
     """Elements that lie together in one source and one target.
 
     Attributes:
-        source: path and offset in bytes of the first element.
+        source: file, and offset in bytes of the first element.
         target: likewise.
         count: number of elements.
         dtypes: of the source and of the target, as safetensors writes them.
-        transposed: shape of the source if it is to be transposed; then the piece is the tensor.
-        shape: of the target if its values change; then, too, the piece is the tensor.
-        patches: how they change, in this order.
+        transposed: shape of the source if it is to be transposed; then the transfer is the tensor.
+        shape: of the target if its values change; then, too, the transfer is the tensor.
+        changes: how they change, in this order.
     """
 
     source: tuple[Path, int]
     target: tuple[Path, int]
     count: int
     dtypes: tuple[str, str]
-    transposed: tuple[int, ...] | None = None
-    shape: tuple[int, ...] = ()
-    patches: tuple[Patch, ...] = ()
+    transposed: Shape | None = None
+    shape: Shape = ()
+    changes: tuple[Change, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Size of the target in bytes."""
-        return _nbytes(self.count, self.dtypes[1])
+        return nbytes(self.count, self.dtypes[1])
 
     @property
     def is_copy(self) -> bool:
@@ -52,139 +53,93 @@ class Piece:
     @property
     def is_whole(self) -> bool:
         """Whether it is a tensor that must not be cut."""
-        return self.transposed is not None or bool(self.patches)
+        return self.transposed is not None or bool(self.changes)
 
-    def cut(self, count: int) -> Iterator[Piece]:
-        """Yields parts of at most `count` elements; the piece itself if it must not be cut."""
+    def cut(self, count: int) -> Iterator[Transfer]:
+        """Yields parts of at most `count` elements; the whole if it must not be cut."""
         if self.is_whole:
             yield self
             return
         for start in range(0, self.count, count):
             yield replace(
                 self,
-                source=(self.source[0], self.source[1] + _nbytes(start, self.dtypes[0])),
-                target=(self.target[0], self.target[1] + _nbytes(start, self.dtypes[1])),
+                source=(self.source[0], self.source[1] + nbytes(start, self.dtypes[0])),
+                target=(self.target[0], self.target[1] + nbytes(start, self.dtypes[1])),
                 count=min(count, self.count - start),
             )
 
 
-def pieces(
-    steps: Iterable[Step],
-    sources: Mapping[str, Header],
-    targets: Mapping[tuple[str, str], tuple[Path, TensorInfo]],
-) -> Iterator[Piece]:
+def transfers(steps: Iterable[Step], places: Places) -> Iterator[Transfer]:
     """Yields what to move for some steps.
 
     Args:
         steps: to run; those without targets give nothing.
-        sources: the headers, by the `place` of the sources.
-        targets: path and offsets of each target, by its `place` and key.
+        places: of all targets.
     """
     for step in steps:
-        if not step.targets:
-            continue
-        if step.changes:
-            yield from _changed(step, sources, targets)
-            continue
-        froms = [(sources[s.place].path, sources[s.place].tensors[s.key]) for s in step.sources]
-        tos = [targets[t.place, t.key] for t in step.targets]
-        if step.op.keeps_order:
-            yield from _matched(froms, tos)
-        else:
-            ((path, info),), ((to_path, to_info),) = froms, tos
-            if info.numel == 0:
-                continue
-            yield Piece(
-                (path, info.start),
-                (to_path, to_info.start),
-                info.numel,
-                (info.dtype, to_info.dtype),
-                info.shape,
-            )
+        into = [places[target.component, target.key] for target in step.targets]
+        if step.changes or (into and not step.op.keeps_order):
+            yield from _whole(step, into)
+        elif into:
+            yield from _matched(step.sources, into)
 
 
-def _changed(
-    step: Step,
-    sources: Mapping[str, Header],
-    targets: Mapping[tuple[str, str], tuple[Path, TensorInfo]],
-) -> Iterator[Piece]:
-    """Yields one piece for each target of a step that changes values; it has one source."""
+def _whole(step: Step, into: Sequence[Tensor]) -> Iterator[Transfer]:
+    """Yields one transfer for each target of a step that has one source."""
     (source,) = step.sources
-    file, info = sources[source.place], sources[source.place].tensors[source.key]
-    done = 0
-    for slot in step.targets:
-        path, place = targets[slot.place, slot.key]
-        patches = tuple(
-            Patch(
-                change.kind,
-                {
-                    role: (sources[part.place].path, sources[part.place].tensors[part.key])
-                    for role, part in change.parts
-                },
-                change.factor,
-            )
-            for change in step.changes
-            if change.key == slot.key
-        )
-        start, dtypes = info.start + _nbytes(done, info.dtype), (info.dtype, place.dtype)
-        transposed = None if step.op.keeps_order else info.shape
-        done += place.numel
+    transposed = None if step.op.keeps_order else source.shape
+    start = source.start
+    for target, place in zip(step.targets, into, strict=True):
         if place.numel:
-            yield Piece(
-                (file.path, start),
-                (path, place.start),
+            changes = tuple(change for change in step.changes if change.key == target.key)
+            yield Transfer(
+                (source.file, start),
+                (place.file, place.start),
                 place.numel,
-                dtypes,
+                (source.dtype, place.dtype),
                 transposed,
-                slot.shape,
-                patches,
+                target.shape if step.changes else (),
+                changes,
             )
+        start += nbytes(place.numel, source.dtype)
 
 
-def _matched(
-    froms: Sequence[tuple[Path, TensorInfo]], tos: Sequence[tuple[Path, TensorInfo]]
-) -> Iterator[Piece]:
+def _matched(sources: Sequence[Tensor], into: Sequence[Tensor]) -> Iterator[Transfer]:
     """Walks along sources and targets, and cuts where either of them ends."""
-    waiting = iter(tos)
-    path, info = next(waiting)
-    done = 0
-    for from_path, from_info in froms:
+    waiting = iter(into)
+    place, done = next(waiting), 0
+    for source in sources:
         taken = 0
-        while taken < from_info.numel:
-            while done == info.numel:
-                path, info = next(waiting)
-                done = 0
-            count = min(from_info.numel - taken, info.numel - done)
-            yield Piece(
-                (from_path, from_info.start + _nbytes(taken, from_info.dtype)),
-                (path, info.start + _nbytes(done, info.dtype)),
+        while taken < source.numel:
+            while done == place.numel:
+                place, done = next(waiting), 0
+            count = min(source.numel - taken, place.numel - done)
+            yield Transfer(
+                (source.file, source.start + nbytes(taken, source.dtype)),
+                (place.file, place.start + nbytes(done, place.dtype)),
                 count,
-                (from_info.dtype, info.dtype),
+                (source.dtype, place.dtype),
             )
             taken += count
             done += count
 
 
-def joined(todo: Iterable[Piece]) -> Iterator[Piece]:
+def joined(todo: Iterable[Transfer]) -> Iterator[Transfer]:
     """Joins copies that follow each other in the source and in the target."""
-    last: Piece | None = None
-    for piece in todo:
+    last: Transfer | None = None
+    for each in todo:
         if (
             last
             and last.is_copy
-            and piece.is_copy
-            and last.dtypes == piece.dtypes
-            and piece.source == (last.source[0], last.source[1] + last.nbytes)
-            and piece.target == (last.target[0], last.target[1] + last.nbytes)
+            and each.is_copy
+            and last.dtypes == each.dtypes
+            and each.source == (last.source[0], last.source[1] + last.nbytes)
+            and each.target == (last.target[0], last.target[1] + last.nbytes)
         ):
-            last = Piece(last.source, last.target, last.count + piece.count, last.dtypes)
+            last = Transfer(last.source, last.target, last.count + each.count, last.dtypes)
             continue
         if last:
             yield last
-        last = piece
+        last = each
     if last:
         yield last
-
-
-def _nbytes(count: int, dtype: str) -> int:
-    return count * DTYPE_BITS[dtype] // 8

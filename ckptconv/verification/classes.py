@@ -18,8 +18,6 @@ from typing import Any
 
 from ..libraries import LIBRARIES, find_class
 
-__all__ = ["MODELS", "Expected", "Unbuildable", "defaults", "expected", "has_class"]
-
 MODELS = {
     "UNet2DConditionModel": "diffusers",
     "AutoencoderKL": "diffusers",

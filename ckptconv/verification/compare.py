@@ -8,25 +8,21 @@ which gives the exactly rounded value, and two NaN count as equal, since a cast 
 from __future__ import annotations
 
 import bisect
-import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..reading.header import DTYPE_BITS, FLOATS, TensorInfo
-from ..streaming.stream import Files, converted, read_exactly, refuse_short
-from ..streaming.transfers import Piece, joined
+from ..dtypes import BITS, FLOATS, LIBRARY_NAMES, numpy_dtype
+from ..files import Files
+from ..streaming.stream import converted, in_threads
+from ..streaming.transfers import Places, Transfer, joined
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    Mask = npt.NDArray[np.bool_]
-
-__all__ = ["Found", "compare", "look_for_nonfinite"]
 
 THREADS = 2
 PART = 16 << 20
@@ -38,8 +34,10 @@ LOOK = 2 << 20
 CAST_PART = 1 << 20
 """Elements of a job that casts."""
 
+LOOKED_AT = FLOATS & LIBRARY_NAMES.keys()
+"""Every other dtype has finite values only."""
+
 Key = tuple[str, str]
-Places = Mapping[Key, tuple[Path, TensorInfo]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,7 @@ class Found:
 
 
 def compare(
-    todo: Iterable[Piece], tensors: Places, progress: Callable[[int], None] = lambda _n: None
+    todo: Iterable[Transfer], tensors: Places, progress: Callable[[int], None] = lambda _n: None
 ) -> dict[Key, Found]:
     """Compares what is in the targets of some pieces with what would be moved there.
 
@@ -86,14 +84,15 @@ def compare(
     """
     found = _Findings(tensors)
 
-    def run(part: Piece, files: Files) -> None:
+    def run(part: Transfer) -> None:
         if part.is_copy:
             _compare_bytes(part, files, found, progress)
         else:
             _compare_values(part, files, found)
             progress(part.nbytes)
 
-    _in_threads(run, (part for piece in joined(todo) for part in _parts(piece)))
+    with Files() as files:
+        in_threads(run, (part for each in joined(todo) for part in _parts(each)), THREADS)
     return found.by_key()
 
 
@@ -109,46 +108,30 @@ def look_for_nonfinite(
     Raises:
         FileRefused: a file cannot be read any more, or became shorter.
     """
-    floats = {k: (p, i) for k, (p, i) in tensors.items() if i.dtype in FLOATS and i.numel}
+    floats = {k: t for k, t in tensors.items() if t.dtype in LOOKED_AT and t.numel}
     found = _Findings(floats)
     whole = (
-        Piece((path, info.start), (path, info.start), info.numel, (info.dtype, info.dtype))
-        for path, info in floats.values()
+        Transfer((t.file, t.start), (t.file, t.start), t.numel, (t.dtype, t.dtype))
+        for t in floats.values()
     )
 
-    def run(part: Piece, files: Files) -> None:
+    def run(part: Transfer) -> None:
         import numpy as np
 
-        data = read_exactly(files.source(part.target[0]), part.target, part.nbytes)
-        bad = ~_finite(np.frombuffer(data, np.uint8), part.dtypes[1])
+        data = files.read(*part.target, part.nbytes)
+        bad = ~np.isfinite(_values(np.frombuffer(data, np.uint8), part.dtypes[1]))
         if bad.any():
             found.add(part.target, np.flatnonzero(bad))
         progress(part.nbytes)
 
-    _in_threads(run, (part for piece in whole for part in _parts(piece, LOOK)))
+    with Files() as files:
+        in_threads(run, (part for each in whole for part in _parts(each, LOOK)), THREADS)
     return found.by_key()
 
 
-def _in_threads(run: Callable[[Piece, Files], None], parts: Iterable[Piece]) -> None:
-    stop = threading.Event()
-    with Files() as files, ThreadPoolExecutor(THREADS) as pool:
-
-        def one(part: Piece) -> None:
-            if not stop.is_set():
-                run(part, files)
-
-        jobs = [pool.submit(one, part) for part in parts]
-        try:
-            for job in jobs:
-                job.result()
-        except BaseException:
-            stop.set()
-            raise
-
-
-def _parts(piece: Piece, size: int = PART) -> Iterator[Piece]:
-    """Cuts a piece into jobs, at elements, if it may be cut."""
-    yield from piece.cut(size * 8 // DTYPE_BITS[piece.dtypes[1]] if piece.is_copy else CAST_PART)
+def _parts(whole: Transfer, size: int = PART) -> Iterator[Transfer]:
+    """Cuts a transfer into jobs, at elements, if it may be cut."""
+    yield from whole.cut(size * 8 // BITS[whole.dtypes[1]] if whole.is_copy else CAST_PART)
 
 
 class _Findings:
@@ -156,9 +139,9 @@ class _Findings:
 
     def __init__(self, tensors: Places) -> None:
         self._keys: dict[Path, list[tuple[int, Key]]] = {}
-        for key, (path, info) in tensors.items():
-            if info.numel:
-                self._keys.setdefault(path, []).append((info.start, key))
+        for key, tensor in tensors.items():
+            if tensor.numel:
+                self._keys.setdefault(tensor.file, []).append((tensor.start, key))
         for keys in self._keys.values():
             keys.sort()
         self._tensors = tensors
@@ -173,8 +156,8 @@ class _Findings:
         for _, key in keys[at:]:
             if not len(elements):
                 break
-            info = self._tensors[key][1]
-            bits = DTYPE_BITS[info.dtype]
+            info = self._tensors[key]
+            bits = BITS[info.dtype]
             shift = (offset - info.start) * 8 // bits  # number in the tensor of the first element
             here = elements[elements < info.numel - shift] + shift
             elements = elements[len(here) :]
@@ -187,101 +170,57 @@ class _Findings:
         """Returns what was found, in the order of the tensors."""
         return {
             key: Found(*self._found[key], info.numel, info.shape)
-            for key, (_, info) in self._tensors.items()
+            for key, info in self._tensors.items()
             if key in self._found
         }
 
 
 def _compare_bytes(
-    part: Piece, files: Files, found: _Findings, progress: Callable[[int], None]
+    part: Transfer, files: Files, found: _Findings, progress: Callable[[int], None]
 ) -> None:
-    source, target = files.source(part.source[0]), files.source(part.target[0])
+    (source, start), (target, offset) = part.source, part.target
     done, ours, theirs = 0, bytearray(), bytearray()
     while done < part.nbytes:
         count = min(BUFFER, part.nbytes - done)
         if count != len(ours):
             ours, theirs = bytearray(count), bytearray(count)
-        _read_into(ours, source, part.source[0], part.source[1] + done)
-        _read_into(theirs, target, part.target[0], part.target[1] + done)
+        files.read_into(source, start + done, ours)
+        files.read_into(target, offset + done, theirs)
         if ours != theirs:
             _add_different(ours, theirs, part, done, found)
         done += count
         progress(count)
 
 
-def _read_into(buffer: bytearray, descriptor: int, path: Path, position: int) -> None:
-    view, done = memoryview(buffer), 0
-    while done < len(buffer):
-        got = os.preadv(descriptor, [view[done:]], position + done)
-        if got == 0:
-            refuse_short(path)
-        done += got
-
-
 def _add_different(
-    source: bytearray, target: bytearray, part: Piece, done: int, found: _Findings
+    source: bytearray, target: bytearray, part: Transfer, done: int, found: _Findings
 ) -> None:
     import numpy as np
 
-    width = max(DTYPE_BITS[part.dtypes[1]] // 8, 1)
-    bits = min(DTYPE_BITS[part.dtypes[1]], 8)
+    width = max(BITS[part.dtypes[1]] // 8, 1)
+    bits = min(BITS[part.dtypes[1]], 8)
     unequal = np.frombuffer(source, np.uint8) != np.frombuffer(target, np.uint8)
     elements = np.flatnonzero(unequal.reshape(-1, width).any(axis=1)) * (8 // bits)
     found.add((part.target[0], part.target[1] + done), elements)
 
 
-def _compare_values(part: Piece, files: Files, found: _Findings) -> None:
+def _compare_values(part: Transfer, files: Files, found: _Findings) -> None:
     """Compares after all that a conversion does to a piece: it is done once more."""
     import numpy as np
 
     view, _ = converted(part, files)
-    have = read_exactly(files.source(part.target[0]), part.target, part.nbytes)
+    have = files.read(*part.target, part.nbytes)
     if have == view:
         return
     width = len(have) // part.count
     rows = [np.frombuffer(raw, np.uint8).reshape(-1, width) for raw in (view, have)]
     unequal = (rows[0] != rows[1]).any(axis=1)
     if part.dtypes[0] != part.dtypes[1] and part.dtypes[1] in FLOATS:
-        unequal &= ~(
-            _nan(rows[0].reshape(-1), part.dtypes[1]) & _nan(rows[1].reshape(-1), part.dtypes[1])
-        )
+        ours, theirs = (np.isnan(_values(each, part.dtypes[1])) for each in rows)
+        unequal &= ~(ours & theirs)
     if unequal.any():
         found.add(part.target, np.flatnonzero(unequal))
 
 
-_IEEE = {
-    "F64": ("<u8", 0x7FF << 52, (1 << 52) - 1),
-    "F32": ("<u4", 0xFF << 23, (1 << 23) - 1),
-    "F16": ("<u2", 0x1F << 10, (1 << 10) - 1),
-    "BF16": ("<u2", 0xFF << 7, (1 << 7) - 1),
-    "F8_E5M2": ("u1", 0x1F << 2, 3),
-}
-"""Type of the bits, exponent and mantissa: all ones in the exponent are an infinity or NaN."""
-_NAN_ONLY = {
-    "F8_E4M3": (0x7F, 0x7F),
-    "F8_E4M3FNUZ": (0xFF, 0x80),
-    "F8_E5M2FNUZ": (0xFF, 0x80),
-    "F8_E8M0": (0xFF, 0xFF),
-}
-"""Mask and value of the only NaN (but for its sign) of dtypes without infinities."""
-
-
-def _finite(raw: npt.NDArray[np.uint8], dtype: str) -> Mask:
-    import numpy as np
-
-    if dtype in _IEEE:
-        kind, exponent, _ = _IEEE[dtype]
-        bits = raw.view(kind)
-        return np.asarray((bits & bits.dtype.type(exponent)) != exponent)
-    return ~_nan(raw, dtype)
-
-
-def _nan(raw: npt.NDArray[np.uint8], dtype: str) -> Mask:
-    import numpy as np
-
-    if dtype in _IEEE:
-        kind, _, mantissa = _IEEE[dtype]
-        bits = raw.view(kind)
-        return ~_finite(raw, dtype) & np.asarray((bits & bits.dtype.type(mantissa)) != 0, np.bool_)
-    mask, value = _NAN_ONLY.get(dtype, (0, 1))  # every other dtype has finite values only
-    return np.asarray((raw & np.uint8(mask)) == value)
+def _values(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
+    return raw.reshape(-1).view(numpy_dtype(dtype))

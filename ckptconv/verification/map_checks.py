@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from ..configs.config import Config, class_of, configs, model_index
 from ..detection.detect import detect
 from ..errors import CkptconvError
 from ..maps.architecture import Architecture, KeyMaps
 from ..maps.ops import Shape
-from ..planning.plan import Plan, Slot, Step, build_plan
-from ..reading.header import Header
+from ..planning.plan import Plan, build_plan
+from ..planning.step import Step
+from ..reading.tensor import Header, Tensor
 from ..sample import layout_of
-from ..streaming.stream import lay_out
 from .classes import Unbuildable, defaults, expected, has_class
 from .result import Check, Problem
 
@@ -111,9 +110,9 @@ def _check_header(architecture: Architecture, kind: str, task: str | None) -> Ch
 
 
 def _header(architecture: Architecture, layout: Header, *, task: str | None, full: bool) -> Header:
-    slots = [Slot("", *tensor) for tensor in layout_of(architecture, task=task, full=full)]
-    tensors = lay_out(Path(), slots, {}).tensors
-    return Header(layout.path, tensors, layout.metadata, 0, 0)
+    tensors = layout_of(architecture, task=task, full=full)
+    found = {key: Tensor(layout.path, key, dtype, shape, 0, 0) for key, dtype, shape in tensors}
+    return Header(layout.path, found, layout.metadata, 0, 0)
 
 
 def _recognised(architecture: Architecture, header: Header, problems: list[Problem]) -> Plan | None:
@@ -153,11 +152,11 @@ def _check_plan(architecture: Architecture, made: Plan) -> Iterator[Problem]:
             origins = [
                 (source.prefix + origin.source, origin.part)
                 for component, source in sources
-                if component.name == target.place
+                if component.name == target.component
                 and (origin := maps.keymap(source.keymap).origin(target.key))
             ]
-            if step.reason == "" and (step.sources[0].key, part) not in origins:
-                yield Problem(target.key, f"does not lead back to {step.sources[0].key}")
+            if step.reason == "" and (step.sources[0].name, part) not in origins:
+                yield Problem(target.key, f"does not lead back to {step.sources[0].name}")
 
 
 def _check_classes(made: Plan, built: Mapping[str, Config]) -> Iterator[Problem]:
@@ -173,12 +172,14 @@ def _check_classes(made: Plan, built: Mapping[str, Config]) -> Iterator[Problem]
             defaults(library, class_name)
             continue
         model = expected(library, class_name, config.values)
-        from_key = {t.key: step for step in made.steps for t in step.targets if t.place == name}
+        from_key = {t.key: s for s in made.steps for t in s.targets if t.component == name}
         have = made.tensors(name)
         lost = [key for key in model.shapes if key not in have]
         extra = [key for key in have if key not in model.shapes]
         for key in extra:
-            what = f"{from_key[key].sources[0].key} becomes it, but {class_name} has no such tensor"
+            what = (
+                f"{from_key[key].sources[0].name} becomes it, but {class_name} has no such tensor"
+            )
             yield Problem(f"{name}: {key}", what + _nearest(key, lost, "it expects"))
         for key in lost:
             what = f"{class_name} expects it, but no line gives it"
@@ -196,7 +197,7 @@ def _nearest(key: str, others: list[str], what: str) -> str:
 
 def _from(step: Step) -> str:
     source, target = step.sources[0], step.targets[0]
-    return f"{source.key} {list(source.shape)} gives {list(target.shape)}"
+    return f"{source.name} {list(source.shape)} gives {list(target.shape)}"
 
 
 def _advice(step: Step, key: str, shape: Shape) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CHECKS", "Check", "Problem", "Verification"]
+from ..planning.plan import Plan
 
 CHECKS = {
     "source": "every key of the file is accounted for",
@@ -73,7 +73,7 @@ class Check:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Verification:
     """The result.
 
@@ -85,6 +85,7 @@ class Verification:
         checks: grouped by component.
         nbytes: of tensors that were compared.
         seconds: that it took.
+        plan: of the source; None if the folder was verified alone.
     """
 
     folder: Path
@@ -94,6 +95,11 @@ class Verification:
     checks: tuple[Check, ...]
     nbytes: int
     seconds: float
+    plan: Plan | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        state = "passed" if self.passed else f"{len(self.problems):,} problems"
+        return f"<Verification of {self.folder}: {len(self.checks)} checks, {state}>"
 
     @property
     def passed(self) -> bool:

@@ -18,7 +18,7 @@ from ckptconv import load_pipeline
 from ckptconv.configs.config import configs, model_index
 from ckptconv.detection.detect import detect
 from ckptconv.errors import Incomplete
-from ckptconv.folder.read import Part
+from ckptconv.folder.read import ComponentFolder
 from ckptconv.maps.architecture import bundled
 from ckptconv.planning.plan import build_plan
 from ckptconv.verification.checks.config import check_config
@@ -195,7 +195,7 @@ def test_a_folder_is_held_against_the_published_one(
     component: str, values: dict[str, Any], problem: str
 ) -> None:
     config = configs(published())[component]
-    part = Part(Path(component), {**config.values, **values})
+    part = ComponentFolder(Path(component), {**config.values, **values})
     found = check_config(config, part, ours=False).problems
     assert [problem in p.what for p in found] == ([True] if problem else [])
 

@@ -19,7 +19,6 @@ from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import 
 )
 
 import ckptconv
-from ckptconv import Layout
 from ckptconv.maps.architecture import bundled
 from tests.conftest import Folder, Sample
 from tests.support.checkpoints import raw_folder
@@ -162,7 +161,7 @@ def test_the_configs_serve_from_single_file_offline_and_it_reads_the_same_weight
     name: str, sample: Sample, folder: Folder, tmp_path: Path
 ) -> None:
     configs = tmp_path / "configs"
-    ckptconv.convert(sample(name), configs, layout=Layout(weights=False))
+    ckptconv.convert(sample(name), configs, configs_only=True)
     classes = {
         "sd1": diffusers.StableDiffusionPipeline,
         "sdxl": diffusers.StableDiffusionXLPipeline,
@@ -181,8 +180,9 @@ def test_variants_and_shards_load(
     variant: str, shard: int, sample: Sample, complaints: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    layout = Layout(variant=variant, max_shard=shard)
-    report = ckptconv.convert(sample("sd1", dtype="fp16"), out, layout=layout)
+    report = ckptconv.convert(
+        sample("sd1", dtype="fp16"), out, variant=variant, max_shard_size=shard
+    )
     shards = [name for name in report.files if "-of-" in name]
     assert bool(shards) == bool(shard)
     assert all((".fp16-" in name) == bool(variant) for name in shards)
@@ -205,7 +205,7 @@ def test_an_image_is_drawn_from_a_sharded_cast_inpainting_model(
         sample("sd1", task="inpainting", dtype="fp16"),
         out,
         dtype="fp32",
-        layout=Layout(max_shard=10_000_000),
+        max_shard_size=10_000_000,
     )
     pipeline = _load(out)
     pipeline.set_progress_bar_config(disable=True)

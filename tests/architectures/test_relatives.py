@@ -20,7 +20,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ckptconv
-from ckptconv import Layout
 from ckptconv.configs.config import configs, model_index
 from ckptconv.detection.detect import detect
 from ckptconv.errors import FileRefused, Incomplete, UsageError
@@ -225,7 +224,7 @@ def statistics(kind: str, folder: Path) -> Path:
 def test_without_statistics_the_folder_says_so_and_a_pipeline_how_to_supply_them(
     unclip: Pair, tmp_path: Path
 ) -> None:
-    report = ckptconv.convert(unclip.file, tmp_path / "out", layout=Layout(weights=False))
+    report = ckptconv.convert(unclip.file, tmp_path / "out", configs_only=True)
     (warning,) = [text for text in report.warnings if text.startswith("image_normalizer")]
     assert warning.startswith("image_normalizer is not in the file, so model_index.json says null")
     assert "--image-normalizer FILE (with OpenAI's encoder (L) it is ViT-L-14_stats.th" in warning

@@ -87,7 +87,6 @@ def built_from(
     header = replace(
         layout,
         tensors={**layout.tensors, **marked.tensors},
-        origins={key: (marked, key) for key in markers},
         metadata={},
     )
     if task == "instruct-pix2pix":

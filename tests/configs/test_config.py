@@ -16,14 +16,16 @@ from ckptconv.detection.detect import detect, option_fact
 from ckptconv.errors import FileRefused, MapError
 from ckptconv.files import read_json
 from ckptconv.maps.architecture import KeyMaps, bundled
-from ckptconv.planning.plan import Donor, Plan, build_plan
+from ckptconv.options import Options
+from ckptconv.planning.components import Donor
+from ckptconv.planning.plan import Plan, build_plan
 from tests.conftest import made, published, shapes
 from tests.support.published import FOLDERS, meaning
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ckptconv.reading.header import Header
+    from ckptconv.reading.tensor import Header
 
 HEADERS = {
     "sd15": published("sd15-emaonly-fp32"),
@@ -187,7 +189,7 @@ def test_a_width_without_whole_heads_is_refused() -> None:
 
 @pytest.mark.parametrize(("dtype", "name"), [("fp16", "float16"), ("bf16", "bfloat16")])
 def test_the_dtype_of_the_run_is_written_down(dtype: str, name: str) -> None:
-    plan = build_plan(detect(HEADERS["sd15"]), dtype=dtype)
+    plan = build_plan(detect(HEADERS["sd15"]), Options(dtype=dtype))
     assert configs(plan)["text_encoder"].values["torch_dtype"] == name
 
 

@@ -10,6 +10,7 @@ import pytest
 from ckptconv.configs.config import configs
 from ckptconv.configs.tokenizer import merges_text, tokenizer_files, vocabulary
 from ckptconv.detection.detect import detect
+from ckptconv.options import Options
 from ckptconv.planning.plan import build_plan
 from tests.conftest import published
 
@@ -28,7 +29,7 @@ PADS = [
 
 
 def config_of(name: str, component: str) -> Mapping[str, Any]:
-    plan = build_plan(detect(published(name)), only=[component])
+    plan = build_plan(detect(published(name)), Options(only=frozenset({component})))
     return configs(plan)[component].values
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import ckptconv
-from ckptconv import Layout
 from ckptconv.errors import Incomplete, UsageError
 from tests.conftest import Folder, Sample
 from tests.support.checkpoints import (
@@ -226,7 +225,7 @@ def test_configs_only_writes_every_other_file(
     sample: Sample, folder: Folder, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    ckptconv.convert(sample("sdxl"), out, layout=Layout(weights=False))
+    ckptconv.convert(sample("sdxl"), out, configs_only=True)
     wanted = {str(p.relative_to(folder("sdxl"))) for p in folder("sdxl").rglob("*") if p.is_file()}
     wanted = {name for name in wanted if not name.endswith(".safetensors")}
     files = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
@@ -243,7 +242,7 @@ def test_the_original_config_wins_and_the_disagreement_is_reported(
         "    linear_start: 0.00085\n"
     )
     out = tmp_path / "out"
-    report = ckptconv.convert(small, out, original_config=yaml, layout=Layout(weights=False))
+    report = ckptconv.convert(small, out, original_config=yaml, configs_only=True)
     assert _json(out / "vae" / "config.json")["scaling_factor"] == 0.5
     assert _json(out / "scheduler" / "scheduler_config.json")["prediction_type"] == "v_prediction"
     assert any("vae.scaling_factor = 0.5, not 0.18215" in w for w in report.warnings)

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 import ckptconv
-from ckptconv import Layout
-from ckptconv.conversion.write import parse_size
+from ckptconv.conversion.write import Packaging, parse_size
 from ckptconv.errors import OutputError, UsageError
 from tests.conftest import Folder
 from tests.support.checkpoints import raw, raw_folder
@@ -46,11 +45,11 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 @pytest.mark.parametrize("variant", ["a/b", "../up", "fp16.old", "ü", " "])
 def test_a_variant_that_no_file_name_can_hold_is_refused(variant: str) -> None:
     with pytest.raises(UsageError, match="cannot stand in a file name"):
-        Layout(variant=variant)
+        Packaging.of(variant, None)
 
 
 def test_a_variant_stands_in_the_names_of_the_weights(small: Path, tmp_path: Path) -> None:
-    report = ckptconv.convert(small, tmp_path / "out", layout=Layout(variant="fp16"))
+    report = ckptconv.convert(small, tmp_path / "out", variant="fp16")
     assert [name for name in report.files if name.endswith(".safetensors")] == [
         "ckptconv/dropped.safetensors",
         "text_encoder/model.fp16.safetensors",
@@ -64,7 +63,7 @@ def test_shards_hold_every_tensor_once_and_the_index_says_where(
     variant: str, limit: int, small: Path, folder: Folder, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    ckptconv.convert(small, out, layout=Layout(variant=variant, max_shard=limit))
+    ckptconv.convert(small, out, variant=variant, max_shard_size=limit)
     dot = f".{variant}" if variant else ""
     for component, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
         index = json.loads((out / component / f"{stem}.safetensors.index{dot}.json").read_text())
@@ -83,7 +82,7 @@ def test_shards_hold_every_tensor_once_and_the_index_says_where(
 
 
 def test_weights_that_fit_one_shard_have_no_index(small: Path, tmp_path: Path) -> None:
-    report = ckptconv.convert(small, tmp_path / "out", layout=Layout(max_shard=10**9))
+    report = ckptconv.convert(small, tmp_path / "out", max_shard_size=10**9)
     assert "unet/diffusion_pytorch_model.safetensors" in report.files
     assert not any("index.json" in name and "/" in name for name in report.files)
 

@@ -20,7 +20,7 @@ from tests.conftest import PUBLISHED, Sample, made, published, shapes
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ckptconv.reading.header import Header
+    from ckptconv.reading.tensor import Header
 
 UNET = "model.diffusion_model."
 CONV_IN = f"{UNET}input_blocks.0.0.weight"

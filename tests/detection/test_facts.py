@@ -17,7 +17,9 @@ from ckptconv.detection.detect import option_fact
 from ckptconv.detection.facts import FEW, Fact, find_fact
 from ckptconv.errors import MapError, UsageError
 from ckptconv.maps.architecture import bundled
-from ckptconv.reading.header import Header, encode_header, read_header
+from ckptconv.options import Options
+from ckptconv.reading.header import encode_header, read_header
+from ckptconv.reading.tensor import Header
 from ckptconv.sample import layout_of, write_sample
 from tests.conftest import Sample, made
 
@@ -245,7 +247,7 @@ def test_an_option_makes_a_fact(name: str, value: Any) -> None:
 
 def test_an_option_with_another_value_is_refused() -> None:
     with pytest.raises(UsageError) as caught:
-        option_fact("prediction_type", "v")
+        Options.of({"prediction_type": "v"})
     assert str(caught.value) == (
         "prediction_type cannot be 'v': it is one of epsilon, v_prediction"
     )

@@ -130,7 +130,7 @@ def test_how_the_scale_of_a_lora_is_written(tmp_path: Path) -> None:
     odd = tmp_path / "a:b.safetensors"
     save_file({"x": torch.ones(1)}, odd)
     found = read_loras([f"{odd}:-0.5", str(odd)])
-    assert [(lora.header.path, lora.scale) for lora in found] == [(odd, -0.5), (odd, 1.0)]
+    assert [(lora.path, lora.scale) for lora in found] == [(odd, -0.5), (odd, 1.0)]
 
 
 @pytest.mark.parametrize("scale", ["nan", "inf", "-inf"])

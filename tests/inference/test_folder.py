@@ -68,8 +68,8 @@ def test_every_task_is_what_stock_diffusers_loads(
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("dtype", [None, "bf16"])
 def test_shards_variants_and_a_cast(dtype: str | None, sample: Sample, tmp_path: Path) -> None:
-    layout = ckptconv.Layout(variant="fp16", max_shard=200_000)
-    ckptconv.convert(sample("sd1", dtype="fp16"), tmp_path / "out", layout=layout)
+    out, file = tmp_path / "out", sample("sd1", dtype="fp16")
+    ckptconv.convert(file, out, variant="fp16", max_shard_size=200_000)
     assert len(list((tmp_path / "out" / "unet").glob("*.safetensors"))) > 2
     ours = load_pipeline(tmp_path / "out", device="cpu", dtype=dtype)
     kind = torch.bfloat16 if dtype else torch.float16

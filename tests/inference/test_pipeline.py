@@ -206,7 +206,7 @@ def test_a_folder_loads_in_its_own_dtype_and_variant(
     plain = load_pipeline(folder("sdxl"), device="cpu")
     assert {p.dtype for m in modules(plain).values() for p in m.parameters()} == {torch.float16}
     out = tmp_path / "variant"
-    ckptconv.convert(sample("sdxl"), out, layout=ckptconv.Layout(variant="fp16"))
+    ckptconv.convert(sample("sdxl"), out, variant="fp16")
     assert_same(load_pipeline(out, device="cpu"), plain)
     pipe = load_pipeline(out, device="cpu", task="inpainting", components={"vae": None})
     assert type(pipe).__name__ == "StableDiffusionXLInpaintPipeline"

@@ -117,7 +117,7 @@ def test_a_file_that_becomes_shorter_is_refused(sample: Sample, tmp_path: Path) 
     unet = {"unet": empty(made, "unet")}
     os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(FileRefused, match="became shorter while it was read"):
-        fill(unet, made.steps, made.headers, {"unet": {"": CPU}})
+        fill(unet, made.steps, {"unet": {"": CPU}})
 
 
 @pytest.mark.parametrize(
@@ -134,5 +134,5 @@ def test_a_configuration_that_does_not_fit_the_weights_is_our_fault(
     made = ckptconv.plan(sample("sd1"))
     unet = {"unet": empty(made, "unet", values)}
     with pytest.raises(MapError, match="do not agree") as caught:
-        fill(unet, made.steps, made.headers, {"unet": {"": CPU}})
+        fill(unet, made.steps, {"unet": {"": CPU}})
     assert any(problem in line for line in caught.value.problems)

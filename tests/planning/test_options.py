@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from ckptconv.errors import UsageError
-from ckptconv.planning.plan import Donor, Plan
-from ckptconv.reading.header import TensorInfo
+from ckptconv.planning.components import Donor
+from ckptconv.planning.plan import Plan
+from ckptconv.reading.tensor import Header, Tensor
 from tests.conftest import made, published, shapes
 from tests.planning.test_plan import (
     CLIP,
@@ -47,7 +48,7 @@ def test_ema_takes_the_copy_in_the_place_of_the_weights() -> None:
         assert [t.key for t in copy.targets] == [t.key for t in before[key].targets]
         assert (own.op.name, own.targets, own.reason) == ("drop", (), "replaced")
         assert before[ema_of(key)].reason == "training"
-    keys = Counter(slot.key for step in ema.steps for slot in step.sources)
+    keys = Counter(t.name for step in ema.steps for t in step.sources)
     assert keys == Counter(list(header.tensors))
     assert after["model_ema.decay"].reason == "training"
     assert not ema.lossless
@@ -78,7 +79,7 @@ def test_ema_that_is_not_complete_is_refused() -> None:
     assert "the file has no complete EMA copy of the UNet\n" in message
     assert f"  - {bias} is missing, the EMA copy of {UNET}out.2.bias" in message
     assert f"  - {weight} has shape [4, 320], unlike {UNET}out.2.weight" in message
-    assert message.endswith("hint: leave out --ema to take the weights that it has")
+    assert message.endswith("hint: leave out ema to take the weights that it has")
 
 
 def test_ema_of_a_file_without_any_names_the_copies() -> None:
@@ -97,10 +98,10 @@ def test_only_leaves_the_others_out() -> None:
     header = published(SD1)
     plan = plan_of(header, only=["unet", "scheduler"])
     plan.require_complete()
-    assert {t.place for step in plan.steps for t in step.targets} == {"unet"}
+    assert {t.component for step in plan.steps for t in step.targets} == {"unet"}
     assert steps_of(plan)[f"{VAE}quant_conv.weight"].reason == "left out"
     assert steps_of(plan)["betas"].reason == "derived"
-    keys = Counter(slot.key for step in plan.steps for slot in step.sources)
+    keys = Counter(t.name for step in plan.steps for t in step.sources)
     assert keys == Counter(list(header.tensors))
     assert not plan.lossless
 
@@ -137,9 +138,10 @@ def test_choices_that_do_not_fit_the_architecture_are_wrong_usage(
 
 def test_a_dtype_is_a_choice_of_the_run_for_float_tensors() -> None:
     header = published(SD1)
-    ids = TensorInfo("I64", (77,), 0, 0)
-    half = TensorInfo("F16", (320,), 0, 0)
-    tensors = {**header.tensors, f"{UNET}out.0.bias": half, f"{VAE}quant_conv.bias": ids}
+    half, ids = f"{UNET}out.0.bias", f"{VAE}quant_conv.bias"
+    tensors = dict(header.tensors)
+    tensors[half] = Tensor(header.path, half, "F16", (320,), 0, 0)
+    tensors[ids] = Tensor(header.path, ids, "I64", (77,), 0, 0)
     plan = plan_of(replace(header, tensors=tensors), dtype="fp16")
     dtypes = {t.key: t.dtype for c in ("unet", "vae") for t in plan.tensors(c).values()}
     assert dtypes.pop("quant_conv.bias") == "I64"
@@ -206,13 +208,14 @@ def test_a_component_comes_from_another_checkpoint_or_a_file_of_its_own(
     header, elsewhere = published(name), plan.donors[component].headers[0]
     assert plan.absent == ()
     assert plan.tensors(component).keys() == plan_of(header).tensors(component).keys()
-    assert plan.headers == {str(header.path): header, str(elsewhere.path): elsewhere}
+    assert plan.files == (header.path, elsewhere.path)
     for step in plan.steps:
         (source,) = step.sources
         for target in step.targets:
-            from_elsewhere = source.place == str(elsewhere.path)
-            assert from_elsewhere == (target.place == component)
-    keys = Counter(s.sources[0].key for s in plan.steps if s.sources[0].place == str(header.path))
+            from_elsewhere = source.file == elsewhere.path
+            assert from_elsewhere == (target.component == component)
+    sources = [step.sources[0] for step in plan.steps]
+    keys = Counter(source.name for source in sources if source.file == header.path)
     assert keys == Counter(list(header.tensors))
     assert not plan.lossless
 
@@ -226,10 +229,12 @@ def test_a_donor_fills_what_the_file_lacks() -> None:
 
 
 def test_a_folder_of_diffusers_is_taken_as_it_is(tmp_path: Path) -> None:
-    first, second = made({"a.weight": (1, 2)}), made({"b.weight": (3,)})
-    headers = (
-        replace(first, path=tmp_path / "1-of-2"),
-        replace(second, path=tmp_path / "2-of-2"),
+    headers = tuple(
+        Header(path, {key: Tensor(path, key, "F16", shape, 8, 8)}, {}, 8, 8)
+        for path, key, shape in (
+            (tmp_path / "1-of-2", "a.weight", (1, 2)),
+            (tmp_path / "2-of-2", "b.weight", (3,)),
+        )
     )
     plan = plan_of(published(SD1), donors={"vae": Donor(headers, tmp_path / "config.json")})
     plan.require_complete()
@@ -237,7 +242,7 @@ def test_a_folder_of_diffusers_is_taken_as_it_is(tmp_path: Path) -> None:
         "a.weight": (1, 2),
         "b.weight": (3,),
     }
-    assert {str(header.path) for header in headers} < set(plan.headers)
+    assert {header.path for header in headers} < set(plan.files)
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ckptconv.detection.detect import detect
 from ckptconv.errors import Incomplete, NotACheckpoint
-from ckptconv.planning.plan import ASIDE, Plan, Step, build_plan
+from ckptconv.options import Options
+from ckptconv.planning.components import Donor
+from ckptconv.planning.plan import Plan, build_plan
+from ckptconv.planning.step import ASIDE, Step
 from tests.conftest import PUBLISHED, made, published, shapes
 
 if TYPE_CHECKING:
-    from ckptconv.reading.header import Header
+    from ckptconv.reading.tensor import Header
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -37,8 +41,11 @@ COUNTS = {
 Shapes = dict[str, tuple[int, ...]]
 
 
-def plan_of(tensors: Header | Shapes, **choices: Any) -> Plan:
-    return build_plan(detect(made(tensors) if isinstance(tensors, dict) else tensors), **choices)
+def plan_of(
+    tensors: Header | Shapes, *, donors: Mapping[str, Donor] | None = None, **choices: Any
+) -> Plan:
+    detection = detect(made(tensors) if isinstance(tensors, dict) else tensors)
+    return build_plan(detection, Options.of(choices), donors=donors)
 
 
 def incomplete(tensors: Shapes, **choices: Any) -> str:
@@ -50,7 +57,7 @@ def incomplete(tensors: Shapes, **choices: Any) -> str:
 
 
 def steps_of(plan: Plan) -> dict[str, Step]:
-    return {source.key: step for step in plan.steps for source in step.sources}
+    return {source.name: step for step in plan.steps for source in step.sources}
 
 
 def without(name: str, *starts: str) -> Shapes:
@@ -69,10 +76,10 @@ def test_every_key_of_a_published_file_is_accounted_for_once(name: str) -> None:
     header = published(name)
     plan = plan_of(header)
     plan.require_complete()
-    keys = Counter(slot.key for step in plan.steps for slot in step.sources)
+    keys = Counter(t.name for step in plan.steps for t in step.sources)
     assert keys + Counter(plan.unclaimed) == Counter(list(header.tensors))
     assert plan.unclaimed == plan.problems == plan.absent == ()
-    targets = Counter((slot.place, slot.key) for step in plan.steps for slot in step.targets)
+    targets = Counter((slot.component, slot.key) for step in plan.steps for slot in step.targets)
     assert max(targets.values()) == 1
     assert {place for place, _ in targets} - {ASIDE} == set(COUNTS[name])
     assert {c: len(plan.tensors(c)) for c in COUNTS[name]} == COUNTS[name]
@@ -83,16 +90,12 @@ def test_steps_keep_dtypes_and_every_element(name: str) -> None:
     header = published(name)
     for step in plan_of(header).steps:
         (source,) = step.sources
-        info = header.tensors[source.key]
-        assert (source.place, source.dtype, source.shape) == (
-            str(header.path),
-            info.dtype,
-            info.shape,
-        )
-        assert {target.dtype for target in step.targets} <= {info.dtype}
+        assert source == header.tensors[source.name]
+        assert source.file == header.path
+        assert {target.dtype for target in step.targets} <= {source.dtype}
         assert not step.casts
         if step.targets:
-            assert sum(math.prod(target.shape) for target in step.targets) == info.numel
+            assert sum(math.prod(target.shape) for target in step.targets) == source.numel
         assert bool(step.reason) == (step.op.name == "drop")
 
 
@@ -100,13 +103,14 @@ def test_steps_keep_dtypes_and_every_element(name: str) -> None:
 def test_the_inverse_gives_back_the_file(name: str) -> None:
     header = published(name)
     plan = plan_of(header)
-    back = {slot.key: slot for step in plan.inverse() for slot in step.targets}
-    ema = {key for key in header.tensors if key.startswith("model_ema.")}
-    assert {k: (s.dtype, s.shape) for k, s in back.items()} == {
-        k: (t.dtype, t.shape) for k, t in header.tensors.items() if k not in ema
+    back = {
+        step.sources[0].name: step.op.backward([target.shape for target in step.targets], None)
+        for step in plan.steps
+        if step.targets
     }
+    ema = {key for key in header.tensors if key.startswith("model_ema.")}
+    assert back == {k: t.shape for k, t in header.tensors.items() if k not in ema}
     assert plan.lossless == (not ema)
-    assert all(step.inverse().inverse() == step for step in plan.steps)
 
 
 def test_ops_of_a_plan() -> None:
@@ -125,7 +129,11 @@ def test_ops_of_a_plan() -> None:
     assert squeezed.op.name == "squeeze"
     assert [t.shape for t in squeezed.targets] == [(512, 512)]
     ids = sdxl["conditioner.embedders.0.transformer.text_model.embeddings.position_ids"]
-    assert (ids.op.name, ids.reason, [t.place for t in ids.targets]) == ("drop", "derived", [ASIDE])
+    assert (ids.op.name, ids.reason, [t.component for t in ids.targets]) == (
+        "drop",
+        "derived",
+        [ASIDE],
+    )
     assert sdxl["denoiser.sigmas"].reason == "derived"
 
 
@@ -138,7 +146,7 @@ def test_sd2_conditions_on_the_layer_before_the_last() -> None:
             f"{OPENCLIP}logit_scale",
         ):
             assert (step.op.name, step.reason) == ("drop", "unused")
-            assert [t.place for t in step.targets] == [ASIDE]
+            assert [t.component for t in step.targets] == [ASIDE]
     layers = {k.split(".")[3] for k in plan.tensors("text_encoder") if ".layers." in k}
     assert sorted(map(int, layers)) == list(range(23))
 
@@ -176,8 +184,8 @@ def test_attention_of_the_vae_may_be_stored_with_two_axes(name: str) -> None:
         step = steps_of(plan)[key]
         as_published = steps_of(published_plan)[key]
         assert step.targets[0].shape == as_published.targets[0].shape == (512, 512)
-        assert step.inverse().targets[0].shape == (512, 512)
-        assert as_published.inverse().targets[0].shape == (512, 512, 1, 1)
+        assert step.op.backward([(512, 512)], step.sources[0].shape) == (512, 512)
+        assert as_published.op.backward([(512, 512)], None) == (512, 512, 1, 1)
 
 
 def lcm() -> Shapes:
@@ -281,7 +289,7 @@ def test_keys_that_no_map_knows_are_refused_unless_they_may_be_left_out() -> Non
     message = incomplete(tensors)
     assert "made.safetensors: no key map knows 2 of the keys\n" in message
     assert "  - control_model.x: unknown\n  - embedder.y: unknown\n" in message
-    assert "hint: --ignore-unclaimed leaves them out" in message
+    assert "hint: ignore_unclaimed=True leaves them out" in message
     plan = plan_of(tensors)
     plan.require_complete(ignore_unclaimed=True)
     assert plan.unclaimed == ("control_model.x", "embedder.y")

@@ -51,7 +51,7 @@ def test_scaled_fp8_becomes_the_product_of_values_and_scales(
     made = ckptconv.plan(source)
     assert not made.lossless
     made.require_complete()
-    sources = {s.targets[0].key: s.sources[0].key for s in made.steps if s.targets}
+    sources = {s.targets[0].key: s.sources[0].name for s in made.steps if s.targets}
     for dtype, wanted in ((None, torch.float16), ("fp32", torch.float32)):
         out = tmp_path / str(dtype)
         report = ckptconv.convert(source, out, dtype=dtype)

@@ -13,17 +13,11 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from ckptconv.dtypes import BITS, FLOATS
 from ckptconv.errors import HeaderError
 from ckptconv.reading import header as module
-from ckptconv.reading.header import (
-    DTYPE_BITS,
-    FLOATS,
-    Header,
-    TensorInfo,
-    encode_header,
-    header_from_json,
-    read_header,
-)
+from ckptconv.reading.header import encode_header, header_from_json, read_header
+from ckptconv.reading.tensor import Header, Tensor
 from tests.support.attacks import (
     ATTACKS,
     LENIENT,
@@ -124,14 +118,14 @@ def test_the_data_is_not_read(tmp_path: Path) -> None:
 def test_dtypes_are_those_of_the_library() -> None:
     with pytest.raises(safetensors.SafetensorError) as caught:
         library_reads(one("X"))
-    assert str(caught.value).split("`")[3::2] == sorted(DTYPE_BITS, key=str(caught.value).index)
-    assert {dtype for dtype in DTYPE_BITS if "F" in dtype} == FLOATS
+    assert str(caught.value).split("`")[3::2] == sorted(BITS, key=str(caught.value).index)
+    assert {dtype for dtype in BITS if "F" in dtype} == FLOATS
 
 
-@pytest.mark.parametrize("dtype", DTYPE_BITS)
+@pytest.mark.parametrize("dtype", BITS)
 def test_bits_are_those_of_the_library(dtype: str, scratch: Path) -> None:
     beginning, infos = encode_header([("a", dtype, (3, 8))], {})
-    assert infos["a"].nbytes == 3 * DTYPE_BITS[dtype]
+    assert infos["a"].nbytes == 3 * BITS[dtype]
     content = beginning + bytes(infos["a"].nbytes)
     assert not library_refuses(content)
     assert library_refuses(content + bytes(1))
@@ -161,7 +155,7 @@ def test_files_of_the_library(tmp_path: Path) -> None:
 
 def test_scalars_and_empty_tensors_keep_the_order_of_the_data(scratch: Path) -> None:
     tensors = [("z", "F16", (0,)), ("y", "F32", ()), ("x", "I8", (3, 0)), ("b", "I64", (1,))]
-    beginning, infos = encode_header(tensors, {})
+    beginning, infos = encode_header(tensors, {}, scratch)
     scratch.write_bytes(beginning + bytes(12))
     header = read_header(scratch)
     assert list(header.tensors) == ["z", "y", "x", "b"]
@@ -178,7 +172,8 @@ def test_tensors_are_listed_in_the_order_of_the_data(scratch: Path) -> None:
     scratch.write_bytes(pack({"__metadata__": {"k": "v"}, **entries}, bytes(8)))
     header = read_header(str(scratch))
     assert list(header.tensors) == ["empty", "a", "b"]
-    assert header.tensors["b"] == TensorInfo("F32", (1,), header.size - 4, header.size)
+    place = (header.size - 4, header.size)
+    assert header.tensors["b"] == Tensor(scratch, "b", "F32", (1,), *place)
 
 
 def test_a_file_without_tensors(scratch: Path) -> None:
@@ -227,7 +222,7 @@ def test_saved_headers(path: Path, scratch: Path) -> None:
     )
     # As a file, with all of its gigabytes a hole, it reads the same for the library and for us.
     tensors = [(name, info.dtype, info.shape) for name, info in header.tensors.items()]
-    beginning, infos = encode_header(tensors, header.metadata)
+    beginning, infos = encode_header(tensors, header.metadata, scratch)
     scratch.write_bytes(beginning)
     os.truncate(scratch, len(beginning) + header.size)
     assert read_header(scratch) == Header(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,9 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptconv.reading.header import (
-    DTYPE_BITS,
-    TensorInfo,
-    encode_header,
-    read_header,
-)
+from ckptconv.dtypes import BITS
+from ckptconv.reading.header import encode_header, read_header
+from ckptconv.reading.tensor import Tensor
 from tests.support.attacks import NUMPY_DTYPES, check_laws, check_like_library, entry, pack
 
 FUZZ = settings(max_examples=250, deadline=None, database=None)
@@ -37,7 +35,7 @@ METADATA = st.dictionaries(st.text(max_size=9), st.text(max_size=9), max_size=3)
 
 
 @st.composite
-def files(draw: st.DrawFn, dtypes: Sequence[str]) -> tuple[bytes, dict[str, TensorInfo], Any]:
+def files(draw: st.DrawFn, dtypes: Sequence[str]) -> tuple[bytes, dict[str, Tensor], Any]:
     """A file that `encode_header` begins, what it says of the tensors, and the metadata."""
     names = draw(st.lists(NAMES, unique=True, max_size=5))
     tensors = [(name, draw(st.sampled_from(dtypes)), draw(SHAPES)) for name in names]
@@ -49,12 +47,12 @@ def files(draw: st.DrawFn, dtypes: Sequence[str]) -> tuple[bytes, dict[str, Tens
 
 @FUZZ
 @given(files(list(NUMPY_DTYPES)))
-def test_round_trip(scratch: Path, file: tuple[bytes, dict[str, TensorInfo], Any]) -> None:
+def test_round_trip(scratch: Path, file: tuple[bytes, dict[str, Tensor], Any]) -> None:
     content, infos, metadata = file
     scratch.write_bytes(content)
     header = read_header(scratch)
     check_laws(header, scratch)
-    assert header.tensors == infos
+    assert header.tensors == {k: replace(info, file=scratch) for k, info in infos.items()}
     assert list(header.tensors) == list(infos)
     assert header.metadata == metadata
     assert header.data_start % 8 == 0
@@ -71,13 +69,13 @@ def test_round_trip(scratch: Path, file: tuple[bytes, dict[str, TensorInfo], Any
 
 @FUZZ
 @given(
-    files([dtype for dtype, bits in DTYPE_BITS.items() if bits >= 8]),
+    files([dtype for dtype, bits in BITS.items() if bits >= 8]),
     st.lists(st.tuples(st.integers(0), st.integers(1, 255)), max_size=3),
     st.integers(-20, 20),
 )
 def test_flipped_and_cut_bytes(
     scratch: Path,
-    file: tuple[bytes, dict[str, TensorInfo], Any],
+    file: tuple[bytes, dict[str, Tensor], Any],
     flips: list[tuple[int, int]],
     growth: int,
 ) -> None:
@@ -118,7 +116,7 @@ def entries(draw: st.DrawFn) -> dict[str, object]:
         dtype = draw(st.sampled_from(["F32", "BF16", "U8", "F4", "F6_E3M2"]))
         shape = draw(st.lists(st.integers(0, 8), max_size=3))
         start = end + draw(RARELY_WRONG)
-        end = start + int(np.prod(shape)) * DTYPE_BITS[dtype] // 8 + draw(RARELY_WRONG)
+        end = start + int(np.prod(shape)) * BITS[dtype] // 8 + draw(RARELY_WRONG)
         found[name] = entry(dtype, shape, [start, end])
     order = draw(st.permutations(list(found)))
     return {name: found[name] for name in order}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import struct
 import tracemalloc
 import warnings
 import zipfile
@@ -18,8 +19,7 @@ from hypothesis import strategies as st
 
 import ckptconv
 from ckptconv.errors import CkptconvError, FileRefused, HeaderError, UnsafePickle
-from ckptconv.reading import pickled, unpickle
-from ckptconv.reading import zipped as zip_reader
+from ckptconv.reading import pickled, unpickle, zip_directory
 from ckptconv.reading.source import open_header
 from tests.support.pickle_attacks import DOUBLED, PICKLES, WHOLE, ZIPS
 from tests.support.pickles import (
@@ -32,10 +32,10 @@ from tests.support.pickles import (
     number,
     numbers,
     pushed,
-    saved,
     table,
     tensor,
     text,
+    torch_file,
     touching,
     zipped,
 )
@@ -125,7 +125,7 @@ def test_names_are_listed_although_the_pickle_is_broken_before_them(scratch: Pat
 
 
 def test_a_saved_module_is_refused_by_the_names_of_its_classes(scratch: Path) -> None:
-    refusal = refused(saved(torch.nn.Linear(2, 2)), scratch)
+    refusal = refused(torch_file(torch.nn.Linear(2, 2)), scratch)
     assert isinstance(refusal, UnsafePickle)
     assert "'torch.nn.modules.linear.Linear'" in refusal.problems
     assert "save its state_dict" in refusal.hint
@@ -134,7 +134,8 @@ def test_a_saved_module_is_refused_by_the_names_of_its_classes(scratch: Path) ->
 def test_a_quantized_tensor_is_refused_by_the_name_of_its_function(scratch: Path) -> None:
     sparse = torch.ones(2, 2).to_sparse()
     assert (
-        "'torch._utils._rebuild_sparse_tensor'" in refused(saved({"a": sparse}), scratch).problems
+        "'torch._utils._rebuild_sparse_tensor'"
+        in refused(torch_file({"a": sparse}), scratch).problems
     )
 
 
@@ -196,13 +197,47 @@ def test_a_damaged_zip_file_is_refused_with_what_is_wrong(attack: str, scratch: 
     content, fragment = ZIPS[attack]
     refusal = refused(content, scratch)
     assert fragment in str(refusal)
-    assert ("packed it anew" in refusal.hint) == (attack == "packed")
+    assert ("repacked with compression" in refusal.hint) == (attack == "packed")
 
 
 def test_a_large_directory_is_not_read(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zip_reader, "MAX_DIRECTORY", 100)
-    monkeypatch.setattr(zip_reader, "_entries", lambda _: pytest.fail("it is read"))
+    monkeypatch.setattr(zip_directory, "MAX_DIRECTORY", 100)
+    monkeypatch.setattr(zipfile, "ZipInfo", lambda *_: pytest.fail("it is read"))
     assert "its directory has 110 bytes, more than 100" in str(refused(WHOLE, scratch))
+
+
+@pytest.mark.parametrize("zip64", [False, True])
+def test_a_directory_of_many_gigabytes_takes_no_memory(zip64: bool, scratch: Path) -> None:
+    nbytes = 2**40 if zip64 else 2**32 - 2**20
+    ends = b"PK\x05\x06" + struct.pack("<4H2IH", 0, 0, 1, 1, min(nbytes, 2**32 - 1), 0, 0)
+    if zip64:
+        record = b"PK\x06\x06" + struct.pack("<Q2H2I4Q", 44, 45, 45, 0, 0, 1, 1, nbytes, 0)
+        ends = record + b"PK\x06\x07" + struct.pack("<IQI", 0, nbytes, 1) + ends
+    with scratch.open("wb") as hole:
+        hole.write(b"PK\x03\x04")
+        hole.seek(nbytes)
+        hole.write(ends)
+    tracemalloc.start()
+    with pytest.raises(HeaderError, match=f"its directory has {nbytes:,} bytes, more than"):
+        open_header(scratch)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < MiB
+    scratch.unlink()
+
+
+@pytest.mark.parametrize("flags", [b"\0\x08", b"\0\0"])
+def test_a_folder_with_any_name_is_read(flags: bytes, scratch: Path) -> None:
+    content = zipped({"\u6a21/data.pkl": table(a=tensor()), "\u6a21/data/0": bytes(16)})
+    assert content.count(b"\0\x08\0\0") == 4  # UTF-8, in the headers and the entries
+    scratch.write_bytes(content.replace(b"\0\x08\0\0", flags + b"\0\0"))
+    assert list(open_header(scratch).tensors) == ["a"]
+
+
+def test_names_that_a_null_character_would_cut_stay_apart(scratch: Path) -> None:
+    content = checkpoint(table(a=tensor()), _0=bytes(16), _10=bytes(16))
+    scratch.write_bytes(content.replace(b"x/data/10", b"x/data/0\0"))
+    assert list(open_header(scratch).tensors) == ["a"]
 
 
 def test_offsets_beyond_4_gib_are_read(scratch: Path) -> None:
@@ -246,14 +281,14 @@ OTHERS = {
     "deep root": (zipped({"x/y/data.pkl": CODE}), "with data.pkl, found 0"),
     "big end first": (
         zipped({"x/data.pkl": CODE, "x/byteorder": b"big", "x/data/0": bytes(16)}),
-        "its byte order is b'big', needed b'little'",
+        "its byte order is b'big', expected b'little'",
     ),
     "long byte order": (
         zipped({"x/data.pkl": CODE, "x/byteorder": b"little" * 9}),
         "'x/byteorder' has 54 bytes, more than 16",
     ),
     "old format": (
-        saved({"a": torch.zeros(1)}, _use_new_zipfile_serialization=False),
+        torch_file({"a": torch.zeros(1)}, _use_new_zipfile_serialization=False),
         "a PyTorch pickle (.ckpt/.pt) in the format before release 1.6, or another pickle",
     ),
     "pickle": (pickle.dumps({"a": 1}, 4), "in the format before release 1.6, or another pickle"),
@@ -261,7 +296,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_what_is_no_checkpoint_of_torch_is_called_what_it_is(kind: str, scratch: Path) -> None:
+def test_what_is_not_a_checkpoint_of_torch_is_called_what_it_is(kind: str, scratch: Path) -> None:
     content, what = OTHERS[kind]
     assert what in str(refused(content, scratch))
 
@@ -282,7 +317,8 @@ def test_paths_that_are_not_files_are_refused(tmp_path: Path) -> None:
 def test_a_file_that_shrinks_while_it_is_read_is_refused(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scratch.write_bytes(WHOLE)
+    far = tensor(key=text("1"))  # beyond what the file object has in its buffer
+    scratch.write_bytes(checkpoint(table(a=far), _0=bytes(MiB), _1=bytes(16)))
     load = unpickle.load
 
     def shrink(*arguments: object) -> object:
@@ -309,10 +345,10 @@ def check_any(content: bytes, path: Path) -> None:
 
 
 FUZZ = settings(max_examples=120, deadline=None, database=None)
-REAL = saved(
+REAL = torch_file(
     {"state_dict": {"a": torch.ones(2, 3), "b": torch.nn.Parameter(torch.ones(2))}, "n": 1}
 )
-KINDS = (WHOLE, REAL, saved({"a": torch.ones(2).bfloat16(), "b": {1, "x"}}, pickle_protocol=4))
+KINDS = (WHOLE, REAL, torch_file({"a": torch.ones(2).bfloat16(), "b": {1, "x"}}, pickle_protocol=4))
 
 
 @FUZZ

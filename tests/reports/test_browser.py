@@ -23,7 +23,7 @@ from ckptconv.detection.detect import detect
 from ckptconv.reports.html import page, write_page
 from ckptconv.verification.result import Check, Problem
 from tests.conftest import published
-from tests.support.pages import HOSTILE, hostile_file, verification
+from tests.support.pages import HOSTILE, hostile_file, page_of, verification
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
@@ -154,12 +154,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     problems = tuple(Problem(f"a.rather.long.name.of.a.key.{value}", value) for value in HOSTILE)
     checks = (Check("unet", "weights", problems, HOSTILE, "686 tensors"),)
     contents = {
-        "sdxl": page(detect(published("sdxl-base-fp16"))),
-        "sd1": page(
+        "sdxl": page_of(detect(published("sdxl-base-fp16"))),
+        "sd1": page_of(
             detect(published("sd15-emaonly-fp32")), verification(checks, Path("model.safetensors"))
         ),
-        "lora": page(inspect(hostile_file(folder / "lora.safetensors"))),
-        "alone": page(None, verification(checks)),
+        "lora": page_of(inspect(hostile_file(folder / "lora.safetensors"))),
+        "alone": page(None, None, verification(checks)),
     }
     for name, content in contents.items():
         write_page(folder / f"{name}.html", content)

@@ -9,11 +9,11 @@ from collections import Counter
 import pytest
 
 from ckptconv import inspect
-from ckptconv.reports.html import page
-from ckptconv.reports.html.drawing import draw, places
+from ckptconv.reports.html.boxes import places
+from ckptconv.reports.html.drawing import draw
 from ckptconv.reports.network import Block
 from tests.conftest import PUBLISHED, Sample
-from tests.support.pages import Parsed, drawn, published_page
+from tests.support.pages import page_of, published_page
 
 
 def boxes(content: str) -> dict[str, dict[str, float]]:
@@ -61,7 +61,7 @@ def test_a_box_says_channels_attention_depth_and_the_place_in_the_file() -> None
 
 
 def test_a_stack_of_two_layers_is_no_normalization_with_a_convolution(sample: Sample) -> None:
-    content = page(inspect(sample("sd1")))
+    content = page_of(inspect(sample("sd1")))
     assert "text_model.encoder.layers.0-1" in content
     assert "layers.1 + norm" not in content
 
@@ -83,21 +83,13 @@ def block(name: str, resnets: int = 0, resamples: str = "") -> Block:
 )
 def test_an_unusual_network_is_drawn_without_a_box_upon_another(members: list[Block]) -> None:
     members = [block("conv_in"), *members, block("conv_norm_out"), block("conv_out")]
-    content = draw("unet", members)
-    assert Parsed(content).open == []
-    assert {block.name for block in members} <= drawn(content)
-    for drawing in content.split("</svg>"):
-        found = re.findall(
-            r'class="box" rx="5" x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"',
-            drawing,
-        )
-        sides = [
-            (float(x), float(y), float(x) + float(w), float(y) + float(h)) for x, y, w, h in found
-        ]
-        for (x, y, right, low), (x2, y2, right2, low2) in itertools.combinations(sides, 2):
-            assert right <= x2 or right2 <= x or low <= y2 or low2 <= y
-        width = re.search(r'viewBox="0 0 (\d+)', drawing)
-        assert not width or max(side[2] for side in sides) <= float(width[1])
+    for drawing in draw("unet", members):
+        assert {b.name for box in drawing.boxes for b in box.row} == {b.name for b in members}
+        for one, other in itertools.combinations(drawing.boxes, 2):
+            beside = one.right <= other.x or other.right <= one.x
+            assert beside or one.bottom <= other.y or other.bottom <= one.y
+        assert max(box.right for box in drawing.boxes) <= drawing.sizes.width
+        assert max(box.bottom for box in drawing.boxes) <= drawing.height
 
 
 @pytest.mark.parametrize(

@@ -7,22 +7,24 @@ import hashlib
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jinja2 import UndefinedError
 
-from ckptconv import inspect
+from ckptconv import inspect, plan
 from ckptconv.cli import main
 from ckptconv.detection.detect import detect
 from ckptconv.errors import OutputError
-from ckptconv.planning.plan import build_plan
-from ckptconv.reading.header import Header, TensorInfo
-from ckptconv.reports.html import page, write_page
-from ckptconv.reports.html.markup import element, text
+from ckptconv.planning.plan import Plan, build_plan
+from ckptconv.reading.tensor import Header, Tensor
+from ckptconv.reports.html import fragment, page, write_page
+from ckptconv.reports.html.render import environment, ours, rendered
 from ckptconv.reports.network import blocks
 from ckptconv.verification.result import Check, Problem
 from tests.conftest import PUBLISHED, Sample, published
@@ -32,12 +34,15 @@ from tests.support.pages import (
     Parsed,
     drawn,
     hostile_file,
+    page_of,
     published_page,
     verification,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+TEMPLATES = Path(page.__code__.co_filename).parent / "templates"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -48,10 +53,10 @@ def test_a_page_is_well_formed_and_shows_every_key_and_every_block(name: str) ->
     assert content.startswith('<!doctype html>\n<html lang="en">')
     shown = parsed.texts["code"]
     assert detection.header.tensors.keys() <= set(shown)
-    plan = build_plan(detection)
-    targets = {f"{t.place}/{t.key}" for s in plan.steps if not s.reason for t in s.targets}
+    made = build_plan(detection)
+    targets = {f"{t.component}/{t.key}" for s in made.steps if not s.reason for t in s.targets}
     assert targets <= set(shown)
-    names = {block.name for block in blocks(plan, "unet") + blocks(plan, "vae")}
+    names = {block.name for block in blocks(made, "unet") + blocks(made, "vae")}
     assert names <= drawn(content)
     ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
     assert max(Counter(ids).values()) == 1
@@ -82,9 +87,9 @@ def test_hostile_keys_and_metadata_stay_text(kind: str, sample: Sample, tmp_path
     detection = inspect(hostile_file(tmp_path / "<b>x.safetensors", checkpoint=source))
     found = tuple(Problem(value, value) for value in HOSTILE)
     checks = (Check("unet", "weights", found, HOSTILE, HOSTILE[0]),)
-    parsed = Parsed(page(detection, verification(checks, Path(EVIL))))
+    parsed = Parsed(page_of(detection, verification(checks, Path(EVIL))))
     assert parsed.open == []
-    clean = Parsed(page(detect(published("sd15-emaonly-fp32")), verification(())))
+    clean = Parsed(page_of(detect(published("sd15-emaonly-fp32")), verification(())))
     known = {tag for tag, _ in clean.elements} | {"h3", "em", "details", "summary"}
     assert {tag for tag, _ in parsed.elements} <= known
     for tag in ("script", "style", "title"):
@@ -99,7 +104,7 @@ def test_hostile_keys_and_metadata_stay_text(kind: str, sample: Sample, tmp_path
 
 
 def test_a_refused_file_gets_a_page_that_says_what_it_is(tmp_path: Path) -> None:
-    parsed = Parsed(page(inspect(hostile_file(tmp_path / "lora.safetensors"))))
+    parsed = Parsed(page_of(inspect(hostile_file(tmp_path / "lora.safetensors"))))
     said = " ".join(parsed.texts["p"])
     assert "This is a LoRA" in said
     assert "load_lora_weights" in said
@@ -111,8 +116,8 @@ def test_a_file_with_missing_keys_gets_a_page_that_names_them(sample: Sample) ->
     header = inspect(sample("sd1")).header
     gone = "model.diffusion_model.out.2.bias"
     tensors = {key: info for key, info in header.tensors.items() if key != gone}
-    tensors["a.stranger"] = TensorInfo("F32", (1,), 0, 4)
-    parsed = Parsed(page(detect(Header(header.path, tensors, {}, 0, header.size))))
+    tensors["a.stranger"] = Tensor(header.path, "a.stranger", "F32", (1,), 0, 4)
+    parsed = Parsed(page_of(detect(Header(header.path, tensors, {}, 0, header.size))))
     assert any("conv_out.bias is missing" in line for line in parsed.texts["li"])
     assert "a.stranger" in parsed.texts["li"]
     assert not parsed.of("polyline")
@@ -133,7 +138,7 @@ def test_every_problem_of_a_verification_is_on_the_page() -> None:
         Check("unet", "data", problems, ("a note",), "686 tensors"),
         Check("vae", "data", (), (), "248 tensors"),
     )
-    content = page(detect(published("sd15-emaonly-fp32")), verification(checks, Path("f")))
+    content = page_of(detect(published("sd15-emaonly-fp32")), verification(checks, Path("f")))
     parsed = Parsed(content)
     assert {problem.where for problem in problems} <= set(parsed.texts["code"])
     assert "Not verified." in content
@@ -144,14 +149,14 @@ def test_every_problem_of_a_verification_is_on_the_page() -> None:
 
 def test_a_folder_verified_alone_gets_a_page_of_its_own() -> None:
     made = verification((Check("vae", "weights", (), (), "248 tensors"),))
-    parsed = Parsed(page(None, made))
+    parsed = Parsed(page(None, None, made))
     assert parsed.texts["h1"] == ["out"]
     assert "is consistent" in " ".join(parsed.texts["p"])
     assert not parsed.of("input")
 
 
 def test_shares_of_the_file_add_up(sample: Sample) -> None:
-    content = page(inspect(sample("sd1", ema=True)))
+    content = page_of(inspect(sample("sd1", ema=True)))
     section = re.search(r'<section id="shares".*?</section>', content, re.DOTALL)
     assert section
     assert "not converted: training" in section[0]
@@ -159,11 +164,43 @@ def test_shares_of_the_file_add_up(sample: Sample) -> None:
     assert 98 < sum(map(float, cells)) <= 100.5
 
 
+def test_a_donor_is_counted_beside_the_file(sample: Sample) -> None:
+    made = plan(sample("sd1"), vae=sample("sd1", ema=True))
+    content = page(made.detection, made)
+    section = re.search(r'<section id="shares".*?</section>', content, re.DOTALL)
+    assert section
+    assert "not converted: replaced" in section[0]
+    cells = re.findall(r'data-name="bytes"[^>]*>.*?<small>([\d.]+)%', section[0])
+    assert 98 < sum(map(float, cells)) <= 100.5
+
+
+def test_a_component_that_stands_alone_gets_its_page(sample: Sample) -> None:
+    parsed = Parsed(page_of(inspect(sample("vae"))))
+    assert parsed.open == []
+    assert parsed.of("svg")[0]["class"] == "network compact"
+    assert "predicts" not in parsed.texts["dt"]
+
+
+def test_the_page_the_data_and_the_tree_come_from_one_plan(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[Plan] = []
+
+    def counted(*arguments: Any) -> Plan:
+        plans.append(Plan(*arguments))
+        return plans[-1]
+
+    monkeypatch.setattr("ckptconv.planning.plan.Plan", counted)
+    options = ["--html", str(tmp_path / "page.html"), "--tree"]
+    assert CliRunner().invoke(main, ["inspect", str(small), *options]).exit_code == 0
+    assert len(plans) == 1
+
+
 def test_long_tables_and_long_values_are_cut_and_say_so() -> None:
-    info = TensorInfo("F16", (1,), 0, 2)
-    tensors = {f"lora_unet_{n}.alpha": info for n in range(20_500)}
-    header = Header(Path("big.safetensors"), tensors, {"tags": "x" * 5000}, 0, 0)
-    content = page(detect(header))
+    path, keys = Path("big.safetensors"), [f"lora_unet_{n}.alpha" for n in range(20_500)]
+    tensors = {key: Tensor(path, key, "F16", (1,), 0, 2) for key in keys}
+    header = Header(path, tensors, {"tags": "x" * 5000}, 0, 0)
+    content = page_of(detect(header))
     assert "20,500 keys. The first 20,000 are shown." in content
     assert "lora_unet_20499.alpha" not in content
     assert "and 3,000 more characters" in content
@@ -173,7 +210,9 @@ def test_long_tables_and_long_values_are_cut_and_say_so() -> None:
 @given(st.text(), st.text())
 @example("&lt;</p>", "\" onclick='x")
 def test_any_text_comes_back_as_text(content: str, attribute: str) -> None:
-    parsed = Parsed(element("p", content, title=attribute))
+    template = environment().from_string('<p title="{{ attribute }}">{{ content }}</p>')
+    made = rendered(template, content=content, attribute=attribute)
+    parsed = Parsed(made)
     assert [tag for tag, _ in parsed.elements] == ["p"]
     visible = re.compile(
         "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
@@ -181,14 +220,62 @@ def test_any_text_comes_back_as_text(content: str, attribute: str) -> None:
     if not visible.search(content + attribute):
         assert "".join(parsed.texts.get("p", [])) == content
         assert parsed.of("p") == [{"title": attribute}]
-    element("p", content).encode()
+    made.encode()
 
 
-def test_markup_stays_markup_and_attributes_may_be_absent() -> None:
-    assert element("b", element("i", "1 < 2"), hidden=True, id=None) == (
-        "<b hidden><i>1 &lt; 2</i></b>"
-    )
-    assert text("\ud800") == r"\ud800"
+def test_markup_is_ours_alone_and_an_unknown_name_is_an_error() -> None:
+    template = environment().from_string("<b>{{ style }}{{ key }}</b>")
+    style = ours("network.css")
+    assert rendered(template, style=style, key="1 < 2\ud800") == rf"<b>{style}1 &lt; 2\ud800</b>"
+    with pytest.raises(UndefinedError, match="'key' is undefined"):
+        rendered(template, style=style)
+    safe = [path.name for path in TEMPLATES.glob("*.j2") if "safe" in path.read_text()]
+    assert safe == []
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd1"])
+def test_a_notebook_shows_what_a_file_is_and_draws_it(name: str, sample: Sample) -> None:
+    detection = inspect(sample(name))
+    content = detection._repr_html_()
+    assert content == build_plan(detection)._repr_html_() == fragment(detection)
+    parsed = Parsed(content)
+    assert parsed.open == []
+    assert detection.architecture
+    assert detection.architecture.title in parsed.texts["p"]
+    said = " ".join(parsed.texts["li"])
+    assert all(component.name in said for component in detection.architecture.models)
+    assert "prediction_type: epsilon (" in said
+    assert parsed.of("svg")[0]["class"] == "network wide"
+    assert len(parsed.of("svg")) == len(detection.architecture.models)
+    assert not parsed.of("script")
+    assert not [a for a in parsed.of("a") if a]  # a notebook has no table of keys to search
+    rules = re.sub(r"/\*.*?\*/|@media[^{]*\{", "", "".join(parsed.texts["style"]), flags=re.DOTALL)
+    selectors = re.findall(r"([^{}]+)\{[^{}]*\}", rules)
+    for selector in ",".join(selectors).split(","):
+        assert selector.strip().startswith(".ckptconv")  # the rest of the notebook keeps its style
+
+
+def test_a_notebook_shows_why_a_file_is_refused_and_runs_nothing_of_it(tmp_path: Path) -> None:
+    parsed = Parsed(inspect(hostile_file(tmp_path / "lora.safetensors"))._repr_html_())
+    assert parsed.open == []
+    assert "this is a LoRA" in " ".join(parsed.texts["p"])
+    assert not parsed.of("svg")
+    assert not parsed.of("script")
+
+
+def test_a_notebook_names_the_keys_that_are_missing(sample: Sample) -> None:
+    header = inspect(sample("sd1")).header
+    gone = "model.diffusion_model.out.2.bias"
+    tensors = {key: info for key, info in header.tensors.items() if key != gone}
+    for key in (f"{EVIL}.{n}" for n in range(30)):
+        tensors[key] = Tensor(header.path, key, "F32", (1,), 0, 4)
+    detection = detect(Header(header.path, tensors, {}, 0, header.size))
+    parsed = Parsed(fragment(detection))
+    assert parsed.open == []
+    assert "unet: conv_out.bias is missing" in parsed.texts["li"]
+    assert f"{EVIL}.19" in parsed.texts["li"]
+    assert "... and 10 more" in parsed.texts["li"]
+    assert not parsed.of("script")
 
 
 def _luminance(color: str) -> float:
@@ -199,8 +286,8 @@ def _luminance(color: str) -> float:
 
 
 def _themes() -> Mapping[str, dict[str, str]]:
-    css = (Path(page.__code__.co_filename).parent / "report.css").read_text()
-    light, dark = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+    css = (TEMPLATES / "network.css").read_text()
+    light, dark = re.findall(r"\.ckptconv \{(.*?)\}", css, re.DOTALL)
     colors = [dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in (light, dark)]
     return dict(zip(("light", "dark"), colors, strict=True))
 
@@ -220,7 +307,7 @@ def test_text_has_the_contrast_that_wcag_asks_for(theme: str) -> None:
 
 def test_a_page_is_not_replaced_unless_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
-    first = page(None, verification(()))
+    first = page(None, None, verification(()))
     write_page(path, first)
     with pytest.raises(OutputError, match=r"page\.html: exists") as refused:
         write_page(path, "<!doctype html>\nsecond")
@@ -259,7 +346,7 @@ def test_a_write_that_fails_leaves_nothing_behind(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OutputError, match="cannot be written: No space left on device"):
+    with pytest.raises(OutputError, match="cannot be written: the disk is full"):
         write_page(tmp_path / "page.html", "<!doctype html>\n")
     assert list(tmp_path.iterdir()) == []
 
@@ -288,8 +375,10 @@ def test_verify_writes_a_page_whether_it_passes_or_not(
     passed = (Check("vae", "data", (), (), "248 tensors"),)
     failed = (Check("vae", "data", (Problem("a.key", "differs"),)),)
     runner, command = CliRunner(), "ckptconv.batch.work.verify"
+    made = plan(small)
+    monkeypatch.delattr("ckptconv.detection.detect.open_header")  # nothing is read again
     for checks, code, said in ((passed, 0, "Verified."), (failed, 1, "Not verified.")):
-        result = verification(checks, small)
+        result = replace(verification(checks, small), plan=made)
         monkeypatch.setattr(command, lambda *_args, _result=result, **_choices: _result)
         out = tmp_path / f"{code}.html"
         paths = [str(small), "out", "--html", str(out)]

@@ -7,11 +7,13 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ckptconv
 from ckptconv.maps.architecture import bundled
+from ckptconv.planning.plan import build_plan
 from ckptconv.reading.header import read_header
 from ckptconv.reports.report import hashes, inspection, plan_rows
 from tests.conftest import Sample
@@ -25,8 +27,13 @@ PREFIXES = {
 POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
 
 
+def _inspection(path: Path) -> dict[str, Any]:
+    detection = ckptconv.inspect(path)
+    return inspection(detection, None if detection.refusal else build_plan(detection))
+
+
 def test_an_inspection_holds_what_was_promised(small: Path) -> None:
-    data = inspection(ckptconv.inspect(small))
+    data = _inspection(small)
     assert data.keys() >= {
         *("architecture", "task", "pipeline", "prediction_type", "components", "evidence"),
         *("missing", "unclaimed"),
@@ -52,7 +59,7 @@ def test_the_components_are_counted_as_they_stand_in_the_file(small: Path, tmp_p
         for key, (dtype, shape, data) in tensors.items()
     }
     path = save(mixed, tmp_path / "mixed.safetensors")
-    data = inspection(ckptconv.inspect(path))
+    data = _inspection(path)
     assert data["components"].keys() == PREFIXES.keys()
     for name, prefix in PREFIXES.items():
         held = [v for k, v in mixed.items() if k.startswith(prefix) and k != POSITIONS]
@@ -68,15 +75,15 @@ def test_the_components_are_counted_as_they_stand_in_the_file(small: Path, tmp_p
 def test_a_component_that_is_not_there_is_missing(small: Path, tmp_path: Path) -> None:
     vae = PREFIXES["vae"]
     path = rewritten(small, tmp_path / "x.safetensors", lambda k: None if k.startswith(vae) else k)
-    data = inspection(ckptconv.inspect(path))
+    data = _inspection(path)
     assert data["missing"] == ["vae"]
     assert data["components"].keys() == {"unet", "text_encoder"}
 
 
 def test_an_ema_copy_is_told(small: Path, tmp_path: Path) -> None:
-    assert not inspection(ckptconv.inspect(small))["ema"]
+    assert not _inspection(small)["ema"]
     path = midget(tmp_path / "ema.safetensors", ema=True)
-    data = inspection(ckptconv.inspect(path))
+    data = _inspection(path)
     assert data["ema"]
     assert data["dropped"]["training"] == len([k for k in raw(path) if k.startswith("model_ema.")])
 
@@ -86,14 +93,14 @@ def test_problems_and_unknown_keys_are_told(small: Path, tmp_path: Path) -> None
     tensors["mystery"] = ("F32", (1,), b"\0" * 4)
     del tensors["model.diffusion_model.out.2.bias"]
     path = save(tensors, tmp_path / "odd.safetensors")
-    data = inspection(ckptconv.inspect(path))
+    data = _inspection(path)
     assert data["unclaimed"] == ["mystery"]
     assert data["problems"] == ["unet: conv_out.bias is missing"]
 
 
 def test_a_file_that_is_refused_has_no_architecture_but_every_verdict(tmp_path: Path) -> None:
     lora = {"lora_unet_down_blocks_0.lora_down.weight": ("F16", (1, 1), b"\0" * 2)}
-    data = inspection(ckptconv.inspect(save(lora, tmp_path / "lora.safetensors")))
+    data = _inspection(save(lora, tmp_path / "lora.safetensors"))
     assert data["architecture"] is data["task"] is data["pipeline"] is None
     assert "this is a LoRA" in data["refusal"]["message"]
     assert data["refusal"]["hint"]

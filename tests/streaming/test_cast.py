@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckptconv.dtypes import torch_dtype
 from ckptconv.errors import UsageError
-from ckptconv.streaming.cast import cast, torch_dtype
+from ckptconv.streaming.cast import cast
 
 SPECIAL = np.array(
     [

@@ -17,12 +17,15 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
 from ckptconv.conversion.convert import plan
+from ckptconv.dtypes import BITS
 from ckptconv.errors import FileRefused
-from ckptconv.planning.plan import Slot, Step
-from ckptconv.reading.header import DTYPE_BITS, TensorInfo, read_header
+from ckptconv.files import Files
+from ckptconv.planning.step import Step, Target
+from ckptconv.reading.header import read_header
+from ckptconv.reading.tensor import Tensor
 from ckptconv.streaming import stream
 from ckptconv.streaming.stream import lay_out, write
-from ckptconv.streaming.transfers import Piece, joined, pieces
+from ckptconv.streaming.transfers import Transfer, joined, transfers
 from tests.conftest import Sample
 from tests.support.steps import DIM, Run, cast_to, copies, in_turns, naive, steps_of_all_kinds
 
@@ -50,9 +53,9 @@ def test_files_equal_a_naive_implementation_whatever_is_cut_where(
         assert progress == sum(info.nbytes for file in run.files for info in file.tensors.values())
         for step in steps:
             wanted = naive(step, run.contents)
-            for slot in step.targets:
-                path, info = run.targets[slot.place, slot.key]
-                assert path.read_bytes()[info.start : info.end] == wanted[slot.key]
+            for target in step.targets:
+                place = run.places[target.component, target.key]
+                assert place.file.read_bytes()[place.start : place.end] == wanted[target.key]
         for file in run.files:
             assert file.path.stat().st_size == file.size
             with safe_open(file.path, "pt") as opened:
@@ -71,41 +74,41 @@ def test_files_equal_a_naive_implementation_whatever_is_cut_where(
 def test_every_tensor_is_aligned_to_its_elements_whatever_the_mix(
     tensors: list[tuple[str, int]],
 ) -> None:
-    slots = [Slot("unet", f"t{n}", dtype, (size,)) for n, (dtype, size) in enumerate(tensors)]
-    file = lay_out(Path("w.safetensors"), slots, {"format": "pt"})
-    assert set(file.tensors) == {s.key for s in slots}
+    targets = [Target("unet", f"t{n}", dtype, (size,)) for n, (dtype, size) in enumerate(tensors)]
+    file = lay_out(Path("w.safetensors"), targets, {"format": "pt"})
+    assert set(file.tensors) == {target.key for target in targets}
     for info in file.tensors.values():
-        assert info.start % (DTYPE_BITS[info.dtype] // 8) == 0
+        assert info.start % (BITS[info.dtype] // 8) == 0
     assert file.size == len(file.beginning) + sum(i.nbytes for i in file.tensors.values())
 
 
 def test_neighbours_become_one_copy(tmp_path: Path) -> None:
     run = Run(tmp_path, copies(50))
-    assert len(run.pieces()) == 50
-    (whole,) = joined(run.pieces())
+    assert len(run.transfers()) == 50
+    (whole,) = joined(run.transfers())
     assert (whole.count, whole.nbytes, whole.is_copy) == (50_000, 200_000, True)
     assert whole.source[1] == run.headers["a"].data_start
 
 
 def test_what_does_not_lie_together_is_not_joined(tmp_path: Path) -> None:
     steps = in_turns(copies(4))
-    assert len(list(joined(Run(tmp_path, steps).pieces()))) == 4
+    assert len(list(joined(Run(tmp_path, steps).transfers()))) == 4
 
 
 def test_casts_are_not_joined_withcopies(tmp_path: Path) -> None:
     steps = copies(3)
     steps[1:2] = cast_to("F16", steps[1:2])
-    found = [(p.is_copy, p.count) for p in joined(Run(tmp_path, steps).pieces())]
+    found = [(p.is_copy, p.count) for p in joined(Run(tmp_path, steps).transfers())]
     assert found == [(True, 1000), (False, 1000), (True, 1000)]
 
 
 def test_a_whole_checkpoint_takes_few_copies(sample: Sample, tmp_path: Path) -> None:
     made = plan(sample("sd1", dtype="fp16"))
-    targets: dict[tuple[str, str], tuple[Path, TensorInfo]] = {}
+    places: dict[tuple[str, str], Tensor] = {}
     for name in ("unet", "vae", "text_encoder", "ckptconv"):
         file = lay_out(tmp_path / name, made.tensors(name).values(), {})
-        targets |= {(name, key): (file.path, info) for key, info in file.tensors.items()}
-    parts = list(pieces(made.steps, made.headers, targets))
+        places |= {(name, key): tensor for key, tensor in file.tensors.items()}
+    parts = list(transfers(made.steps, places))
     assert len(parts) > 900
     assert len(list(joined(parts))) < 30
 
@@ -116,10 +119,10 @@ def test_a_large_piece_is_cut_into_chunks(
 ) -> None:
     monkeypatch.setattr(stream, "CHUNK", 4096)
     monkeypatch.setattr(stream, "CAST_CHUNK", 300)
-    moved: list[Piece] = []
+    moved: list[Transfer] = []
     real = stream._move
 
-    def spy(piece: Piece, *rest: Any) -> int:
+    def spy(piece: Transfer, *rest: Any) -> int:
         moved.append(piece)
         return real(piece, *rest)
 
@@ -156,7 +159,8 @@ def test_an_error_of_the_system_is_not_swallowed(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, name, fail)
-    with pytest.raises(OSError, match="Input/output error"):
+    kind = FileRefused if name == "preadv" else OSError  # a source names itself
+    with pytest.raises(kind, match="Input/output error"):
         Run(tmp_path, copies(3)).write()
 
 
@@ -199,16 +203,16 @@ def test_an_error_in_one_thread_stops_the_others_and_comes_out(
     monkeypatch.setattr(stream, "CHUNK", 64)
     begun: list[int] = []
     lock = threading.Lock()
-    real = stream._copy_some
+    real = Files.write
 
-    def fail_once(source: int, start: int, target: int, offset: int, part: memoryview) -> int:
+    def fail_once(self: Files, path: Path, start: int, data: memoryview) -> None:
         with lock:
             begun.append(start)
             if len(begun) == 5:
                 raise OSError(errno.ENOSPC, "No space left on device")
-        return real(source, start, target, offset, part)
+        real(self, path, start, data)
 
-    monkeypatch.setattr(stream, "_copy_some", fail_once)
+    monkeypatch.setattr(Files, "write", fail_once)
     run = Run(tmp_path, copies(20, size=1600))  # 2,000 chunks
     with pytest.raises(OSError, match="No space left"):
         run.write()
@@ -230,7 +234,7 @@ def test_files_of_an_interrupted_run_are_refused_by_every_reader(
     monkeypatch.setattr(stream, "CHUNK", 4000)
     run = Run(tmp_path, in_turns(copies(20)))
     with pytest.raises(KeyboardInterrupt):
-        write(run.files, run.pieces(), progress)
+        write(run.files, run.transfers(), progress)
     assert len(run.files) == 2
     for file in run.files:
         assert file.path.stat().st_size == file.size
@@ -251,7 +255,7 @@ def test_the_room_is_taken_before_the_first_byte(
     monkeypatch.setattr(os, "posix_fallocate", full)
     done: list[int] = []
     with pytest.raises(OSError, match="No space left"):
-        write(run.files, run.pieces(), done.append)
+        write(run.files, run.transfers(), done.append)
     assert not done
 
 

@@ -11,12 +11,10 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from ckptconv.dtypes import BITS
 from ckptconv.errors import HeaderError
-from ckptconv.reading.header import (
-    DTYPE_BITS,
-    Header,
-    read_header,
-)
+from ckptconv.reading.header import read_header
+from ckptconv.reading.tensor import Header
 
 NUMPY_DTYPES = {
     "BOOL": np.bool_,
@@ -341,7 +339,7 @@ def check_laws(header: Header, path: Path) -> None:
     end = header.data_start
     for info in header.tensors.values():
         assert info.start == end
-        assert info.nbytes * 8 == info.numel * DTYPE_BITS[info.dtype]
+        assert info.nbytes * 8 == info.numel * BITS[info.dtype]
         end = info.end
     assert end == header.size
     assert all(isinstance(text, str) for item in header.metadata.items() for text in item)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ckptconv.dtypes import BITS
 from ckptconv.maps.architecture import bundled
-from ckptconv.reading.header import DTYPE_BITS, header_from_json
+from ckptconv.reading.header import header_from_json
 from ckptconv.sample import layout_of
 from tests.support.attacks import ATTACKS, entry, pack
 from tests.support.pickle_attacks import FIELDS, PICKLES, ZIPS
@@ -119,7 +120,7 @@ def changed(rng: random.Random, among: tuple[Tensors, ...], most: int = 10**6) -
                 shape = reshaping(rng)
                 tensors |= {key: (tensors[key][0], shape(tensors[key][1])) for key in chosen}
             case 4:
-                dtype = rng.choice(sorted(DTYPE_BITS))
+                dtype = rng.choice(sorted(BITS))
                 tensors |= {key: (dtype, tensors[key][1]) for key in chosen}
             case 5:
                 for key in chosen:
@@ -182,7 +183,7 @@ def document(rng: random.Random, tensors: Tensors) -> tuple[Pairs, int]:
     pairs: Pairs = [("__metadata__", metadata)] if metadata else []
     end = 0
     for key, (dtype, shape) in tensors.items():
-        start, end = end, end + math.prod(shape) * DTYPE_BITS[dtype] // 8
+        start, end = end, end + math.prod(shape) * BITS[dtype] // 8
         pairs.append((key, entry(dtype, shape, (start, end))))
     return pairs, end
 
@@ -208,7 +209,7 @@ def value(rng: random.Random, depth: int = 0) -> Any:
         lambda: rng.choice([None, True, False, 0.5, -0.0, math.nan, math.inf, -1, 10**30]),
         lambda: rng.choice(SIZES),
         lambda: rng.choice(WORDS),
-        lambda: rng.choice(sorted(DTYPE_BITS)),
+        lambda: rng.choice(sorted(BITS)),
         lambda: [value(rng, depth + 1) for _ in range(rng.randrange(4))],
         lambda: {rng.choice(WORDS): value(rng, depth + 1) for _ in range(rng.randrange(4))},
         lambda: json.loads("[" * 300 + "]" * 300),
@@ -282,7 +283,7 @@ def pickled(rng: random.Random, tensors: Tensors) -> tuple[bytes, dict[str, byte
     body = pushed(**entries)
     if rng.random() < 0.7:
         body = pushed(**{rng.choice(["state_dict"] * 9 + WORDS): body, "epoch": b"K\2"})
-    data = {f"_{kind}": bytes(n * DTYPE_BITS[kind] // 8) for kind, n in counts.items()}
+    data = {f"_{kind}": bytes(n * BITS[kind] // 8) for kind, n in counts.items()}
     return b"\x80\x02" + body + STOP, data
 
 

@@ -9,7 +9,8 @@ import struct
 from html.parser import HTMLParser
 from pathlib import Path
 
-from ckptconv.detection.detect import detect
+from ckptconv.detection.detect import Detection, detect
+from ckptconv.planning.plan import build_plan
 from ckptconv.reports.html import page
 from ckptconv.verification.result import Check, Verification
 from tests.conftest import published
@@ -56,9 +57,14 @@ class Parsed(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
+def page_of(detection: Detection, verification: Verification | None = None) -> str:
+    plan = None if detection.refusal else build_plan(detection)
+    return page(detection, plan, verification)
+
+
 @functools.cache
 def published_page(name: str) -> Parsed:
-    return Parsed(page(detect(published(name))))
+    return Parsed(page_of(detect(published(name))))
 
 
 def hostile_file(path: Path, *, checkpoint: Path | None = None) -> Path:

@@ -22,7 +22,7 @@ PICKLES: dict[str, tuple[bytes, str]] = {
         b"\x80\x02\x8b\xff\xff\xff\x7f" + STOP,
         "not enough data in stream to read long4",
     ),
-    "long integer, whole": (b"\x80\x02\x8b\4\0\0\0abcd" + STOP, "LONG4 is no instruction"),
+    "long integer, whole": (b"\x80\x02\x8b\4\0\0\0abcd" + STOP, "LONG4 is not an instruction"),
     "text past the end": (b"\x80\x02X\xff\xff\xff\xff" + STOP, "expected 4294967295 bytes"),
     "text of 2**63": (
         b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f" + STOP,
@@ -40,9 +40,9 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     ),
     "memo that is empty": (b"\x80\x02j\xff\xff\xff\xff" + STOP, "nothing was stored as number"),
     # Instructions that no checkpoint needs.
-    "extension": (b"\x80\x02\x82\1" + STOP, "EXT1 is no instruction that data need"),
-    "extensions": (b"\x80\x02" + b"\x84\xff\xff\xff\x7f" * 9 + STOP, "EXT4 is no instruction"),
-    "buffer": (b"\x80\x05\x97" + STOP, "NEXT_BUFFER is no instruction"),
+    "extension": (b"\x80\x02\x82\1" + STOP, "EXT1 is not an instruction that data need"),
+    "extensions": (b"\x80\x02" + b"\x84\xff\xff\xff\x7f" * 9 + STOP, "EXT4 is not an instruction"),
+    "buffer": (b"\x80\x05\x97" + STOP, "NEXT_BUFFER is not an instruction"),
     "old integer": (b"I" + b"9" * 5000 + b"\n" + STOP, "4300 digits"),
     "unknown": (b"\x80\x02\xff" + STOP, "opcode b'\\xff' unknown"),
     # Programs that are wrong.
@@ -50,8 +50,8 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "no end": (b"\x80\x02}", "pickle exhausted before seeing STOP"),
     "two ends": (b"\x80\x02}" + STOP + STOP, "1 bytes follow its end"),
     "end of nothing": (b"\x80\x02" + STOP, "byte 2: it takes an object from an empty stack"),
-    "end of several": (b"\x80\x02}}" + STOP, "it ends with objects on the stack"),
-    "end within a mark": (b"\x80\x02(}" + STOP, "it ends with objects on the stack"),
+    "end of several": (b"\x80\x02}}" + STOP, "it ends with objects left on the stack"),
+    "end within a mark": (b"\x80\x02(}" + STOP, "it ends with objects left on the stack"),
     "no mark": (b"\x80\x02}u" + STOP, "it needs a mark"),
     "memo of nothing": (b"\x80\x02q\0" + STOP, "it needs an object on an empty stack"),
     "key without value": (b"\x80\x02}(Nu" + STOP, "a key without a value"),
@@ -64,13 +64,19 @@ PICKLES: dict[str, tuple[bytes, str]] = {
         b"\x80\x02" + name("torch.FloatStorage") + b"}b" + STOP,
         "it fills an object of type Global",
     ),
-    "attributes of a tensor": (table(a=tensor() + b"}b"), "it fills an object of type Tensor"),
-    "call of text": (b"\x80\x02" + text("os.system") + b")R" + STOP, "calls what is no global"),
-    "call without tuple": (b"\x80\x02" + name("torch.Size") + b"]R" + STOP, "calls what is no"),
+    "attributes of a tensor": (
+        table(a=tensor() + b"}b"),
+        "it fills an object of type StridedTensor",
+    ),
+    "call of text": (
+        b"\x80\x02" + text("os.system") + b")R" + STOP,
+        "it calls something that is not a global",
+    ),
+    "call without tuple": (b"\x80\x02" + name("torch.Size") + b"]R" + STOP, "without a tuple"),
     "name that is a number": (b"\x80\x04NN\x93" + STOP, "the name of a global is not text"),
     "long name": (b"\x80\x04" + text("o" * 300) * 2 + b"\x93" + STOP, "has 601 characters"),
     "persistent text": (b"\x80\x02" + text("storage") + b"Q" + STOP, "a persistent id is not a"),
-    "old persistent id": (b"\x80\x02Pstorage\n" + STOP, "PERSID is no instruction"),
+    "old persistent id": (b"\x80\x02Pstorage\n" + STOP, "PERSID is not an instruction"),
     "persistent module": (
         table(a=MARK + text("module") + name("torch.Size") + text("a") + text("b") + b"tQ"),
         "a persistent id is not that of a storage",
@@ -107,12 +113,12 @@ PICKLES: dict[str, tuple[bytes, str]] = {
         table(bad=tensor(key=text("../data.pkl"))),
         "'data/../data.pkl', is missing",
     ),
-    "storage too small": (table(bad=tensor(numel=5)), "its data has 16 bytes, needed 20"),
+    "storage too small": (table(bad=tensor(numel=5)), "its storage has 16 bytes, expected 20"),
     "tensor too large": (
         table(bad=tensor(shape=numbers(2, 3), stride=numbers(3, 1))),
-        "it ends at byte 24 of its data, which has 16",
+        "it ends at byte 24 of its storage, which has 16",
     ),
-    "tensor too late": (table(bad=tensor(offset=1)), "it ends at byte 20 of its data"),
+    "tensor too late": (table(bad=tensor(offset=1)), "it ends at byte 20 of its storage"),
     "tensor of 2**64": (
         table(bad=tensor(shape=numbers(2**31, 2**31), stride=numbers(2**31, 1))),
         "overflows: 2**63 bits",
@@ -133,6 +139,7 @@ END = b"PK\x05\x06"
 FIELDS = {
     b"PK\x03\x04": {"mark": (0, 4), "method": (8, 2), "extra": (28, 2)},
     b"PK\x01\x02": {
+        "version": (6, 2),
         "flags": (8, 2),
         "method": (10, 2),
         "taken": (20, 4),
@@ -180,15 +187,17 @@ def with_locator(at64: int, end64: bytes = b"") -> bytes:
     return WHOLE[:at] + end64 + locator + WHOLE[at:]
 
 
-TRUNCATED = "its directory, which ends a zip file, is not there: the file is truncated"
+TRUNCATED = "the directory that ends every zip file is missing: the file is truncated"
+DAMAGED = "its directory is damaged: "
 ZIPS: dict[str, tuple[bytes, str]] = {
     "beginning only": (WHOLE[:4], TRUNCATED),
     "half": (WHOLE[: len(WHOLE) // 2], TRUNCATED),
     "last byte missing": (WHOLE[:-1], TRUNCATED),
     "byte more": (WHOLE + b"\0", TRUNCATED),
     "comment": (WHOLE[:-2] + b"\3\0abc", TRUNCATED),
-    "another file before": (WHOLE[:4] + WHOLE, "its directory would be"),
-    "two files": (WHOLE + WHOLE, "its directory would be"),
+    "comment that is missing": (WHOLE[:-2] + b"\3\0", TRUNCATED),
+    "another file before": (WHOLE[:4] + WHOLE, "expected at byte 0, but is at byte 4"),
+    "two files": (WHOLE + WHOLE, f"expected at byte 0, but is at byte {len(WHOLE)}"),
     "packed": (
         zipped({"x/data.pkl": table(a=tensor()), "x/data/0": bytes(16)}, zipfile.ZIP_DEFLATED),
         "its member 'x/data.pkl' is compressed",
@@ -197,13 +206,16 @@ ZIPS: dict[str, tuple[bytes, str]] = {
     "encrypted": (entry(0, flags=1), "its member 'x/data.pkl' is encrypted"),
     "encrypted data": (entry(1, flags=1), "tensor 'a': its member 'x/data/0' is encrypted"),
     "sizes that differ": (entry(1, size=99), "tensor 'a': its member 'x/data/0' is compressed"),
-    "data too short": (entry(1, size=15, taken=15), "its data has 15 bytes, needed 16"),
+    "data too short": (entry(1, size=15, taken=15), "its storage has 15 bytes, expected 16"),
     "data past the end": (entry(1, size=99, taken=99), "'x/data/0' of 99 bytes overlaps what"),
     "data of 2**32 - 2": (
         entry(1, size=2**32 - 2, taken=2**32 - 2),
         "4,294,967,294 bytes overlaps",
     ),
-    "data of 64 bits": (entry(1, size=2**32 - 1, taken=2**32 - 1), "lacks a size of 64 bits"),
+    "data of 64 bits": (
+        entry(1, size=2**32 - 1, taken=2**32 - 1),
+        "4,294,967,295 bytes overlaps what",
+    ),
     "member in another": (entry(0, size=300, taken=300), "'x/data.pkl' of 300 bytes overlaps"),
     "same place": (entry(1, offset=0), "overlaps what follows it"),
     "place of no member": (entry(1, offset=1), "overlaps what follows it"),
@@ -214,29 +226,38 @@ ZIPS: dict[str, tuple[bytes, str]] = {
     ),
     "place a byte late": (
         entry(1, offset=WHOLE.index(b"PK\x03\x04", 1) + 1, size=15, taken=15),
-        "its data has 15 bytes",
+        "its storage has 15 bytes",
     ),
-    "another name inside": (renamed(b"x/data/0", b"x/data/1", times=1), "is not as the directory"),
+    "another name inside": (
+        renamed(b"x/data/0", b"x/data/1", times=1),
+        "contradicts the directory",
+    ),
     "another name of the pickle": (
         renamed(b"x/data.pkl", b"y/data.pkl", times=1),
-        "not as the dir",
+        "contradicts the directory",
     ),
-    "extra field past the data": (local(1, extra=60), "is not as the directory says"),
-    "packed inside": (local(1, method=8), "is not as the directory says"),
-    "no header": (local(1, mark=0), "is not as the directory says"),
+    "extra field past the data": (local(1, extra=60), "contradicts the directory"),
+    "packed inside": (local(1, method=8), "contradicts the directory"),
+    "no header": (local(1, mark=0), "contradicts the directory"),
     "same name": (
         checkpoint(table(a=tensor()), _0=bytes(16), _1=bytes(16)).replace(b"data/1", b"data/0"),
-        "it has several members 'x/data/0'",
+        "several of its members are named 'x/data/0'",
     ),
-    "part of several": (end(disk=1), "it is one part of several"),
-    "member of another part": (entry(0, disk=1), "it is one part of several"),
-    "more entries": (end(here=3, count=3), "has 2 entries where it says 3"),
-    "directory elsewhere": (end(start=0), "its directory would be"),
-    "directory of 2**32": (end(start=0, nbytes=2**32 - 1), "would be 4,294,967,295 bytes"),
-    "locator of nothing": (with_locator(2**63), TRUNCATED),
-    "locator of another place": (with_locator(0), TRUNCATED),
+    "entries in another part": (end(here=1), "it is one part of a split archive"),
+    "part of several": (end(disk=1), "it is one part of a split archive"),
+    "member of another part": (entry(0, disk=1), "it is one part of a split archive"),
+    "format of the future": (entry(0, version=99), DAMAGED),
+    "name that is not UTF-8": (
+        entry(1, flags=0x800).replace(b"x/data/0", b"x/data/\xff"),
+        DAMAGED,
+    ),
+    "more entries": (end(here=3, count=3), "its directory has 2 entries, but claims 3"),
+    "directory elsewhere": (end(start=0), "expected at byte 0, but is at byte"),
+    "directory of 2**32": (end(start=0, nbytes=2**32 - 1), DAMAGED),
+    "locator of nothing": (with_locator(2**63), DAMAGED),
+    "locator of another place": (with_locator(0), DAMAGED),
     "locator of an end that is cut": (
         with_locator(WHOLE.index(END), b"PK\x06\x06" + struct.pack("<Q", 2**64 - 1) + bytes(44)),
-        TRUNCATED,
+        "its directory ",
     ),
 }

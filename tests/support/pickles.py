@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from ckptconv.reading.header import DTYPE_BITS, Header
+from ckptconv.dtypes import BITS
+from ckptconv.reading.tensor import Header
 
 MARK, STOP, REDUCE, EMPTY_DICT = b"(", b".", b"R", b"}"
 
 
-def saved(content: object, **options: Any) -> bytes:
+def torch_file(content: object, **options: Any) -> bytes:
     """Returns the file that torch makes of an object."""
     buffer = io.BytesIO()
     torch.save(content, buffer, **options)
@@ -117,7 +118,7 @@ def check_laws(header: Header, path: Path) -> None:
     last = (0, 0)
     for info in header.tensors.values():
         assert 0 < header.data_start <= info.start <= info.end <= header.size
-        assert info.nbytes * 8 == info.numel * DTYPE_BITS[info.dtype]
+        assert info.nbytes * 8 == info.numel * BITS[info.dtype]
         assert last <= (info.start, info.end)
         last = info.start, info.end
     assert header.metadata == {}

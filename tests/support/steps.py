@@ -12,11 +12,13 @@ import numpy.typing as npt
 import torch
 from hypothesis import strategies as st
 
+from ckptconv.dtypes import BITS
 from ckptconv.maps.ops import OPS
-from ckptconv.planning.plan import Slot, Step
-from ckptconv.reading.header import DTYPE_BITS, Header, TensorInfo, encode_header, read_header
+from ckptconv.planning.step import Step, Target
+from ckptconv.reading.header import encode_header, read_header
+from ckptconv.reading.tensor import Header, Tensor
 from ckptconv.streaming.stream import lay_out, write
-from ckptconv.streaming.transfers import Piece, pieces
+from ckptconv.streaming.transfers import Transfer, transfers
 
 NUMPY = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I64": "<i8", "U8": "u1"}
 Values = npt.NDArray[Any]
@@ -45,35 +47,40 @@ def _random_bytes(dtype: str, count: int, seed: int) -> bytes:
     if dtype == "F8_E4M3":
         return random.integers(0, 0x7F, count, dtype=np.uint8).tobytes()  # all but NaN
     if dtype in ("I64", "U8"):
-        return random.integers(0, 256, count * DTYPE_BITS[dtype] // 8, dtype=np.uint8).tobytes()
+        return random.integers(0, 256, count * BITS[dtype] // 8, dtype=np.uint8).tobytes()
     return _encoded(random.standard_normal(count) * 10.0 ** random.integers(-8, 4, count), dtype)
 
 
-def _file(path: Path, slots: list[Slot], contents: dict[str, bytes]) -> Header:
+def source(file: str, name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """Returns a tensor of a file that `Run` will write."""
+    return Tensor(Path(file), name, dtype, shape, 0, 0)
+
+
+def _file(path: Path, tensors: list[Tensor], contents: dict[str, bytes]) -> Header:
     """Writes a source file by hand, and returns its header."""
-    beginning, _ = encode_header([(s.key, s.dtype, s.shape) for s in slots], {})
-    path.write_bytes(beginning + b"".join(contents[s.key] for s in slots))
+    beginning, _ = encode_header([(t.name, t.dtype, t.shape) for t in tensors], {})
+    path.write_bytes(beginning + b"".join(contents[t.name] for t in tensors))
     return read_header(path)
 
 
 def naive(step: Step, contents: dict[str, bytes]) -> dict[str, bytes]:
     """Runs a step on whole arrays: every source read, cast, put in a row and cut."""
     row = []
-    for slot in step.sources:
-        data = contents[slot.key]
-        if slot.dtype != step.targets[0].dtype:
-            data = _encoded(_decoded(data, slot.dtype), step.targets[0].dtype)
+    for each in step.sources:
+        data = contents[each.name]
+        if each.dtype != step.targets[0].dtype:
+            data = _encoded(_decoded(data, each.dtype), step.targets[0].dtype)
         row.append(data)
     whole = b"".join(row)
     if step.op.name == "transpose":
-        (source,) = step.sources
-        width = DTYPE_BITS[step.targets[0].dtype] // 8
-        elements = np.frombuffer(whole, f"V{width}").reshape(source.shape)
+        (matrix,) = step.sources
+        width = BITS[step.targets[0].dtype] // 8
+        elements = np.frombuffer(whole, f"V{width}").reshape(matrix.shape)
         return {step.targets[0].key: b"".join(e.tobytes() for e in elements.T.flatten())}
     cut, start = {}, 0
-    for slot in step.targets:
-        size = math.prod(slot.shape) * DTYPE_BITS[slot.dtype] // 8
-        cut[slot.key] = whole[start : start + size]
+    for target in step.targets:
+        size = math.prod(target.shape) * BITS[target.dtype] // 8
+        cut[target.key] = whole[start : start + size]
         start += size
     assert start == len(whole)
     return cut
@@ -98,19 +105,19 @@ def steps_of_all_kinds(draw: st.DrawFn) -> list[Step]:
             "transpose": (draw(DIM), draw(DIM)),
         }[op.name]
         dtype = draw(st.one_of(FLOATS, st.sampled_from(["I64", "U8"])))
-        source = Slot(draw(st.sampled_from(["a", "b"])), f"s{n}", dtype, shape)
-        targets = tuple(
-            Slot(draw(st.sampled_from(["unet", "vae"])), f"t{n}.{i}", dtype, s)
-            for i, s in enumerate(op.shapes(shape, parts))
+        shapes = op.forward(shape, parts)
+        before, after = ([shape], shapes) if draw(st.booleans()) else (shapes, [shape])
+        step = Step(
+            op,
+            tuple(
+                source(draw(st.sampled_from(["a", "b"])), f"s{n}.{i}", dtype, s)
+                for i, s in enumerate(before)
+            ),
+            tuple(
+                Target(draw(st.sampled_from(["unet", "vae"])), f"t{n}.{i}", dtype, s)
+                for i, s in enumerate(after)
+            ),
         )
-        step = Step(op, (source,), targets)
-        if draw(st.booleans()):
-            swap = {"a": "unet", "b": "vae", "unet": "a", "vae": "b"}
-            step = Step(
-                op,
-                tuple(replace(s, place=swap[s.place]) for s in step.targets),
-                tuple(replace(s, place=swap[s.place]) for s in step.sources),
-            )
         if dtype not in ("I64", "U8") and (to := draw(CASTS)):
             step = Step(
                 op,
@@ -129,51 +136,58 @@ class Run:
     steps: list[Step]
 
     def __post_init__(self) -> None:
-        slots = [slot for step in self.steps for slot in step.sources]
+        sources = [tensor for step in self.steps for tensor in step.sources]
         self.contents = {
-            s.key: _random_bytes(s.dtype, math.prod(s.shape), n) for n, s in enumerate(slots)
+            s.name: _random_bytes(s.dtype, math.prod(s.shape), n) for n, s in enumerate(sources)
         }
         self.headers = {
-            place: _file(
-                self.folder / f"{place}.safetensors",
-                [s for s in slots if s.place == place],
+            file.name: _file(
+                self.folder / f"{file}.safetensors",
+                [s for s in sources if s.file == file],
                 self.contents,
             )
-            for place in {s.place for s in slots}
+            for file in {s.file for s in sources}
         }
-        written: dict[str, list[Slot]] = {}
+        self.steps = [
+            replace(
+                step,
+                sources=tuple(self.headers[s.file.name].tensors[s.name] for s in step.sources),
+            )
+            for step in self.steps
+        ]
+        written: dict[str, list[Target]] = {}
         for step in self.steps:
-            for slot in step.targets:
-                written.setdefault(slot.place, []).append(slot)
+            for target in step.targets:
+                written.setdefault(target.component, []).append(target)
         self.files = []
-        self.targets: dict[tuple[str, str], tuple[Path, TensorInfo]] = {}
-        for place, members in written.items():
-            (self.folder / place).mkdir()
-            file = lay_out(self.folder / place / "w.safetensors", members, {"format": "pt"})
+        self.places: dict[tuple[str, str], Tensor] = {}
+        for name, members in written.items():
+            (self.folder / name).mkdir()
+            file = lay_out(self.folder / name / "w.safetensors", members, {"format": "pt"})
             self.files.append(file)
-            self.targets |= {(place, k): (file.path, info) for k, info in file.tensors.items()}
+            self.places |= {(name, key): tensor for key, tensor in file.tensors.items()}
 
-    def pieces(self) -> list[Piece]:
-        return list(pieces(self.steps, self.headers, self.targets))
+    def transfers(self) -> list[Transfer]:
+        return list(transfers(self.steps, self.places))
 
     def write(self) -> tuple[list[str], int]:
         """Returns the warnings, and the sum of the progress."""
         done: list[int] = []
-        warnings = write(self.files, self.pieces(), done.append)
+        warnings = write(self.files, self.transfers(), done.append)
         return warnings, sum(done)
 
 
 def copies(count: int, *, dtype: str = "F32", size: int = 1000) -> list[Step]:
     """Returns steps that rename neighbours to neighbours."""
-    slots = [Slot("a", f"s{n}", dtype, (size,)) for n in range(count)]
-    return [Step(OPS["rename"], (s,), (Slot("unet", s.key, dtype, s.shape),)) for s in slots]
+    sources = [source("a", f"s{n}", dtype, (size,)) for n in range(count)]
+    return [Step(OPS["rename"], (s,), (Target("unet", s.name, dtype, s.shape),)) for s in sources]
 
 
 def in_turns(steps: list[Step]) -> list[Step]:
     """Sends every other tensor to another file."""
-    places = ("unet", "vae")
+    names = ("unet", "vae")
     return [
-        Step(s.op, s.sources, tuple(replace(t, place=places[n % 2]) for t in s.targets))
+        Step(s.op, s.sources, tuple(replace(t, component=names[n % 2]) for t in s.targets))
         for n, s in enumerate(steps)
     ]
 

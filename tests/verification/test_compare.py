@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckptconv.maps.ops import RENAME, TRANSPOSE
-from ckptconv.planning.step import Slot, Step
-from ckptconv.reading.header import Header, read_header
-from ckptconv.streaming.cast import torch_dtype
-from ckptconv.streaming.transfers import pieces
+from ckptconv.dtypes import torch_dtype
+from ckptconv.maps.ops import OPS, RENAME
+from ckptconv.planning.step import Step, Target
+from ckptconv.reading.header import read_header
+from ckptconv.reading.tensor import Header, Tensor
+from ckptconv.streaming.transfers import transfers
 from ckptconv.verification import compare as module
 from ckptconv.verification.compare import Found, compare, look_for_nonfinite
 
@@ -31,25 +31,25 @@ def tiny_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CAST_PART", 24)
 
 
-def places(header: Header) -> dict[tuple[str, str], tuple[Path, Any]]:
-    return {("x", key): (header.path, info) for key, info in header.tensors.items()}
+def places(header: Header) -> dict[tuple[str, str], Tensor]:
+    return {("x", key): tensor for key, tensor in header.tensors.items()}
 
 
 def steps(source: Header, target: Header, transposed: frozenset[str] = frozenset()) -> list[Step]:
     """Pairs the tensors of two files by name."""
     return [
         Step(
-            TRANSPOSE if key in transposed else RENAME,
-            (Slot("source", key, info.dtype, info.shape),),
-            (Slot("x", key, target.tensors[key].dtype, target.tensors[key].shape),),
+            OPS["transpose"] if key in transposed else RENAME,
+            (tensor,),
+            (Target("x", key, target.tensors[key].dtype, target.tensors[key].shape),),
         )
-        for key, info in source.tensors.items()
+        for key, tensor in source.tensors.items()
     ]
 
 
 def found(source: Path, target: Path, transposed: frozenset[str] = frozenset()) -> dict[str, Found]:
     headers = read_header(source), read_header(target)
-    todo = pieces(steps(*headers, transposed), {"source": headers[0]}, places(headers[1]))
+    todo = transfers(steps(*headers, transposed), places(headers[1]))
     return {key: value for (_, key), value in compare(todo, places(headers[1])).items()}
 
 

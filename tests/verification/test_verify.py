@@ -16,7 +16,7 @@ import ckptconv
 from ckptconv.configs.config import configs, model_index
 from ckptconv.detection.detect import detect
 from ckptconv.errors import FileRefused
-from ckptconv.folder.read import Part
+from ckptconv.folder.read import ComponentFolder
 from ckptconv.planning.plan import build_plan
 from ckptconv.verification.checks.config import check_config, check_index
 from ckptconv.verification.result import Problem
@@ -162,7 +162,9 @@ def test_published_configurations_raise_no_alarm(name: str) -> None:
         elif component.startswith("tokenizer"):
             continue
         else:
-            check = check_config(built[component], Part(Path(component), values), ours=False)
+            check = check_config(
+                built[component], ComponentFolder(Path(component), values), ours=False
+            )
         assert [str(problem) for problem in check.problems] == []
 
 
@@ -257,7 +259,7 @@ def test_a_component_that_the_file_lacks_must_be_said_to_come_from_elsewhere(
     save(bare, tmp_path / "bare.safetensors")
     ckptconv.convert(tmp_path / "bare.safetensors", tmp_path / "out", vae=whole)
     found = ckptconv.verify(tmp_path / "bare.safetensors", tmp_path / "out")
-    assert "--vae" in kinds(found)["vae", "data"][0].what
+    assert "say with vae where it comes from" in kinds(found)["vae", "data"][0].what
     assert any("source.json says that vae comes from" in n for n in found.checks[0].notes)
     assert ckptconv.verify(tmp_path / "bare.safetensors", tmp_path / "out", vae=whole).passed
 

@@ -25,10 +25,10 @@ from tests.support.checkpoints import raw
 
 
 def test_comparing_and_looking_take_little_memory(sample: Sample, folder: Folder) -> None:
-    from ckptconv.folder.read import read_saved
+    from ckptconv.folder.read import read_folder
     from ckptconv.verification.checks.data import Bytes
 
-    saved = read_saved(folder("sd2"), {"unet", "vae", "text_encoder"})
+    saved = read_folder(folder("sd2"), {"unet", "vae", "text_encoder"})
     read = Bytes.of(saved, ckptconv.plan(sample("sd2")), finite=True)
     assert read.nbytes > 150e6
     steps: list[int] = []
@@ -108,7 +108,54 @@ def test_wrong_usage_of_the_command_exits_with_two(sample: Sample, folder: Folde
     with pytest.raises(UsageError):
         ckptconv.verify(sample("sd1"), folder("sd1"), only=["nothing"])
     report = run("verify", sample("sd1"), folder("sd1"), "--junit", "/no/such/folder/x.xml")
-    assert (report.exit_code, "cannot be written" in report.stderr) == (1, True)
+    assert (report.exit_code, "no such folder" in report.stderr) == (1, True)
+
+
+@pytest.fixture
+def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place with a checkpoint and a folder, and a verification that finds nothing wrong."""
+    for name in ("x.safetensors", "out/unet/w.safetensors", "out/unet/config.json", "vae.pt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("precious")
+    found = Verification(tmp_path / "out", None, "", "", (Check("unet", "data", ()),), 0, 0.0)
+    monkeypatch.setattr("ckptconv.batch.work.verify", lambda *_args, **_options: found)
+    return tmp_path
+
+
+def test_a_junit_report_replaces_the_last_one(checked: Path) -> None:
+    report = checked / "report.xml"
+    report.write_text("of the last run")
+    names = sorted(checked.iterdir())
+    assert run("verify", checked / "out", "--junit", report).exit_code == 0
+    assert ET.parse(report).getroot().tag == "testsuites"  # noqa: S314  (ours)
+    assert sorted(checked.iterdir()) == names
+
+
+@pytest.mark.parametrize("option", ["--junit", "--markdown"])
+def test_no_report_is_written_to_what_is_verified(
+    option: str, checked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (checked / "link").symlink_to("x.safetensors")
+    monkeypatch.delattr("ckptconv.batch.work.verify")  # refused before the work
+    files = [file for file in checked.rglob("*") if file.is_file()]
+    assert len(files) == 5
+    for file in files:
+        done = run(
+            *("verify", checked / "x.safetensors", checked / "out", "--vae", checked / "vae.pt"),
+            *(option, file),
+        )
+        assert done.exit_code == 1
+        said = "exists and is a link" if file.is_symlink() and option == "--junit" else "to read"
+        assert said in done.stderr
+        assert file.read_text() == "precious"
+
+
+def test_a_summary_is_appended(checked: Path) -> None:
+    summary = checked / "summary.md"
+    summary.write_text("before\n")
+    assert run("verify", checked / "out", "--markdown", summary).exit_code == 0
+    assert summary.read_text().startswith("before\n")
+    assert len(summary.read_text().splitlines()) > 1
 
 
 def test_a_junit_report_holds_any_name(tmp_path: Path) -> None:

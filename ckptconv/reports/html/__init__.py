@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .page import check_page, page, write_page
-
-__all__ = ["check_page", "page", "write_page"]
+from .page import check_page as check_page
+from .page import fragment as fragment
+from .page import page as page
+from .page import write_page as write_page

@@ -1,36 +1,38 @@
-"""The page as a whole: what it consists of, its policy, and the file that it is written to.
+"""The page as a whole, its summary for a notebook, and the file that a page is written to.
 
-The page is one file: its style and its script stand in it, and its Content-Security-Policy admits
-these two by their hashes and nothing else, so a browser fetches nothing and runs nothing that came
-with a file. It is whole without the script, which only searches the table of the keys.
+The page is one file: its style and its script are part of it, and its Content-Security-Policy
+admits these two by their hashes and nothing else. So a browser fetches nothing, and runs nothing
+that came with a file. The page is complete without the script, which only searches the keys.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import importlib.resources
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from ...destination import check_destination, new_file
 from ...detection.detect import Detection
-from ...errors import OutputError
-from ...files import whole
-from ...planning.plan import build_plan
-from ...verification.result import Verification
+from ...errors import CkptconvError, NotACheckpoint
+from ...planning.plan import Plan, build_plan
+from ...planning.step import ASIDE
+from ...verification.result import CHECKS, Verification
 from ...version import __version__
-from ..html import sections
-from ..report import inspection
-from .checks import checks, verdict
-from .markup import Html, Section, element
-
-__all__ = ["check_page", "page", "write_page"]
+from ..network import blocks
+from ..report import groups, header_rows, inspection, plan_rows, weights
+from .drawing import draw
+from .render import ours, policy, rendered
 
 DOCTYPE = "<!doctype html>\n"
+LIMITS = {"rows": 20_000, "value": 2_000, "lines": 500, "problems": 20}
+"""At most so many keys in the table, characters of a value of the metadata, lines of a list, and
+problems of a check before the rest folds away: a hostile file can hold millions."""
 
 
 def page(
     detection: Detection | None,
+    plan: Plan | None,
     verification: Verification | None = None,
     *,
     hashes: Mapping[str, str] | None = None,
@@ -40,27 +42,91 @@ def page(
     Args:
         detection: what the file is; one that was refused gets a page as well. None if a folder was
             verified without its source.
-        verification: what a verification found, if there was one.
-        hashes: of the file, from `ckptconv.report.hashes`, if they were computed.
+        plan: what becomes of the keys; None if the file was refused or there is none.
+        verification: the result of a verification, if there was one.
+        hashes: of the file, from `ckptconv.reports.report.hashes`, if they were computed.
     """
-    top: list[Html] = []
-    parts: list[Section] = []
-    if detection:
-        data = inspection(detection)
-        plan = None if detection.refusal else build_plan(detection)
-        top += sections.beginning(data, plan)
-        parts += sections.trouble(data)
-        if plan and not data["problems"]:
-            parts += [*sections.network(plan), *sections.shares(data, plan)]
-        parts += sections.evidence(detection)
-        parts += sections.facts(detection, data.get("assumed", {}))
-        parts += sections.metadata(detection.header, hashes or {})
-        parts += sections.keys(detection.header, plan)
-    if verification:
-        top += verdict(verification, alone=detection is None)
-        parts = [*checks(verification), *parts]
+    sections = {"checks": "Checks"} if verification else {}
     path = detection.header.path if detection else verification.folder if verification else None
-    return DOCTYPE + _document(f"{path.name if path else ''} - ckptconv", top, parts)
+    values: dict[str, Any] = {}
+    if detection:
+        values = _about(detection, plan)
+        values["rows"] = plan_rows(plan) if plan else header_rows(detection.header)
+        data, drawings = values["data"], values["drawings"]
+        wanted = {
+            "trouble": ("What deserves a look", values["trouble"] or "refusal" in data),
+            "network": ("The network", drawings),
+            "shares": ("Parameters and bytes", drawings),
+            "evidence": ("Evidence", True),
+            "facts": ("Facts and assumptions", detection.facts or data.get("assumed")),
+            "metadata": (
+                "Hashes and metadata" if hashes else "Metadata",
+                hashes or data["metadata"],
+            ),
+            "keys": ("Keys", True),
+        }
+        sections |= {ident: title for ident, (title, shown) in wanted.items() if shown}
+    style, script = ours("network.css") + ours("page.css"), ours("page.js")
+    return rendered(
+        "page.html.j2",
+        **values,
+        name=path.name if path else "",
+        detection=detection,
+        verification=verification,
+        hashes=hashes or {},
+        sections=sections,
+        checks=CHECKS,
+        aside=ASIDE,
+        limits=LIMITS,
+        style=style,
+        script=script,
+        policy=policy(style, script),
+        version=__version__,
+    )
+
+
+def fragment(detection: Detection, plan: Plan | None = None) -> str:
+    """Returns a summary of a file with the drawing of its network, for the cell of a notebook.
+
+    Args:
+        detection: what the file is.
+        plan: what becomes of its keys; made here if it is not given.
+    """
+    try:
+        if plan is None and not detection.refusal:
+            plan = build_plan(detection)
+        values = _about(detection, plan)
+    except CkptconvError as error:  # its architecture is known, and yet something does not fit
+        refusal = NotACheckpoint(error.message, problems=error.problems, hint=error.hint)
+        values = _about(replace(detection, refusal=refusal), None)
+    style = ours("network.css") + ours("notebook.css")
+    return rendered("fragment.html.j2", **values, detection=detection, limits=LIMITS, style=style)
+
+
+def _about(detection: Detection, plan: Plan | None) -> dict[str, Any]:
+    """Returns what the templates say of a file."""
+    data = inspection(detection, plan)
+    components = data["components"]
+    found = groups(plan) if plan and components else {}
+    order = dict.fromkeys([*components, *found])
+    trouble = {
+        "Keys that are missing, unknown or of a wrong shape": data["problems"],
+        "Keys that no map knows": data["unclaimed"],
+        "Components that the file does not have": data["missing"],
+        "Notes": data["notes"],
+    }
+    return {
+        "data": data,
+        "parameters": sum(part["parameters"] for part in components.values()),
+        "dtypes": dict.fromkeys(d for part in components.values() for d in part["dtypes"]),
+        "trouble": {title: lines for title, lines in trouble.items() if lines},
+        "shares": {name: (len(found[name]), weights(found[name])) for name in order},
+        # the components of a donor are in another file
+        "nbytes": max(
+            detection.header.size, sum(t.nbytes for part in found.values() for t in part)
+        ),
+        "drawings": {name: draw(name, blocks(plan, name)) for name in components if plan},
+    }
 
 
 def write_page(path: Path, content: str, *, overwrite: bool = False) -> None:
@@ -75,8 +141,8 @@ def write_page(path: Path, content: str, *, overwrite: bool = False) -> None:
         OutputError: the file exists and may not be replaced, or cannot be written.
     """
     check_page(path, overwrite=overwrite)
-    with whole(path) as partial:
-        partial.write_text(content, encoding="utf-8")
+    with new_file(path) as hidden:
+        hidden.write_text(content, encoding="utf-8")
 
 
 def check_page(path: Path, *, overwrite: bool = False) -> None:
@@ -89,63 +155,11 @@ def check_page(path: Path, *, overwrite: bool = False) -> None:
     Raises:
         OutputError: the file exists and may not be replaced, or its folder is missing.
     """
-    try:
-        if not path.parent.is_dir():
-            raise OutputError(f"{path.parent}: no such folder", hint="make it first, with mkdir -p")
-        if not (path.exists() or path.is_symlink()):
-            return
-        is_page = path.is_file() and not path.is_symlink()
-        if is_page:
-            with path.open("rb") as file:
-                is_page = file.read(len(DOCTYPE)) == DOCTYPE.encode()
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be looked at: {error.strerror}", hint="choose another place"
-        ) from error
-    if not overwrite:
-        raise OutputError(f"{path}: exists", hint="--overwrite replaces it; or choose another name")
-    if not is_page:
-        raise OutputError(
-            f"{path}: exists and is not a page, so --overwrite does not replace it",
-            hint="remove it yourself, or choose another name",
-        )
+    check_destination(path, overwrite=overwrite, kind=("a page", _is_page))
 
 
-def _document(title: str, top: list[Html], parts: list[Section]) -> Html:
-    style, script = _data("report.css"), _data("report.js")
-    policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; "
-    policy += "base-uri 'none'; form-action 'none'"
-    links = (element("li", element("a", p.title, href=f"#{p.ident}")) for p in parts)
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("meta", name="referrer", content="no-referrer"),
-        element("title", title),
-        element("style", style),
-    )
-    body = element(
-        "body",
-        element("header", *top),
-        element("nav", element("ul", *links), aria_label="Contents"),
-        element("main", *(part.html() for part in parts)),
-        element(
-            "footer",
-            element("p", f"Written by ckptconv {__version__}. The page refers to nothing outside."),
-        ),
-        element("script", script),
-    )
-    return element("html", head, body, lang="en")
-
-
-def _data(name: str) -> Html:
-    """Returns a file of ours that stands in the page as it is."""
-    data = importlib.resources.files(__package__) / name
-    return Html(data.read_text(encoding="utf-8"))
-
-
-def _hash(content: str) -> str:
-    digest = hashlib.sha256(content.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
+def _is_page(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(DOCTYPE)) == DOCTYPE.encode()

@@ -12,12 +12,10 @@ from typing import Any
 
 from ...configs.config import TORCH_NAMES, Config, class_of
 from ...folder.names import CONFIG_FILES
-from ...folder.read import Part
+from ...folder.read import ComponentFolder
 from ...libraries import PIPELINES
 from ..classes import Unbuildable, defaults
 from ..result import Check, Problem
-
-__all__ = ["check_config", "check_index", "class_said", "same"]
 
 NAMES = ("_class_name", "architectures", "image_processor_type", "feature_extractor_type")
 """Entries that name the class."""
@@ -55,7 +53,7 @@ SAYS = {"assumed": "was only assumed", "constant": "", "measured": "by the weigh
 """Why a value is expected, by its origin."""
 
 
-def check_config(config: Config, part: Part, *, ours: bool) -> Check:
+def check_config(config: Config, part: ComponentFolder, *, ours: bool) -> Check:
     """Compares the configuration of a component with what it should be.
 
     Args:
@@ -191,14 +189,16 @@ def class_said(own: Mapping[str, Any]) -> Any:
     return RENAMED.get(said, said) if isinstance(said, str) else said
 
 
-def _dtype_problems(own: Mapping[str, Any], part: Part, notes: list[str]) -> Iterator[Problem]:
-    stored = {TORCH_NAMES[s.dtype] for s in part.tensors.values() if s.dtype in TORCH_NAMES}
+def _dtype_problems(
+    own: Mapping[str, Any], part: ComponentFolder, notes: list[str]
+) -> Iterator[Problem]:
+    stored = {TORCH_NAMES[t.dtype] for t in part.tensors.values() if t.dtype in TORCH_NAMES}
     for entry in DTYPES:
         said = own.get(entry)
         if said is None or not stored or said in stored:
             continue
         what = f"is {_show(said)}, but the weights are {' and '.join(sorted(stored))}"
-        files = {slot.place.rpartition("/")[2] for slot in part.tensors.values()}
+        files = {tensor.file.name for tensor in part.tensors.values()}
         if said in TORCH_NAMES.values() and all(name.count(".") > 1 for name in files):
             notes.append(f"{entry} {what}: a variant shares its configuration with another")
         else:

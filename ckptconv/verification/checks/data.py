@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from ...conversion.write import Total
-from ...folder.read import Part, Saved
-from ...planning.plan import ASIDE, Plan, Slot, Step
-from ...reading.header import FLOATS, TensorInfo
-from ...streaming.transfers import Piece, pieces
+from ...dtypes import FLOATS
+from ...files import ByteCounter
+from ...folder.read import ComponentFolder, ModelFolder
+from ...planning.plan import Plan
+from ...planning.step import ASIDE, Step, Target
+from ...reading.tensor import Tensor
+from ...streaming.transfers import Places, Transfer, transfers
 from ..compare import Found, compare, look_for_nonfinite
 from ..result import Check, Problem
-
-__all__ = ["Bytes", "check_data", "check_finite"]
-
-Places = Mapping[tuple[str, str], tuple[Path, TensorInfo]]
 
 
 @dataclass(slots=True)
@@ -33,7 +30,7 @@ class Bytes:
         cancelled: set it, and the reading stops soon.
     """
 
-    todo: list[Piece]
+    todo: list[Transfer]
     tensors: Places
     finite: bool
     different: Mapping[tuple[str, str], Found] = field(default_factory=dict)
@@ -41,23 +38,17 @@ class Bytes:
     cancelled: bool = False
 
     @classmethod
-    def of(cls, saved: Saved, made: Plan | None, *, finite: bool) -> Bytes:
+    def of(cls, folder: ModelFolder, plan: Plan | None, *, finite: bool) -> Bytes:
         """Pairs the tensors of a folder with those of the file that a plan reads, if any."""
-        tensors = {
-            (name, key): (saved.headers[s.place].path, saved.headers[s.place].tensors[s.key])
-            for name, slots in _slots(saved).items()
-            for key, s in slots.items()
-        }
-        todo: list[Piece] = []
-        if made:
-            steps = [step for step in made.steps if step.targets and _fits(step, tensors)]
-            todo = list(pieces(steps, made.headers, tensors))
-        return cls(todo, tensors, finite)
+        parts = {name: part.tensors for name, part in folder.parts.items()} | {ASIDE: folder.aside}
+        tensors = {(name, k): t for name, part in parts.items() for k, t in part.items()}
+        steps = [s for s in (plan.steps if plan else ()) if s.targets and _fits(s, tensors)]
+        return cls(list(transfers(steps, tensors)), tensors, finite)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the folder's tensors that are compared."""
-        return sum(piece.nbytes for piece in self.todo)
+        return sum(each.nbytes for each in self.todo)
 
     def run(self, progress: Callable[[int, int], None]) -> None:
         """Reads the bytes.
@@ -66,20 +57,22 @@ class Bytes:
             FileRefused: a file became shorter meanwhile, or cannot be read any more.
             CancelledError: it was cancelled.
         """
-        looked = sum(info.nbytes for _, info in self.tensors.values() if info.dtype in FLOATS)
-        done = Total(self.nbytes + (looked if self.finite else 0), progress)
+        looked = sum(t.nbytes for t in self.tensors.values() if t.dtype in FLOATS)
 
-        def add(nbytes: int) -> None:
+        def report(done: int, total: int) -> None:
             if self.cancelled:
                 raise CancelledError
-            done.add(nbytes)
+            progress(done, total)
 
-        self.different = compare(self.todo, self.tensors, add)
+        counter = ByteCounter(self.nbytes + (looked if self.finite else 0), report)
+        self.different = compare(self.todo, self.tensors, counter.add)
         if self.finite:
-            self.nonfinite = look_for_nonfinite(self.tensors, add)
+            self.nonfinite = look_for_nonfinite(self.tensors, counter.add)
 
 
-def check_data(name: str, part: Part | None, made: Plan, read: Bytes, *, cast: bool) -> Check:
+def check_data(
+    name: str, part: ComponentFolder | None, made: Plan, read: Bytes, *, cast: bool
+) -> Check:
     """Tells whether a component has the tensors and the values that the plan gives.
 
     Args:
@@ -90,25 +83,25 @@ def check_data(name: str, part: Part | None, made: Plan, read: Bytes, *, cast: b
         cast: the plan was told a dtype, which then is the only right one.
     """
     wanted = made.tensors(name)
-    have = {key: info for (place, key), (_, info) in read.tensors.items() if place == name}
+    have = {key: t for (owner, key), t in read.tensors.items() if owner == name}
     problems = [Problem(key, "is missing: the file gives it") for key in wanted if key not in have]
     if part:
         problems += [
-            Problem(slot.key, "is left over: nothing in the file gives it")
-            for key, slot in part.tensors.items()
+            Problem(tensor.name, "is left over: nothing in the file gives it")
+            for key, tensor in part.tensors.items()
             if key not in wanted and not key.endswith(".position_ids")
         ]
     problems += [
-        Problem(key, f"has shape {list(have[key].shape)}, the file gives {list(slot.shape)}")
-        for key, slot in wanted.items()
-        if key in have and have[key].shape != slot.shape
+        Problem(key, f"has shape {list(have[key].shape)}, the file gives {list(target.shape)}")
+        for key, target in wanted.items()
+        if key in have and have[key].shape != target.shape
     ]
     wrong, notes = _dtypes(wanted, have, cast=cast)
     problems += wrong
     problems += [
         Problem(key, f"{found.count:,} of {found.of:,} values differ, the first at {found.where}")
-        for (place, key), found in read.different.items()
-        if place == name
+        for (owner, key), found in read.different.items()
+        if owner == name
     ]
     nbytes = sum(info.nbytes for key, info in have.items() if key in wanted)
     extent = f"{len(wanted):,} tensors, {nbytes:,} bytes"
@@ -117,35 +110,31 @@ def check_data(name: str, part: Part | None, made: Plan, read: Bytes, *, cast: b
 
 def check_finite(read: Bytes) -> Iterator[Check]:
     """Yields a check for every component that was looked at."""
-    for name in dict.fromkeys(place for place, _ in read.tensors):
+    for name in dict.fromkeys(owner for owner, _ in read.tensors):
         problems = tuple(
             Problem(key, f"{found.count:,} of {found.of:,} values are NaN or infinite")
-            for (place, key), found in read.nonfinite.items()
-            if place == name
+            for (owner, key), found in read.nonfinite.items()
+            if owner == name
         )
-        floats = [i for (p, _), (_, i) in read.tensors.items() if p == name and i.dtype in FLOATS]
+        floats = [t for (n, _), t in read.tensors.items() if n == name and t.dtype in FLOATS]
         yield Check(name, "finite", problems, (), f"{len(floats):,} tensors of floats")
-
-
-def _slots(saved: Saved) -> dict[str, Mapping[str, Slot]]:
-    return {name: part.tensors for name, part in saved.parts.items()} | {ASIDE: saved.aside}
 
 
 def _fits(step: Step, tensors: Places) -> bool:
     """Whether the folder has the targets, in their shapes; if not, that is a problem by itself."""
-    found = [tensors.get((t.place, t.key)) for t in step.targets]
-    return all(f and f[1].shape == t.shape for f, t in zip(found, step.targets, strict=True))
+    found = [(tensors.get((t.component, t.key)), t) for t in step.targets]
+    return all(tensor and tensor.shape == target.shape for tensor, target in found)
 
 
 def _dtypes(
-    wanted: Mapping[str, Slot], have: Mapping[str, TensorInfo], *, cast: bool
+    wanted: Mapping[str, Target], have: Mapping[str, Tensor], *, cast: bool
 ) -> tuple[list[Problem], list[str]]:
     """Finds tensors that neither have the dtype of the file nor that of all the others.
 
     A conversion keeps every dtype, or casts all floats to one; so of these two readings the one
     that fewer tensors contradict is held against them.
     """
-    pairs = {key: (slot.dtype, have[key].dtype) for key, slot in wanted.items() if key in have}
+    pairs = {key: (t.dtype, have[key].dtype) for key, t in wanted.items() if key in have}
     wrong = {key: want for key, (want, found) in pairs.items() if want != found}
     notes = []
     if not cast:

@@ -16,10 +16,8 @@ from ...configs.tokenizer import merges_text, vocabulary
 from ...errors import FileRefused
 from ...files import read_json
 from ...folder.names import CONFIG_FILES
-from ...folder.read import Part
+from ...folder.read import ComponentFolder
 from ..result import Check, Problem
-
-__all__ = ["check_tokenizer"]
 
 SPECIALS = "special_tokens_map.json"
 COMPARED = ("add_prefix_space", "do_lower_case", "errors", "model_max_length")
@@ -33,7 +31,7 @@ UNTOLD = "<|endoftext|>"
 """What a special token is in a class that is not told."""
 
 
-def check_tokenizer(config: Config, part: Part, *, ours: bool) -> Check:
+def check_tokenizer(config: Config, part: ComponentFolder, *, ours: bool) -> Check:
     """Compares a tokenizer with what it should be.
 
     Args:

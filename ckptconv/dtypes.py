@@ -1,0 +1,109 @@
+"""The dtypes of tensors: one table of what safetensors, torch, NumPy and people call them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+BITS: dict[str, int] = {
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("BOOL", "U8", "I8"), 8),
+    **dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+"""Bits per element of every dtype of the safetensors format: `Dtype::bitsize` in
+`safetensors/src/tensor.rs` of safetensors 0.8."""
+
+FLOATS: frozenset[str] = frozenset(dtype for dtype in BITS if dtype.startswith(("F", "BF")))
+"""The real floating-point dtypes: not the integers, BOOL or C64."""
+
+LIBRARY_NAMES: dict[str, str] = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    **{f"{kind[0].upper()}{n}": f"{kind}{n}" for kind in ("int", "uint") for n in (64, 32, 16, 8)},
+    "BOOL": "bool",
+    "C64": "complex64",
+}
+"""The names that torch, and NumPy with ml_dtypes, give to dtypes of the format."""
+
+CASTS = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+"""The dtypes that weights can be cast to: as users write them, and as safetensors does."""
+
+_SYNONYMS = {
+    **{name: name for name in CASTS},
+    **{dtype.lower(): name for name, dtype in CASTS.items()},
+    **{LIBRARY_NAMES[dtype]: name for name, dtype in CASTS.items()},
+    **{"half": "fp16", "float": "fp32"},
+}
+
+
+def cast_name(dtype: object) -> str:
+    """Returns `fp16`, `bf16` or `fp32` for a dtype, however it is written.
+
+    Args:
+        dtype: a `torch.dtype`, or a name such as `fp16`, `float16`, `half` or `torch.float16`.
+
+    Raises:
+        UsageError: it is none of these.
+
+    >>> cast_name("torch.float16"), cast_name("BF16"), cast_name("float32")
+    ('fp16', 'bf16', 'fp32')
+    """
+    name = _SYNONYMS.get(str(dtype).lower().removeprefix("torch."))
+    if name is None:
+        known = ", ".join(CASTS)
+        raise UsageError(f"dtype {str(dtype)!r} is unknown", hint=f"it is one of {known}")
+    return name
+
+
+def nbytes(count: int, dtype: str) -> int:
+    """Returns the bytes of a number of elements that lie back to back."""
+    return count * BITS[dtype] // 8
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Returns torch's dtype for a name that safetensors uses.
+
+    Raises:
+        UsageError: this torch has none.
+    """
+    import torch
+
+    dtype = getattr(torch, LIBRARY_NAMES.get(name, ""), None)
+    if not isinstance(dtype, torch.dtype):
+        raise UsageError(f"torch {torch.__version__} has no dtype for {name}")
+    return dtype
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Returns NumPy's dtype, little-endian, for a name that safetensors uses.
+
+    Raises:
+        UsageError: NumPy and ml_dtypes have none.
+    """
+    import ml_dtypes  # adds bfloat16 and the dtypes of 8 bits to NumPy
+    import numpy as np
+
+    library_name = LIBRARY_NAMES.get(name, "")
+    if hasattr(ml_dtypes, library_name):
+        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, library_name))
+        return found
+    if not library_name:
+        raise UsageError(f"values of {name} cannot be read", hint="store them as F16 or BF16")
+    return np.dtype(library_name).newbyteorder("<")

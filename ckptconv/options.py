@@ -1,0 +1,240 @@
+"""What a caller may decide: one record, from Python or from the command line.
+
+The fields of `Options` are the keyword arguments of `plan`, `convert`, `verify` and
+`load_pipeline`; with their help texts, they are the options of the commands too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypedDict, TypeVar
+
+from .dtypes import cast_name
+from .errors import UsageError
+from .maps.architecture import KeyMaps, bundled
+
+FACTS: Mapping[str, tuple[Any, ...]] = {
+    "prediction_type": ("epsilon", "v_prediction"),
+    "zero_terminal_snr": (False, True),
+    "family": ("sd1", "sd2", "sdxl"),
+}
+"""The facts that an option can decide, and their values."""
+
+DONORS = ("vae", "text_encoder", "text_encoder_2", "depth_estimator", "image_normalizer")
+"""The components that can come from elsewhere, each by an option of its name."""
+
+SYNONYMS = {"torch_dtype": "dtype"}
+"""Keywords as diffusers spells them."""
+
+Place = str | Path
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Choices(TypedDict, total=False):
+    """The keyword arguments that `Options` understands, for type checkers."""
+
+    dtype: Any
+    torch_dtype: Any
+    ema: bool
+    only: str | Iterable[str] | None
+    vae: Place | None
+    text_encoder: Place | None
+    text_encoder_2: Place | None
+    depth_estimator: Place | None
+    image_normalizer: Place | None
+    prediction_type: str | None
+    zero_terminal_snr: bool | None
+    family: str | None
+    original_config: Place | None
+    lora: Place | Iterable[Place]
+    maps: KeyMaps | None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """The file of an adapter, and how strongly it applies."""
+
+    path: Path
+    scale: float = 1.0
+
+
+def adapter_file(text: str | Path | AdapterFile) -> AdapterFile:
+    """Returns what `FILE` or `FILE:SCALE` means. A file of this whole name is taken as it is.
+
+    Raises:
+        UsageError: the scale is not finite.
+
+    >>> adapter_file("style.safetensors:0.8").scale
+    0.8
+    """
+    if isinstance(text, AdapterFile):
+        return text
+    name, colon, number = str(text).rpartition(":")
+    try:
+        if not colon or not name or Path(text).exists():
+            return AdapterFile(Path(text))
+        scale = float(number)
+    except (OSError, ValueError):  # a name that is too long, say; or a colon in the name
+        return AdapterFile(Path(text))
+    if not math.isfinite(scale):
+        raise UsageError(f"{text}: the scale is {number}", hint="give a number, such as 0.8")
+    return AdapterFile(Path(name), scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a caller decides; whatever is left out is found out, or stays as it is in the file.
+
+    Attributes:
+        dtype: cast the weights to `fp16`, `bf16` or `fp32`; by default they stay as stored.
+        ema: take the EMA copy of the UNet.
+        only: the components to write, such as unet and vae; all by default.
+        vae: take the VAE from another checkpoint, a lone component file or a diffusers folder.
+        text_encoder: likewise the text encoder.
+        text_encoder_2: likewise the second text encoder.
+        depth_estimator: likewise the depth estimator of SD2 depth-to-image.
+        image_normalizer: likewise unCLIP's image statistics; a file of mean and deviation will do.
+        prediction_type: what the UNet predicts, `epsilon` or `v_prediction`; detected by default.
+        zero_terminal_snr: whether the noise schedule ends in pure noise; detected by default.
+        family: what a lone VAE is for, `sd1`, `sd2` or `sdxl`; detected by default.
+        original_config: the LDM or SGM yaml of the model, which wins over what is measured.
+        lora: a LoRA, DoRA, LoHa or LoKr to add to the weights, as FILE or FILE:SCALE; or several.
+        maps: the key maps to use; by default those that come with ckptconv.
+    """
+
+    dtype: str | None = None
+    ema: bool = False
+    only: frozenset[str] | None = None
+    vae: Path | None = None
+    text_encoder: Path | None = None
+    text_encoder_2: Path | None = None
+    depth_estimator: Path | None = None
+    image_normalizer: Path | None = None
+    prediction_type: str | None = None
+    zero_terminal_snr: bool | None = None
+    family: str | None = None
+    original_config: Path | None = None
+    lora: tuple[AdapterFile, ...] = ()
+    maps: KeyMaps = dataclasses.field(default_factory=bundled)
+
+    @classmethod
+    def of(cls, words: Mapping[str, Any]) -> Options:
+        """Returns the options that keyword arguments mean. None stands for the default.
+
+        Raises:
+            TypeError: a keyword is unknown; the nearest one is named.
+            UsageError: a value is none that the option can have.
+        """
+        given: dict[str, Any] = {}
+        for word, value in words.items():
+            name = SYNONYMS.get(word, word)
+            if name not in _READERS:
+                raise TypeError(_unknown(word, _READERS))
+            if value is None:
+                continue
+            if name in given and given[name] != _READERS[name](value):
+                raise TypeError(f"{word} and {name} are one option, and differ")
+            given[name] = _READERS[name](value)
+        return cls(**given)
+
+    def as_words(self) -> dict[str, Any]:
+        """Returns the keyword arguments that mean this record."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def donors(self) -> dict[str, Path]:
+        """By component, where it is taken from."""
+        return {name: place for name in DONORS if (place := getattr(self, name)) is not None}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The facts that are decided, by name."""
+        return {name: v for name in FACTS if (v := getattr(self, name)) is not None}
+
+
+HELP: Mapping[str, str] = dict(
+    re.findall(r"^    (\w+): (.+)$", inspect.getdoc(Options) or "", re.M)
+)
+"""What each option does, as the docstring of `Options` says."""
+
+
+def _names(value: str | Iterable[str]) -> frozenset[str]:
+    return frozenset([value] if isinstance(value, str) else value)
+
+
+def _adapter_files(value: Any) -> tuple[AdapterFile, ...]:
+    one = isinstance(value, str | Path | AdapterFile)
+    return tuple(adapter_file(each) for each in ([value] if one else value))
+
+
+def _fact(name: str) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if value not in FACTS[name]:
+            allowed = ", ".join(map(str, FACTS[name]))
+            raise UsageError(f"{name} cannot be {value!r}: it is one of {allowed}")
+        return value
+
+    return read
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "dtype": cast_name,
+    "ema": bool,
+    "only": _names,
+    **dict.fromkeys((*DONORS, "original_config"), Path),
+    **{name: _fact(name) for name in FACTS},
+    "lora": _adapter_files,
+    "maps": lambda value: value,
+}
+"""By field of `Options`, what turns a caller's value into the record's."""
+
+
+def _unknown(word: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, known, 1, 0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
+    return f"unexpected keyword argument {word!r}; {hint}"
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a function whose `**choices` are those of `Options`.
+
+    A keyword that nobody knows is a TypeError that names the nearest, and `help()` shows every
+    keyword with its default.
+    """
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None if field.default is dataclasses.MISSING else field.default,
+            annotation=Choices.__annotations__[field.name],
+        )
+        for field in dataclasses.fields(Options)
+    ]
+    known = [p.name for p in (*own, *options)]
+
+    @functools.wraps(function)
+    def call(*args: P.args, **words: P.kwargs) -> R:
+        for word in words:
+            if word not in known and word not in SYNONYMS:
+                raise TypeError(f"{function.__name__}() got an {_unknown(word, known)}")
+        return function(*args, **words)
+
+    call.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    described = inspect.getdoc(Options) or ""
+    lines = described.partition("Attributes:\n")[2].rstrip()
+    call.__doc__ = (function.__doc__ or "").replace(
+        "        **choices: see `Options`.",
+        "".join(f"    {x}\n" for x in lines.split("\n")).rstrip(),
+    )
+    return call

@@ -1,0 +1,79 @@
+"""What a header says: tensors, each of which knows the file that it lies in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor in a file.
+
+    Attributes:
+        file: the file.
+        name: the name of the tensor in that file.
+        dtype: a key of `ckptconv.dtypes.BITS`.
+        shape: number of elements along each axis; `()` is a scalar.
+        start: offset of the first byte of the data, in bytes from the beginning of the file.
+        end: offset of the byte after the last one, likewise.
+    """
+
+    file: Path
+    name: str
+    dtype: str
+    shape: Shape
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return self.end - self.start
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Header:
+    """The header of a checkpoint.
+
+    Attributes:
+        path: the file; the index of a checkpoint that lies in several files.
+        tensors: by key, in the order of the data. The key is the tensor's own name, unless the
+            checkpoint is read under other names.
+        metadata: the entry `__metadata__`; empty where the file has none.
+        data_start: offset of the first byte after the header, in bytes.
+        size: size of the whole file, or of all files, in bytes.
+        notes: what the file holds beside tensors and metadata, as sentences.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    data_start: int
+    size: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors."""
+        return tuple(dict.fromkeys(tensor.file for tensor in self.tensors.values())) or (self.path,)
+
+    def has_data(self, tensor: Tensor) -> bool:
+        """Whether a tensor can be read: a header that was saved without its file has no data."""
+        return self.data_start > 0 or tensor.file != self.path
+
+    def __repr__(self) -> str:
+        return f"<Header of {self.path}: {len(self.tensors):,} tensors, {self.size:,} bytes>"

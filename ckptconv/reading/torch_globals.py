@@ -1,0 +1,192 @@
+"""What the globals in a PyTorch pickle stand for: storages, tensors and what else it may name.
+
+A call of a global is data here: `torch._utils._rebuild_tensor_v2(...)` becomes a `StridedTensor`
+that says where its elements are.
+Source: https://github.com/pytorch/pytorch, `torch/_utils.py` (`_rebuild_*`) and
+`torch/serialization.py` (`persistent_id` in `_save`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..dtypes import LIBRARY_NAMES
+from .unpickle import INERT, Call, Global, Table
+
+MAX_AXES = 64
+"""Axes of a tensor; PyTorch allows no more."""
+MAX_KEY = 64
+"""Characters of the name of a storage, which is a number."""
+
+DTYPES = {
+    **{f"torch.{name}": dtype for dtype, name in LIBRARY_NAMES.items()},
+    "torch.DoubleStorage": "F64",
+    "torch.FloatStorage": "F32",
+    "torch.HalfStorage": "F16",
+    "torch.BFloat16Storage": "BF16",
+    "torch.LongStorage": "I64",
+    "torch.IntStorage": "I32",
+    "torch.ShortStorage": "I16",
+    "torch.CharStorage": "I8",
+    "torch.ByteStorage": "U8",
+    "torch.BoolStorage": "BOOL",
+    "torch.ComplexFloatStorage": "C64",
+    "torch.storage.UntypedStorage": "U8",
+}
+"""The safetensors dtype of each dtype and storage class of PyTorch."""
+
+IGNORED = tuple(
+    f"{package}.{name}"
+    for packages, names in (
+        # Python: sets, the bytes of protocol 2, the state of a scheduler, types.
+        ("builtins", "set list dict str int float bool"),
+        ("_codecs", "encode"),
+        ("collections", "Counter"),
+        ("typing", "Any"),
+        # PyTorch: what a tensor has beside its elements, and a textual inversion.
+        ("torch", "device Size complex128 ComplexDoubleStorage nn.modules.container.ParameterDict"),
+        # NumPy: scores, states of random generators.
+        ("numpy.core.multiarray numpy._core.multiarray", "scalar _reconstruct"),
+        ("numpy", "dtype ndarray"),
+        # PyTorch Lightning: the states of callbacks, by class, and hyperparameters.
+        (
+            "pytorch_lightning lightning.pytorch",
+            "callbacks.model_checkpoint.ModelCheckpoint callbacks.early_stopping.EarlyStopping "
+            "utilities.parsing.AttributeDict",
+        ),
+        # OmegaConf: hyperparameters of the LDM code.
+        (
+            "omegaconf",
+            "dictconfig.DictConfig listconfig.ListConfig base.ContainerMetadata base.Metadata "
+            "nodes.AnyNode",
+        ),
+    )
+    for package in packages.split()
+    for name in names.split()
+)
+"""Other globals in checkpoints of well-known programs. The objects that they make are dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Elements that one or more tensors share.
+
+    Attributes:
+        torch_type: the class of the storage, which implies a dtype.
+        key: the name of the zip member that holds the elements.
+        numel: number of elements.
+    """
+
+    torch_type: str
+    key: str
+    numel: int
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors dtype; ValueError if there is none."""
+        return _dtype(self.torch_type)
+
+
+@dataclass(frozen=True, slots=True)
+class StridedTensor:
+    """What the pickle says of a tensor.
+
+    Attributes:
+        storage: holds its elements.
+        offset: position of its first element in the storage, in elements.
+        shape: number of elements along each axis.
+        stride: elements between neighbours along each axis.
+        torch_dtype: its dtype, where it is not that of the storage.
+        is_lazy: whether a conjugation or negation is still to be applied.
+    """
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    torch_dtype: str = ""
+    is_lazy: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors dtype; ValueError if there is none."""
+        return _dtype(self.torch_dtype or self.storage.torch_type)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements follow each other in the order of the axes."""
+        needed = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and stride != needed:
+                return 0 in self.shape
+            needed *= size
+        return True
+
+
+def _dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise ValueError(f"safetensors has no dtype for {name}")
+    return DTYPES[name]
+
+
+def _are_sizes(*values: object) -> bool:
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def storage_of(persistent_id: tuple[Any, ...]) -> Storage:
+    """Returns the storage that ("storage", class, key, device, number of elements) stands for.
+
+    Raises:
+        ValueError: the persistent id is not of this form.
+    """
+    match persistent_id:
+        case ("storage", Global(torch_type), str(key), _, numel, *_):
+            if len(key) <= MAX_KEY and _are_sizes(numel):
+                return Storage(torch_type, key, numel)
+    raise ValueError("a persistent id is not that of a storage")
+
+
+def _tensor(arguments: tuple[Any, ...]) -> StridedTensor:
+    """Reads the arguments of `_rebuild_tensor` and `_rebuild_tensor_v2`."""
+    match arguments:
+        case (Storage() as storage, offset, tuple(shape), tuple(stride), *more):
+            if len(shape) == len(stride) <= MAX_AXES and _are_sizes(offset, *shape, *stride):
+                is_lazy = bool(more[2:] and more[2])  # the metadata
+                return StridedTensor(storage, offset, shape, stride, is_lazy=is_lazy)
+    raise ValueError("a tensor has no storage, or its offset, shape or strides are not sizes")
+
+
+def _tensor_with_dtype(arguments: tuple[Any, ...]) -> StridedTensor:
+    """Reads the arguments of `_rebuild_tensor_v3`: version 2, with a dtype before the metadata."""
+    tensor = _tensor((*arguments[:6], *arguments[7:]))
+    match arguments[6:7]:
+        case (Global(name),):
+            return replace(tensor, torch_dtype=name)
+    raise ValueError("a tensor has no dtype")
+
+
+def _parameter(arguments: tuple[Any, ...]) -> object:
+    if not arguments:
+        raise ValueError("a parameter has no tensor")
+    return arguments[0]
+
+
+def _empty_table(arguments: tuple[Any, ...]) -> Table:
+    # The argument of a `defaultdict` is the class of its values.
+    if not all(isinstance(argument, Global) for argument in arguments):
+        raise ValueError("a dict is made of a list")
+    return Table()
+
+
+GLOBALS: dict[str, Call] = {
+    **dict.fromkeys((*DTYPES, *IGNORED), lambda _: INERT),
+    "collections.OrderedDict": _empty_table,
+    "collections.defaultdict": _empty_table,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_with_dtype,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+}
+"""The globals that a checkpoint may name, and what a call to each of them stands for."""
