@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ckptconv.cli import main
-from ckptconv.errors import UsageError
+from ckptconv.errors import UsageError, on_the_command_line
 from ckptconv.inference.generation import Settings, call_arguments, check, generate, parse_pixels
 from ckptconv.inference.model import open_model
 from ckptconv.inference.pipeline import OTHER_TASKS, load_pipeline, pipeline_class
@@ -78,12 +78,8 @@ def test_every_task_makes_the_same_image_twice(
     file = sample(architecture, task=own)
     given = {"image": image, "mask": mask}
     options = [part for name in NEEDS[task] for part in (f"--{name}", given[name])]
-    if (
-        "strength"
-        in inspect.signature(
-            pipeline_class(open_model(file, Options()), task)[0].__call__
-        ).parameters
-    ):
+    cls, _ = pipeline_class(open_model(file, Options()), task)
+    if "strength" in inspect.signature(cls.__call__).parameters:
         options += ["--strength", "0.9"]
     if task != own:
         options += ["--task", task]
@@ -291,7 +287,8 @@ def test_options_that_do_not_fit_the_task(
     task: str, settings: Mapping[str, Any], problems: list[str], sample: Sample
 ) -> None:
     cls, name = pipeline_class(open_model(sample("sd1"), Options()), task)
-    with pytest.raises(UsageError, match=f"the options do not fit {task}") as caught:
+    wrong = pytest.raises(UsageError, match=f"the options do not fit {task}")
+    with on_the_command_line(), wrong as caught:
         check(cls, name, Settings("a cat", **settings))
     assert len(caught.value.problems) == len(problems)
     for said, problem in zip(caught.value.problems, problems, strict=True):
