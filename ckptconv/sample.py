@@ -71,14 +71,15 @@ def layout_of(
     tensors = []
     for key, info in architecture.layout(task or "").tensors.items():
         shape, kind = info.shape, info.dtype
-        prefix = next((p for p in spec["shrink"] if key.startswith(p)), None)
+        prefix = next((p for p in spec.divide if key.startswith(p)), None)
         if prefix is not None and dtype and kind in FLOATS:
             kind = DTYPES[dtype]
         if not full:
-            if _is_beyond(key, spec["repeats"]):
+            if _is_beyond(key, spec.repeats):
                 continue
             if prefix is not None:
-                shape = tuple(_shrunk(n, spec["shrink"][prefix]) for n in shape)
+                exact = spec.exact.get(prefix, {})
+                shape = tuple(exact.get(n) or _shrunk(n, spec.divide[prefix]) for n in shape)
         if key in roots and task and (count := channels[task]):
             shape = (shape[0], count, *shape[2:])
         tensors.append((key, kind, shape))
@@ -113,9 +114,10 @@ def write_sample(
     Raises:
         OutputError: the file exists or cannot be written.
     """
+    spec = architecture.sample
     # Wide dtypes first, so that every tensor is aligned to its elements.
     ordered = sorted(tensors, key=lambda t: -DTYPE_BITS[t[1]])
-    beginning, infos = encode_header(ordered, architecture.sample["metadata"])
+    beginning, infos = encode_header(ordered, spec.metadata)
     total = max([len(beginning), *(info.end for info in infos.values())])
     with whole(path) as partial:
         if path.exists() and not overwrite:
@@ -124,7 +126,7 @@ def write_sample(
             )
         with partial.open("xb") as out:
             done = out.write(beginning)
-            for data in _values(ordered, seed, architecture.sample.get("spread", {})):
+            for data in _values(ordered, seed, spec.spread):
                 done += out.write(data)
                 progress(done, total)
     return total
@@ -139,11 +141,8 @@ def _is_beyond(key: str, repeats: Mapping[str, int]) -> bool:
     )
 
 
-def _shrunk(width: int, rule: Mapping[str, Any]) -> int:
-    exact = rule.get("exact", {})
-    if width in exact:
-        return int(exact[width])
-    return width if width < NARROW or width in NOT_WIDTHS else width // int(rule["divide"])
+def _shrunk(width: int, divisor: int) -> int:
+    return width if width < NARROW or width in NOT_WIDTHS else width // divisor
 
 
 def _values(tensors: list[Tensor], seed: int, spread: Mapping[str, float]) -> Iterator[bytes]:

@@ -13,7 +13,7 @@ from ..detection.facts import Fact
 from ..errors import FileRefused
 from ..files import read_json
 from ..folder.weights import component_headers
-from ..maps.architecture import KeyMaps, bundled
+from ..maps.architecture import Component, KeyMaps, bundled
 from ..planning.adapters import read_adapter
 from ..planning.plan import Donor, Plan, build_plan
 from ..reading.source import open_header
@@ -22,14 +22,8 @@ from .write import Layout, Report, check_destination, execute
 
 __all__ = ["Choices", "convert", "plan"]
 
-DONORS = {
-    "vae": ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE"),
-    "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "image_normalizer": ("StableUnCLIPImageNormalizer",),
-    "depth_estimator": ("DPTForDepthEstimation",),
-}
-"""The components that a donor may give, and the classes that can stand there."""
+DONORS = ("vae", "text_encoder", "text_encoder_2", "image_normalizer", "depth_estimator")
+"""The components that a donor may give."""
 
 
 class Choices(TypedDict, total=False):
@@ -155,12 +149,18 @@ def _plan(path: str | Path, choices: Choices) -> tuple[Plan, OriginalConfig | No
     for name in FACT_VALUES:
         if (value := choices.get(name)) is not None:
             decided[name] = option_fact(name, value)
-    donors = {name: choices.get(name) for name in DONORS}
+    detection = detect(header, maps=maps, decided=decided)
+    components = detection.architecture.components if detection.architecture else {}
+    donors = {
+        name: _donor(components.get(name), name, Path(str(place)), maps)
+        for name in DONORS
+        if (place := choices.get(name))
+    }
     made = build_plan(
-        detect(header, maps=maps, decided=decided),
+        detection,
         ema=choices.get("ema", False),
         only=choices.get("only"),
-        donors={name: _donor(name, Path(str(place))) for name, place in donors.items() if place},
+        donors=donors,
         dtype=choices.get("dtype"),
         adapters=[read_adapter(text) for text in choices.get("lora") or ()],
     )
@@ -194,7 +194,7 @@ def _require_fit(made: Plan) -> None:
         )
 
 
-def _donor(name: str, place: Path) -> Donor:
+def _donor(component: Component | None, name: str, place: Path, maps: KeyMaps) -> Donor:
     """Reads a donor: a folder of one component, a whole diffusers folder, or a file.
 
     Raises:
@@ -214,9 +214,10 @@ def _donor(name: str, place: Path) -> Donor:
         )
     values = read_json(config)
     said = values.get("_class_name") or values.get("architectures")
-    if not any(said in (known, [known]) for known in DONORS[name]):
+    classes = (*maps.classes(component), *component.donors) if component else ()
+    if component and not any(said in (known, [known]) for known in classes):
         raise FileRefused(
-            f"{config}: is that of {said}, but a {name} is of {' or '.join(DONORS[name])}",
+            f"{config}: is that of {said}, but a {name} is of {' or '.join(classes)}",
             hint="give the folder of that component",
         )
     return Donor(component_headers(folder), config)

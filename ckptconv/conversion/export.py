@@ -106,8 +106,7 @@ def export(
     out, maps = Path(out), maps or bundled()
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown", hint=f"it is one of {', '.join(DTYPES)}")
-    names = {c.name for a in maps.architectures.values() for c in a.models}
-    saved = read_saved(folder, names)
+    saved = read_saved(folder, maps)
     _check_destination(out, saved, overwrite=overwrite)
     way = backwards(saved, maps)
     notes = _require_whole(way, saved)

@@ -10,7 +10,7 @@ its file:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..detection.spellings import present_name
 from ..errors import FileRefused
 from ..files import read_json
 from ..folder.names import CONFIG_FILES, DROPPED, INDEX, LAYOUT, RECORD
+from ..maps.architecture import KeyMaps
 from ..planning.step import ASIDE, Slot, slot_of
 from ..reading.header import Header, header_from_json, read_header
 from .weights import component_headers
@@ -27,14 +28,6 @@ __all__ = ["Part", "Saved", "read_saved"]
 
 FLAT = "embeddings.token_embedding.weight"
 """In a text encoder: its names lack the segment `text_model.`."""
-
-SINGLE = {
-    "AutoencoderKL": "vae",
-    "CLIPTextModel": "text_encoder",
-    "CLIPTextModelWithProjection": "text_encoder",
-    "ControlNetModel": "controlnet",
-}
-"""By class, the component that a folder without `model_index.json` is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +77,12 @@ class Saved:
     single: str = ""
 
 
-def read_saved(path: str | Path, models: Iterable[str]) -> Saved:
+def read_saved(path: str | Path, maps: KeyMaps) -> Saved:
     """Reads a folder: its configurations and the headers of its weights.
 
     Args:
         path: the folder.
-        models: names of components whose weights are of interest.
+        maps: their components with weights are of interest.
 
     Raises:
         FileRefused: it is no folder, or holds no component.
@@ -101,15 +94,16 @@ def read_saved(path: str | Path, models: Iterable[str]) -> Saved:
     problems: list[str] = []
     index = _json(path / INDEX, problems) if (path / INDEX).exists() else None
     headers: dict[str, Header] = {}
+    models = {c.name for a in maps.architectures.values() for c in a.models}
     parts = {
-        folder.name: _part(folder, headers, weights=folder.name in set(models))
+        folder.name: _part(folder, headers, weights=folder.name in models)
         for folder in sorted(path.iterdir())
         if folder.is_dir() and any((folder / name).exists() for name in CONFIG_FILES.values())
     }
     for name in models:  # a folder that lost its configuration
         if name not in parts and (path / name).is_dir():
             parts[name] = _part(path / name, headers, weights=True)
-    single = "" if parts else _single(path)
+    single = "" if parts else _single(path, maps)
     if single:
         for kind, name in CONFIG_FILES.items():
             if (path / name).exists():
@@ -136,11 +130,11 @@ def read_saved(path: str | Path, models: Iterable[str]) -> Saved:
     return Saved(path, index, parts, headers, record or {}, layout, aside, found, single)
 
 
-def _single(path: Path) -> str:
+def _single(path: Path, maps: KeyMaps) -> str:
     """Returns the name of the component that a folder is; empty if it is none that is known."""
     config = _json(path / CONFIG_FILES["model"], [])
     said = (config or {}).get("_class_name") or (config or {}).get("architectures")
-    return SINGLE.get(str(said[0] if isinstance(said, list) and said else said), "")
+    return maps.singles.get(str(said[0] if isinstance(said, list) and said else said), "")
 
 
 def _part(

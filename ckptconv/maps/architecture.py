@@ -1,63 +1,191 @@
-"""The known architectures, read from `key_maps/`.
+"""The known architectures, as `key_maps/` describes them.
 
 An architecture is a folder: `arch.yaml` says how to know it, what it is made of and what its
-configurations are; `layout.json` is the header of a published file. What leaves this room are
-frozen dataclasses and plain containers; the holes of a configuration are filled in
-`ckptconv.configs.config`.
+configurations are; `layout.json` is the header of a published file.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
+from typing import Any, Literal
 
 from ..errors import MapError
 from ..reading.header import Header, header_from_json
-from .keymap import KeyMap
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+from . import schema
+from .holes import FactValue, with_holes
+from .keymap import KeyMap, MapFile
+from .schema import Fault, Many, Named, given, word
+from .yaml_files import HINT, Folders, laid_over
 
 __all__ = [
     "Architecture",
     "Component",
     "Condition",
+    "Entry",
+    "Has",
+    "Indices",
     "KeyMaps",
+    "Lacks",
+    "Rank",
     "Source",
     "Task",
+    "Variant",
     "bundled",
 ]
 
-CONDITIONS: dict[str, Any] = {"has": type(None), "lacks": type(None), "rank": int, "indices": tuple}
-"""The kinds of conditions, and what their `is` or `are` must be."""
-
-KINDS = ("model", "tokenizer", "scheduler", "processor")
-"""The kinds of components; a processor prepares images for a model."""
+CLASS_ENTRIES = ("_class_name", "architectures", "tokenizer_class", "image_processor_type")
+"""Where a configuration says which class it is for."""
 
 UNET_ROOT = "input_blocks.0.0.weight"
 """The first convolution of a UNet, [model channels, input channels, 3, 3]: where it is, a network
 in the original layout begins, and its input channels tell the task."""
 
+# How to know an architecture: conditions on the keys of its network, without their prefix.
+
 
 @dataclass(frozen=True, slots=True)
-class Condition:
-    """One line of `detect`, about the keys of the UNet without their prefix.
+class Has:
+    """The key is there; `because` says what that tells, for the reader of a report."""
+
+    key: str = word("has")
+    because: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Lacks:
+    """The key is not there."""
+
+    key: str = word("lacks")
+    because: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """The tensor has so many axes."""
+
+    key: str = word("rank")
+    expected: int = word("is")
+    because: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Indices:
+    """The numbers that stand for the one `*` of the key are these, in order."""
+
+    key: str = word("indices")
+    expected: tuple[int, ...] = word("is")
+    because: str = ""
+
+    def __post_init__(self) -> None:
+        if self.key.count("*") != 1:
+            raise ValueError(f"'indices' needs one '*' in its key, found {self.key!r}")
+
+
+Condition = Has | Lacks | Rank | Indices
+
+# What names and shapes cannot tell: witnesses, of which the first that has an answer decides.
+
+
+@dataclass(frozen=True, slots=True)
+class InMetadata:
+    """An entry of the header's metadata; `values` has the answers to its texts."""
+
+    name: str = word("metadata")
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """A tensor that is there."""
+
+    key: str = word("has")
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class OfTask:
+    """The task is one of these."""
+
+    tasks: Many[str] = word("task")
+    value: Any
+    because: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LastValue:
+    """The last value of a small float tensor is below a limit."""
+
+    key: str = word("last")
+    below: float
+    value: Any
+    otherwise: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class SpreadOfValues:
+    """The standard deviation of a small float tensor is above a limit."""
+
+    key: str = word("spread")
+    above: float
+    value: Any
+    otherwise: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedSize:
+    """The number of a tensor's elements; `values` has the answers to those that are published."""
+
+    key: str = word("size")
+    values: Mapping[int, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Assumed:
+    """No evidence at all."""
+
+    value: Any = word("assume")
+    because: str
+
+
+@dataclass(frozen=True, slots=True)
+class Default:
+    """What holds where no witness before says otherwise."""
+
+    value: Any
+    because: str
+
+
+Witness = (
+    InMetadata | Marker | OfTask | LastValue | SpreadOfValues | PublishedSize | Assumed | Default
+)
+
+Facts = Mapping[str, Many[Any]]
+"""Values that facts must have, any of several; `task` is a fact, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a file can do.
 
     Attributes:
-        kind: `has` or `lacks` the key; `rank` of the tensor; `indices` that stand for the `*`.
-        key: the key, with one `*` for `indices`.
-        expected: the rank or the indices; None for `has` and `lacks`.
-        because: what the condition tells, for the reader of a report.
+        name: of the task.
+        pipeline: the class that does it: a pipeline's, or that of a component that stands alone.
+        channels: input channels of the network, the second axis of its root; None for any.
+        key: a key, with its prefix, that the file must hold; empty for none.
+        also: further tasks that the same weights can do, and the classes of their pipelines.
+        scale: how much larger the result is than the image that is painted on; None if the pipeline
+            looks at an image and does not paint on it.
     """
 
-    kind: str
-    key: str
-    expected: int | tuple[int, ...] | None = None
-    because: str = ""
+    name: str = given()
+    pipeline: str
+    channels: int | None = None
+    key: str = word("has", default="")
+    also: Mapping[str, str] = field(default_factory=dict)
+    scale: int | None = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +195,40 @@ class Source:
     Attributes:
         prefix: of the original keys, with the dot at its end.
         keymap: name of the map.
-        when: a key, without prefix, that must be there; empty for none.
-        unless: a key, without prefix, that must not be there; empty for none.
+        has: a key, without prefix, that must be there; empty for none.
+        lacks: a key, without prefix, that must not be there; empty for none.
     """
 
     prefix: str
-    keymap: str
-    when: str = ""
-    unless: str = ""
+    keymap: str = word("map")
+    has: str = ""
+    lacks: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A configuration with its holes, for files of certain facts.
+
+    Attributes:
+        values: that are laid over those of the file `extends`.
+        extends: name of a file; empty for none.
+        facts: that must hold.
+    """
+
+    values: Mapping[str, Any]
+    extends: str = ""
+    facts: Facts = field(default_factory=dict)
+
+    @classmethod
+    def from_data(cls, data: Any, path: schema.Path, faults: list[Fault]) -> Variant:
+        """Reads the two words that are no entries of the configuration, and its holes."""
+        if not isinstance(data, Mapping):
+            faults.append(Fault(path, f"found {data!r}, needed a mapping"))
+            return cls({})
+        extends = schema.read(str, data.get("extends", ""), (*path, "extends"), faults)
+        facts = schema.read(Facts, data.get("facts", {}), (*path, "facts"), faults)
+        own = {key: value for key, value in data.items() if key not in ("extends", "facts")}
+        return cls(with_holes(own, path, faults), extends, facts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,26 +237,39 @@ class Component:
 
     Attributes:
         name: of the folder, as in `model_index.json`.
-        kind: `model`, `tokenizer` or `scheduler`.
-        library: `diffusers` or `transformers`.
+        library: where its class is, and how its weights are named.
+        kind: a model has weights; a processor prepares images for one.
+        package: of `diffusers.pipelines`, if diffusers does not offer the class at its top.
         sources: where a model's weights may be, in order of preference.
-        config: the configuration with its holes, as `ckptconv.configs.config` fills it.
+        config: the first whose facts hold is its configuration.
         tasks: names of the tasks whose pipelines have it; empty for all.
+        donors: further classes that can stand in its place if it comes from elsewhere.
         layout: the header of its tensors, where `layout.json` has none, since most files lack it.
         supply: where it may be taken from, if a file has none; for people.
         fits: by key of one of its tensors, `COMPONENT/KEY` of another's: the last axis of the one
             is as long as the first of the other, which a donor may not know.
     """
 
-    name: str
-    kind: str
-    library: str
-    sources: tuple[Source, ...]
-    config: Mapping[str, Any]
-    tasks: tuple[str, ...] = ()
+    name: str = given()
+    library: Literal["diffusers", "transformers"]
+    kind: Literal["model", "tokenizer", "scheduler", "processor"] = "model"
+    package: str = ""
+    sources: tuple[Source, ...] = ()
+    config: Many[Variant] = ()
+    tasks: Many[str] = ()
+    donors: Many[str] = ()
     layout: str = ""
     supply: str = ""
     fits: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if bool(self.sources) != (self.kind == "model"):
+            raise ValueError("a model needs 'sources', and nothing else has them")
+
+    @property
+    def home(self) -> str:
+        """Where its class is, as `model_index.json` says it."""
+        return self.package or self.library
 
     @property
     def weights(self) -> str:
@@ -111,70 +278,120 @@ class Component:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """What a file can do.
+class Entry:
+    """A further entry of `model_index.json`, for files of certain facts."""
+
+    value: Any
+    facts: Facts = field(default_factory=dict)
+
+    @classmethod
+    def from_data(cls, data: Any, path: schema.Path, faults: list[Fault]) -> Entry:
+        """Reads a mapping of these words, or the value alone."""
+        record = schema.read(_EntryRecord, data, path, faults) if isinstance(data, Mapping) else None
+        return cls(record.value, record.facts) if record else cls(data)
+
+
+@dataclass(frozen=True, slots=True)
+class _EntryRecord:
+    value: Any
+    facts: Facts
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """The part of `arch.yaml` that is read of the architecture that a file has."""
+
+    components: Mapping[str, Component]
+    facts: Mapping[str, tuple[Witness, ...]] = field(default_factory=dict)
+    index: Mapping[str, Entry] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """`sample.yaml`: how to shrink the published layout to a small model.
 
     Attributes:
-        name: of the task.
-        pipeline: the class that does it: a pipeline's, or that of a component which stands alone.
-        channels: input channels of the network, the second axis of its root; None for any.
-        key: a key, with its prefix, that the file must hold; empty for none.
+        metadata: of its header.
+        divide: by prefix of the keys, what divides every axis that is a width.
+        exact: by prefix, the new lengths of certain axes; they go first.
+        repeats: by container, the entries to keep.
+        spread: by key, the standard deviation of its values.
     """
 
-    name: str
-    pipeline: str
-    channels: int | None = None
-    key: str = ""
+    divide: Mapping[str, int]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    exact: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    repeats: Mapping[str, int] = field(default_factory=dict)
+    spread: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Architecture:
-    """One folder of `key_maps/`.
+    """One folder of `key_maps/`; what takes more than recognising it is read when it is asked for.
 
     Attributes:
         name: of the folder.
+        maps: where its files are read from.
         title: for people.
-        aliases: how the metadata of a file names it: the text begins so.
         conditions: all hold for a file of this architecture, and not for one of another.
         tasks: the first that fits a file is its task; those that need a key are asked before.
-        facts: for each fact that names and shapes cannot tell, the witnesses in order.
-        components: by name, in the order of `model_index.json`.
-        index: further entries of `model_index.json`.
-        sample: how to shrink the published layout to a small model, for `ckptconv.sample`.
-        maps: where its maps are read from.
+        aliases: how the metadata of a file names it: the text begins so.
         single: the component that a file of this architecture is, so that its folder holds that
             component's files itself and no `model_index.json`; empty for a whole model.
         root: the key, without prefix, at which the network that tells architectures apart begins.
+        prefixes: what may stand before the keys of that network, in order of preference.
+        task: whose components it has; None for those of all tasks.
     """
 
-    name: str
+    name: str = given()
+    maps: KeyMaps = given(repr=False)
     title: str
-    aliases: tuple[str, ...]
-    conditions: tuple[Condition, ...]
-    tasks: tuple[Task, ...]
-    facts: Mapping[str, tuple[Mapping[str, Any], ...]]
-    components: Mapping[str, Component]
-    index: Mapping[str, Any]
-    sample: Mapping[str, Any]
-    maps: KeyMaps = field(repr=False)
+    conditions: tuple[Condition, ...] = word("detect")
+    tasks: Named[Task]
+    aliases: tuple[str, ...] = ()
     single: str = ""
     root: str = UNET_ROOT
+    prefixes: Many[str] = word("prefix", default=("model.diffusion_model.", ""))
+    task: Task | None = given(default=None)
+
+    def __repr__(self) -> str:
+        return f"<Architecture {self.name}: {self.title}>"
+
+    @functools.cached_property
+    def components(self) -> Mapping[str, Component]:
+        """By name, in the order of `model_index.json`."""
+        every = self.maps.content(self.name).components
+        if self.task is None:
+            return every
+        task = self.task.name
+        return {name: c for name, c in every.items() if not c.tasks or task in c.tasks}
+
+    @property
+    def facts(self) -> Mapping[str, tuple[Witness, ...]]:
+        """For each fact that names and shapes cannot tell, the witnesses in order."""
+        return self.maps.content(self.name).facts
+
+    @property
+    def index(self) -> Mapping[str, Entry]:
+        """Further entries of `model_index.json`."""
+        return self.maps.content(self.name).index
+
+    @property
+    def sample(self) -> Sample:
+        """How to shrink the published layout, for `ckptconv.sample`."""
+        sample: Sample = self.maps.typed(Sample, f"{self.name}/sample")
+        return sample
 
     @property
     def rooted(self) -> Component:
         """The component that tells architectures apart."""
         return self.components[self.single or "unet"]
 
-    @property
-    def prefixes(self) -> tuple[str, ...]:
-        """What may stand before the keys of that component, in order of preference."""
-        return tuple(dict.fromkeys(source.prefix for source in self.rooted.sources))
-
     def for_task(self, task: Task) -> Architecture:
         """Returns the architecture with the components that a task's pipeline has."""
-        return _for_task(self, task)
+        return _for_task(self, task.name)
 
-    @property
+    @functools.cached_property
     def models(self) -> tuple[Component, ...]:
         """The components that have weights."""
         return tuple(c for c in self.components.values() if c.kind == "model")
@@ -193,59 +410,80 @@ class Architecture:
         return header
 
 
-class KeyMaps:
+class KeyMaps(Folders):
     """The folders that architectures and maps are read from; the first that has a file wins."""
 
-    def __init__(self, folders: Iterable[Path]) -> None:
-        """Takes the folders in order; nothing is read yet."""
-        self.folders = tuple(folders)
-        self._keymaps: dict[str, KeyMap] = {}
-
-    def find(self, name: str) -> Path:
-        """Returns the path of a file, given relative to a folder.
+    @functools.cached_property
+    def architectures(self) -> dict[str, Architecture]:
+        """Every architecture by name, in alphabetical order.
 
         Raises:
-            MapError: no folder has it.
+            MapError: an `arch.yaml` is malformed; all faults of all of them are listed.
         """
-        for folder in self.folders:
-            if (path := folder / name).is_file():
-                return path
-        looked = ", ".join(str(folder) for folder in self.folders)
-        raise MapError(f"{name}: no such file in {looked}", hint="check the spelling of the name")
-
-    def read(self, name: str) -> dict[str, Any]:
-        """Returns the content of a YAML file, its holes unfilled.
-
-        Raises:
-            MapError: the file is missing or is not a YAML mapping.
-        """
-        path = self.find(f"{name}.yaml")
+        names = {path.parent.name for folder in self.folders for path in folder.glob("*/arch.yaml")}
         try:
-            data = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a safe loader)
-        except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
-            raise MapError(f"{path}: not a YAML file: {error}") from error
-        if not isinstance(data, dict):
-            raise MapError(f"{path}: needs a mapping at the top")
-        return data
+            return {name: self._recognised(name) for name in sorted(names)}
+        except MapError:
+            self.check_architectures()
+            raise
 
-    def extended(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns `data` laid over the file that its entry `extends` names, if it has one.
-
-        Mappings are joined key by key; anything else is replaced.
+    def check_architectures(self) -> None:
+        """Reads every `arch.yaml` as a whole.
 
         Raises:
-            MapError: a file is missing or malformed, or extends itself.
+            MapError: some are malformed; all faults of all of them are listed.
         """
-        return self._extended(data, ())
+        names = {path.parent.name for folder in self.folders for path in folder.glob("*/arch.yaml")}
+        found = [error for name in sorted(names) for error in self._errors(name)]
+        if len(found) == 1:
+            raise found[0]
+        if found:
+            problems = dict.fromkeys(p for e in found for p in e.problems or [e.message])
+            raise MapError("the key maps are malformed", problems=list(problems), hint=HINT)
 
-    def _extended(self, data: Mapping[str, Any], within: tuple[str, ...]) -> dict[str, Any]:
-        own = {key: value for key, value in data.items() if key != "extends"}
-        if "extends" not in data:
-            return own
-        name = str(data["extends"])
-        if name in within:
-            raise MapError(f"{name}: extends itself: {' -> '.join((*within, name))}")
-        return _laid_over(self._extended(self.read(name), (*within, name)), own)
+    def _recognised(self, name: str) -> Architecture:
+        """Reads what it takes to recognise an architecture."""
+        file = f"{name}/arch"
+        data = self.merged(file, lambda word: word not in schema.words(Content))
+        found = self.typed(Architecture, file, data, name=name, maps=self)
+        assert isinstance(found, Architecture)  # noqa: S101
+        return found
+
+    def _errors(self, name: str) -> Iterator[MapError]:
+        """Yields what is wrong with both halves of an `arch.yaml`."""
+        for read in (self._recognised, self.content):
+            try:
+                read(name)
+            except MapError as error:
+                yield error
+
+    def content(self, name: str) -> Content:
+        """Returns what an architecture is made of.
+
+        Raises:
+            MapError: its `arch.yaml` is malformed; all faults are listed.
+        """
+        if name not in self._contents:
+            file = f"{name}/arch"
+            data = self.merged(file, lambda word: word == "single" or word in schema.words(Content))
+            single = data.pop("single", "") or "unet"
+            data["facts"] = self.extended(data.get("facts", {}))
+            if isinstance(parts := data.get("components"), dict):
+                data["components"] = {part: self.extended(c) for part, c in parts.items()}
+            content: Content = self.typed(Content, file, data)
+            if single not in content.components:
+                fault = Fault(("components",), f"there is no {single!r}, which tells architectures apart")
+                raise self.malformed(file, [fault])
+            self._contents[name] = content
+        return self._contents[name]
+
+    @functools.cached_property
+    def _contents(self) -> dict[str, Content]:
+        return {}
+
+    @functools.cached_property
+    def _keymaps(self) -> dict[str, KeyMap]:
+        return {}
 
     def keymap(self, name: str) -> KeyMap:
         """Returns a map by its path without suffix, such as `shared/maps/vae`.
@@ -254,68 +492,45 @@ class KeyMaps:
             MapError: it is missing, malformed or breaks a law.
         """
         if name not in self._keymaps:
-            data = self.extended(self.read(name))
-            self._keymaps[name] = KeyMap.from_dict(str(self.find(f"{name}.yaml")), data)
+            path = str(self.find(f"{name}.yaml"))
+            self._keymaps[name] = KeyMap.from_file(path, self.typed(MapFile, name))
         return self._keymaps[name]
 
+    def values(self, variant: Variant) -> dict[str, Any]:
+        """Returns the values of a configuration with their holes, with those that it extends.
+
+        Raises:
+            MapError: the file that it extends is missing or malformed.
+        """
+        base = self.typed(Variant, variant.extends).values if variant.extends else {}
+        return laid_over(base, variant.values)
+
+    def classes(self, component: Component) -> tuple[str, ...]:
+        """Returns the classes that a component may be of, as its configurations name them."""
+        found: list[Any] = []
+        for variant in component.config:
+            values = self.values(variant)
+            said = next((values[entry] for entry in CLASS_ENTRIES if entry in values), None)
+            for name in said if isinstance(said, list) else [said]:
+                found += (name.table or {}).values() if isinstance(name, FactValue) else [name]
+        return tuple(dict.fromkeys(str(name) for name in found if name))
+
     @functools.cached_property
-    def architectures(self) -> dict[str, Architecture]:
-        """Every architecture by name, in alphabetical order."""
-        names = {path.parent.name for folder in self.folders for path in folder.glob("*/arch.yaml")}
-        return {name: self._architecture(name) for name in sorted(names)}
+    def model_classes(self) -> dict[str, str]:
+        """The classes with weights that the architectures are made of, and where they are."""
+        models = (c for a in self.architectures.values() for c in a.models)
+        return {name: c.home for c in models for name in self.classes(c)}
 
-    def _architecture(self, name: str) -> Architecture:
-        where = f"{name}/arch"
-        data = self.extended(self.read(where))
-        try:
-            single = data.get("single", "")
-            if (single or "unet") not in data["components"]:
-                raise ValueError(
-                    f"there is no component {single or 'unet'!r}, which tells architectures apart"
-                )
-            return Architecture(
-                name=name,
-                title=data["title"],
-                aliases=tuple(data["aliases"]),
-                conditions=tuple(_condition(line) for line in data["detect"]),
-                tasks=tuple(_tasks(data["tasks"])),
-                facts={k: tuple(v) for k, v in self.extended(data["facts"]).items()},
-                components={n: _component(n, part) for n, part in data["components"].items()},
-                index=data["index"],
-                sample=data["sample"],
-                maps=self,
-                single=single,
-                root=data.get("root", UNET_ROOT),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise MapError(
-                f"{self.find(f'{where}.yaml')}: malformed: {type(error).__name__}: {error}",
-                hint="docs/key-maps.md describes every section of arch.yaml",
-            ) from error
+    @functools.cached_property
+    def pipelines(self) -> dict[str, Task]:
+        """The tasks by the class that does them, of which the first architecture's counts."""
+        tasks = [task for a in self.architectures.values() for task in a.tasks]
+        return {task.pipeline: task for task in reversed(tasks)}
 
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads plain data, in C where PyYAML has it, and refuses a key that is written twice.
-
-    OmegaConf would do the same; it takes 150 ms longer for all of our files, which `inspect` feels.
-    """
-
-
-def _mapping(loader: Any, node: yaml.MappingNode) -> dict[Any, Any]:
-    pairs = [
-        (loader.construct_object(k, True), loader.construct_object(v, True)) for k, v in node.value
-    ]
-    names = [key for key, _ in pairs]
-    if bad := [name for name in names if not isinstance(name, str | int)]:
-        problem = f"{bad[0]!r} is no name"
-    elif len(found := dict(pairs)) < len(pairs):
-        problem = f"{next(n for n in names if names.count(n) > 1)!r} is written twice"
-    else:
-        return found
-    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+    @functools.cached_property
+    def singles(self) -> dict[str, str]:
+        """By class, the component that a folder without `model_index.json` is."""
+        return {t.pipeline: a.single for a in self.architectures.values() if a.single for t in a.tasks}
 
 
 @functools.cache
@@ -330,57 +545,6 @@ _layout = functools.cache(header_from_json)
 
 
 @functools.cache
-def _for_task(architecture: Architecture, task: Task) -> Architecture:
-    kept = {n: c for n, c in architecture.components.items() if not c.tasks or task.name in c.tasks}
-    all_kept = len(kept) == len(architecture.components)
-    return architecture if all_kept else replace(architecture, components=kept)
-
-
-def _laid_over(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    joined = dict(base)
-    for key, value in own.items():
-        below = joined.get(key)
-        if isinstance(below, dict) and isinstance(value, dict):
-            joined[key] = _laid_over(below, value)
-        else:
-            joined[key] = value
-    return joined
-
-
-def _condition(line: Mapping[str, Any]) -> Condition:
-    kinds = CONDITIONS.keys() & line.keys()
-    if len(kinds) != 1 or line.keys() - CONDITIONS.keys() - {"is", "are", "because"}:
-        raise ValueError(f"not a condition: {dict(line)}")
-    kind = kinds.pop()
-    expected = line.get("is", line.get("are"))
-    if isinstance(expected, list):
-        expected = tuple(expected)
-    if not isinstance(expected, CONDITIONS[kind]) or line[kind].count("*") != (kind == "indices"):
-        raise ValueError(
-            "'has' and 'lacks' stand alone, 'rank' needs 'is' and a number, 'indices' needs one "
-            f"'*' in its key, 'are' and a list: {dict(line)}"
-        )
-    return Condition(kind, line[kind], expected, line.get("because", ""))
-
-
-def _tasks(data: Mapping[Any, Any]) -> Iterator[Task]:
-    """Yields the tasks: by the number of input channels, one or a list; `any` for any number."""
-    for channels, entries in data.items():
-        for entry in entries if isinstance(entries, list) else [entries]:
-            number = None if channels == "any" else int(channels)
-            yield Task(entry["name"], entry["pipeline"], number, entry.get("key", ""))
-
-
-def _component(name: str, part: Mapping[str, Any]) -> Component:
-    sources = tuple(
-        Source(s["prefix"], s["map"], s.get("when", ""), s.get("unless", ""))
-        for s in part.get("sources", ())
-    )
-    kind = part.get("kind", "model")
-    if kind not in KINDS:
-        raise ValueError(f"component {name!r}: kind {kind!r} is not one of {', '.join(KINDS)}")
-    if bool(sources) != (kind == "model"):
-        raise ValueError(f"component {name!r}: a model needs sources, and nothing else has them")
-    tasks = tuple(part.get("tasks", ()))
-    more = part.get("layout", ""), part.get("supply", ""), part.get("fits", {})
-    return Component(name, kind, part["library"], sources, part["config"], tasks, *more)
+def _for_task(architecture: Architecture, task: str) -> Architecture:
+    (found,) = (t for t in architecture.tasks if t.name == task)
+    return replace(architecture, task=found)

@@ -21,7 +21,7 @@ from ..detection.spellings import EMA_OF
 from ..errors import FileRefused, MapError
 from ..folder.names import LAYOUT, RECORD
 from ..folder.read import Part, Saved, read_saved
-from ..maps.architecture import bundled
+from ..maps.architecture import KeyMaps, bundled
 from ..planning.adapters import read_adapter
 from ..planning.plan import ASIDE, Plan, build_plan
 from ..reading.view import stored
@@ -29,7 +29,6 @@ from .checks.config import check_config, check_index, class_said, same
 from .checks.data import Bytes, check_data, check_finite
 from .checks.tokenizer import check_tokenizer
 from .checks.weights import check_weights
-from .classes import MODELS
 from .result import Check, Problem, Verification
 
 __all__ = ["verify"]
@@ -64,7 +63,7 @@ def verify(
     maps = choices.get("maps") or bundled()
     if (only := choices.get("only")) is not None:
         only = choices["only"] = frozenset(only)
-    saved = read_saved(folder, {c.name for a in maps.architectures.values() for c in a.models})
+    saved = read_saved(folder, maps)
     checks: list[Check] = []
     original = None
     if path is None:
@@ -85,7 +84,7 @@ def verify(
             if made and only is None and not saved.single:
                 index = model_index(made, built) | _own_schedulers(saved, built)
                 checks.append(check_index(index, saved.index, saved.parts.keys()))
-            checks += _check_components(saved, made, built, only)
+            checks += _check_components(saved, made, built, only, maps)
             running.result()
         except BaseException:
             read.cancelled = True
@@ -119,7 +118,7 @@ def verify(
 def _own_schedulers(saved: Saved, built: Mapping[str, Config]) -> dict[str, list[str]]:
     """Returns what the index should say of schedulers: which one steps is the folder's choice."""
     return {
-        name: [config.component.library, str(class_said(saved.parts[name].config or {}))]
+        name: [config.component.home, str(class_said(saved.parts[name].config or {}))]
         for name, config in built.items()
         if config.component.kind == "scheduler" and name in saved.parts
     }
@@ -192,7 +191,11 @@ def _built(made: Plan, original: OriginalConfig | None, checks: list[Check]) -> 
 
 
 def _check_components(
-    saved: Saved, made: Plan | None, built: Mapping[str, Config], only: Collection[str] | None
+    saved: Saved,
+    made: Plan | None,
+    built: Mapping[str, Config],
+    only: Collection[str] | None,
+    maps: KeyMaps,
 ) -> Iterator[Check]:
     """Yields the checks that need no source, component by component."""
     for name, config in built.items():
@@ -204,14 +207,15 @@ def _check_components(
         else:
             yield check_config(config, part, ours=bool(saved.record))
             if component.kind == "model":
-                library, class_name = component.library, class_of(config)
-                yield check_weights(name, part, library, class_name, saved.headers)
+                yield check_weights(name, part, component.home, class_of(config), saved.headers)
     for name, part in saved.parts.items():
         if name not in built and only is None and (part.tensors or part.problems):
-            yield from _check_unexpected(name, part, saved, made if built else None)
+            yield from _check_unexpected(name, part, saved, made if built else None, maps)
 
 
-def _check_unexpected(name: str, part: Part, saved: Saved, made: Plan | None) -> Iterator[Check]:
+def _check_unexpected(
+    name: str, part: Part, saved: Saved, made: Plan | None, maps: KeyMaps
+) -> Iterator[Check]:
     """Yields the check of a model that the plan, if there is one, does not give."""
     said = class_said(part.config or {})
     if made:
@@ -221,8 +225,8 @@ def _check_unexpected(name: str, part: Part, saved: Saved, made: Plan | None) ->
             option = f"--{name.replace('_', '-')}"
             what = f"the file has none: say with {option} where it comes from"
         yield Check(name, "data", (Problem(name, what),))
-    elif isinstance(said, str) and said in MODELS:
-        yield check_weights(name, part, MODELS[said], said, saved.headers)
+    elif isinstance(said, str) and (home := maps.model_classes.get(said)):
+        yield check_weights(name, part, home, said, saved.headers)
 
 
 def _record_problems(saved: Saved, made: Plan, read: Bytes) -> list[Problem]:

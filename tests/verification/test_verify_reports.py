@@ -28,7 +28,7 @@ def test_comparing_and_looking_take_little_memory(sample: Sample, folder: Folder
     from ckptconv.folder.read import read_saved
     from ckptconv.verification.checks.data import Bytes
 
-    saved = read_saved(folder("sd2"), {"unet", "vae", "text_encoder"})
+    saved = read_saved(folder("sd2"), bundled())
     read = Bytes.of(saved, ckptconv.plan(sample("sd2")), finite=True)
     assert read.nbytes > 150e6
     steps: list[int] = []
