@@ -466,10 +466,12 @@ class KeyMaps(Folders):
         if name not in self._contents:
             file = f"{name}/arch"
             data = self.merged(file, lambda word: word == "single" or word in schema.words(Content))
-            single = data.pop("single", "") or "unet"
-            data["facts"] = self.extended(data.get("facts", {}))
-            if isinstance(parts := data.get("components"), dict):
-                data["components"] = {part: self.extended(c) for part, c in parts.items()}
+            single = "unet"
+            if isinstance(data, dict):
+                single = data.pop("single", single)
+                data["facts"] = self.extended(data.get("facts", {}))
+                if isinstance(parts := data.get("components"), dict):
+                    data["components"] = {part: self.extended(c) for part, c in parts.items()}
             content: Content = self.typed(Content, file, data)
             if single not in content.components:
                 fault = Fault(("components",), f"there is no {single!r}, which tells architectures apart")

@@ -75,7 +75,7 @@ class Line:
         if isinstance(data, Mapping) and len(data) == 1:
             ((word, names),) = data.items()
             many = word == SPLITS
-            if many != (isinstance(names, list) and len(names) > 1):
+            if many != isinstance(names, list) or (many and len(names) < 2):
                 needed = "several names" if many else "one name"
                 faults.append(Fault(path, f"{word} needs {needed}, found {names!r}"))
                 return cls(word, ())
