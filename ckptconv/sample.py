@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,25 @@ NARROW = 128
 """Shorter axes are not widths (kernels, latents, positions): a small sample keeps them."""
 NOT_WIDTHS = {1000, 49408}
 """Nor are these: the steps of the noise schedule, and the vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """`sample.yaml`: how to shrink the published layout to a small model.
+
+    Attributes:
+        metadata: of its header.
+        divide: by prefix of the keys, what divides every axis that is a width.
+        exact: by prefix, the new lengths of certain axes; they go first.
+        repeats: by container, the entries to keep.
+        spread: by key, the standard deviation of its values.
+    """
+
+    divide: Mapping[str, int]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    exact: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    repeats: Mapping[str, int] = field(default_factory=dict)
+    spread: Mapping[str, float] = field(default_factory=dict)
 
 
 def layout_of(
@@ -67,7 +87,7 @@ def layout_of(
         raise UsageError(
             f"{architecture.name} has no task {task!r}", hint=f"its tasks are {', '.join(channels)}"
         )
-    spec = architecture.sample
+    spec = _spec(architecture)
     tensors = []
     for key, info in architecture.layout(task or "").tensors.items():
         shape, kind = info.shape, info.dtype
@@ -114,7 +134,7 @@ def write_sample(
     Raises:
         OutputError: the file exists or cannot be written.
     """
-    spec = architecture.sample
+    spec = _spec(architecture)
     # Wide dtypes first, so that every tensor is aligned to its elements.
     ordered = sorted(tensors, key=lambda t: -DTYPE_BITS[t[1]])
     beginning, infos = encode_header(ordered, spec.metadata)
@@ -130,6 +150,10 @@ def write_sample(
                 done += out.write(data)
                 progress(done, total)
     return total
+
+
+def _spec(architecture: Architecture) -> Sample:
+    return architecture.maps.typed(Sample, f"{architecture.name}/sample")
 
 
 def _is_beyond(key: str, repeats: Mapping[str, int]) -> bool:

@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-from ..maps.architecture import KeyMaps
+from ..maps.architecture import KeyMaps, Relative
 from ..maps.schema import Named
-from ..maps.shared_files import Relative
 from .shared import console, echo_json, json_option, key_maps
 
 WORKS = ("detect", "convert", "verify", "export")
@@ -61,7 +60,10 @@ def _relatives(maps: KeyMaps) -> list[dict[str, Any]]:
             "name": relative.name,
             "architecture": relative.architecture,
             "task": relative.task,
-            "works": [*WORKS, *([] if maps.architectures[relative.architecture].single else ["run"])],
+            "works": [
+                *WORKS,
+                *([] if maps.architectures[relative.architecture].single else ["run"]),
+            ],
         }
         for relative in known
     ]

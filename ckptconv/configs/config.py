@@ -18,7 +18,7 @@ from typing import Any
 from ..detection.facts import hold, values_of
 from ..errors import FileRefused, MapError
 from ..files import read_json
-from ..maps.architecture import CLASS_ENTRIES, Component, KeyMaps
+from ..maps.architecture import CLASS_ENTRIES, Component, Entry, KeyMaps
 from ..maps.holes import (
     Count,
     Depth,
@@ -103,8 +103,9 @@ def model_index(plan: Plan, built: Mapping[str, Config]) -> dict[str, Any]:
         "_diffusers_version": _version("diffusers"),
     }
     for name, entry in architecture.index.items():
-        if hold(entry.facts, plan.detection.facts):  # the pipelines of others do not know it
-            index[name] = [None, None] if entry.value is None else entry.value
+        value = entry.value if isinstance(entry, Entry) else entry
+        if value is entry or hold(entry.facts, plan.detection.facts):
+            index[name] = [None, None] if value is None else value
     for name, component in architecture.components.items():
         config = built.get(name)
         index[name] = [component.home, class_of(config)] if config else [None, None]

@@ -14,12 +14,43 @@ from typing import Any
 from ..detection.facts import Fact
 from ..errors import FileRefused
 from ..maps.architecture import KeyMaps
-from ..maps.shared_files import OriginalConfigFile, ValuePath
+from ..maps.schema import Many, word
 from .config import Config
 
 __all__ = ["OriginalConfig", "read_original_config"]
 
 SOURCE = "original config"
+
+
+@dataclass(frozen=True, slots=True)
+class FactPath:
+    """Where the YAML tells a fact, and what its texts mean; the first of the paths counts."""
+
+    paths: Many[str] = word("path")
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ValuePath:
+    """Where the YAML tells a value; the first of the paths counts.
+
+    Attributes:
+        paths: of the entry.
+        times: of an entry that multiplies each number of a list.
+        divides: another value of the component, each number of which the entry divides.
+    """
+
+    paths: Many[str] = word("path")
+    times: Many[str] = ()
+    divides: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OriginalConfigFile:
+    """`original-config.yaml`: by name of a fact, or COMPONENT.NAME of a value, where it is told."""
+
+    facts: Mapping[str, Many[FactPath]]
+    values: Mapping[str, Many[ValuePath]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +121,7 @@ def read_original_config(path: Path, maps: KeyMaps) -> OriginalConfig:
         raise FileRefused(f"{path}: cannot be read as YAML: {error}", hint=hint) from error
     if not isinstance(params, DictConfig):
         raise FileRefused(f"{path}: has no entry model.params", hint=hint)
-    known: OriginalConfigFile = maps.typed(OriginalConfigFile, "original-config")
+    known = maps.typed(OriginalConfigFile, "original-config")
     facts = {}
     for name, where in ((name, each) for name, many in known.facts.items() for each in many):
         said = _first(params, where.paths)

@@ -13,22 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Ambiguous, NotACheckpoint, UsageError
-from ..maps.architecture import (
-    UNET_ROOT,
-    Architecture,
-    Condition,
-    Has,
-    Indices,
-    KeyMaps,
-    Lacks,
-    Rank,
-    Task,
-    bundled,
-)
-from ..maps.shared_files import ForeignFormat, Hints, first_match
+from ..maps.architecture import UNET_ROOT, Architecture, KeyMaps, Task, bundled
+from ..maps.evidence import Condition, Has, Indices, Lacks, Rank
+from ..maps.schema import word
 from ..reading.header import Header, TensorInfo
 from ..reading.source import open_header
-from .facts import Fact, find_fact, notes_of
+from .facts import Fact, Hints, find_fact, first_match, notes_of
 from .spellings import in_original_names
 
 if TYPE_CHECKING:
@@ -126,6 +116,15 @@ class Detection:
         return tuple(line.text for v in self.verdicts if v.architecture == name for line in v.lines)
 
 
+@dataclass(frozen=True, slots=True)
+class ForeignFormat:
+    """One entry of `foreign.yaml`: what a file is that has a key of these patterns, and a hint."""
+
+    keys: tuple[str, ...] = word("has")
+    what: str
+    hint: str
+
+
 def inspect(path: str | Path, *, maps: KeyMaps | None = None) -> Detection:
     """Says what a file is, from its header alone (and a look at a few values).
 
@@ -192,7 +191,11 @@ def detect(
             *header.notes,
             *_disagreements(header, architecture, maps),
             *filter(None, overruled),
-            *(() if architecture.single else notes_of(header, facts, _hints(maps))),
+            *(
+                ()
+                if architecture.single
+                else notes_of(header, facts, maps.typed(Hints, "shared/hints"))
+            ),
         ),
     )
 
@@ -353,11 +356,6 @@ def _refusal(
         problems=[line.text for line in nearest.failing],
         hint="`ckptconv inspect --verdicts FILE` shows what every architecture says of the file",
     )
-
-
-def _hints(maps: KeyMaps) -> Hints:
-    known: Hints = maps.typed(Hints, "shared/hints")
-    return known
 
 
 def _disagreements(header: Header, architecture: Architecture, maps: KeyMaps) -> Iterator[str]:

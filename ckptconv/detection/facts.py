@@ -10,11 +10,11 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import MapError
-from ..maps.architecture import (
+from ..maps.evidence import (
     Assumed,
     Default,
     Facts,
@@ -26,10 +26,10 @@ from ..maps.architecture import (
     SpreadOfValues,
     Witness,
 )
-from ..maps.shared_files import Hints, first_match
+from ..maps.schema import word
 from ..reading.header import DTYPE_BITS, Header
 
-__all__ = ["Fact", "find_fact", "hold", "notes_of", "values_of"]
+__all__ = ["Fact", "Hints", "find_fact", "first_match", "hold", "notes_of", "values_of"]
 
 FEW = 4096
 """Elements that a witness may read at most: it looks, it does not load."""
@@ -54,6 +54,31 @@ class Fact:
     value: Any
     source: str
     detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """What a report notes of a file that looks like another.
+
+    Attributes:
+        text: the note.
+        words: phrases in the name of the file or its metadata.
+        keys: patterns of keys.
+        facts: that hold together.
+    """
+
+    text: str = word("hint")
+    words: tuple[str, ...] = ()
+    keys: tuple[str, ...] = word("has", default=())
+    facts: Facts = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """`shared/hints.yaml`: the hints, and the entries of the metadata that they look into."""
+
+    metadata: tuple[str, ...]
+    hints: tuple[Hint, ...]
 
 
 def find_fact(name: str, witnesses: Iterable[Witness], header: Header, task: str) -> Fact:
@@ -115,6 +140,15 @@ def notes_of(header: Header, facts: Mapping[str, Fact], known: Hints) -> Iterato
             or (together if hold(hint.facts, facts) else "")
         ):
             yield f"{evidence}: {hint.text}"
+
+
+def first_match(keys: Iterable[str], patterns: Iterable[str]) -> str | None:
+    """Returns the first key that a pattern matches: `*` at either end stands for any text."""
+    whole = {pattern for pattern in patterns if "*" not in pattern}
+    starts = tuple(p.removesuffix("*") for p in patterns if p.endswith("*"))
+    ends = tuple(p.removeprefix("*") for p in patterns if p.startswith("*"))
+    found = (k for k in keys if k in whole or k.startswith(starts) or k.endswith(ends))
+    return next(found, None) if patterns else None
 
 
 def _answer(witness: Witness, header: Header, task: str) -> tuple[Any, str, str] | None:
@@ -187,4 +221,3 @@ def _few_values(header: Header, key: str) -> list[float]:
     letter = {"F64": "d", "F32": "f", "BF16": "f", "F16": "e"}.get(info.dtype)
     values = list(struct.unpack(f"<{info.numel}{letter}", data)) if letter else []
     return values if all(map(math.isfinite, values)) else []
-

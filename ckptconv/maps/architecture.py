@@ -7,7 +7,7 @@ configurations are; `layout.json` is the header of a published file.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,26 +15,13 @@ from typing import Any, Literal
 from ..errors import MapError
 from ..reading.header import Header, header_from_json
 from . import schema
+from .evidence import Condition, Facts, Witness
 from .holes import FactValue, with_holes
 from .keymap import KeyMap, MapFile
 from .schema import Fault, Many, Named, given, word
 from .yaml_files import HINT, Folders, laid_over
 
-__all__ = [
-    "Architecture",
-    "Component",
-    "Condition",
-    "Entry",
-    "Has",
-    "Indices",
-    "KeyMaps",
-    "Lacks",
-    "Rank",
-    "Source",
-    "Task",
-    "Variant",
-    "bundled",
-]
+__all__ = ["Architecture", "Component", "Entry", "KeyMaps", "Relative", "Source", "Task", "bundled"]
 
 CLASS_ENTRIES = ("_class_name", "architectures", "tokenizer_class", "image_processor_type")
 """Where a configuration says which class it is for."""
@@ -42,128 +29,6 @@ CLASS_ENTRIES = ("_class_name", "architectures", "tokenizer_class", "image_proce
 UNET_ROOT = "input_blocks.0.0.weight"
 """The first convolution of a UNet, [model channels, input channels, 3, 3]: where it is, a network
 in the original layout begins, and its input channels tell the task."""
-
-# How to know an architecture: conditions on the keys of its network, without their prefix.
-
-
-@dataclass(frozen=True, slots=True)
-class Has:
-    """The key is there; `because` says what that tells, for the reader of a report."""
-
-    key: str = word("has")
-    because: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Lacks:
-    """The key is not there."""
-
-    key: str = word("lacks")
-    because: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Rank:
-    """The tensor has so many axes."""
-
-    key: str = word("rank")
-    expected: int = word("is")
-    because: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Indices:
-    """The numbers that stand for the one `*` of the key are these, in order."""
-
-    key: str = word("indices")
-    expected: tuple[int, ...] = word("is")
-    because: str = ""
-
-    def __post_init__(self) -> None:
-        if self.key.count("*") != 1:
-            raise ValueError(f"'indices' needs one '*' in its key, found {self.key!r}")
-
-
-Condition = Has | Lacks | Rank | Indices
-
-# What names and shapes cannot tell: witnesses, of which the first that has an answer decides.
-
-
-@dataclass(frozen=True, slots=True)
-class InMetadata:
-    """An entry of the header's metadata; `values` has the answers to its texts."""
-
-    name: str = word("metadata")
-    values: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Marker:
-    """A tensor that is there."""
-
-    key: str = word("has")
-    value: Any
-
-
-@dataclass(frozen=True, slots=True)
-class OfTask:
-    """The task is one of these."""
-
-    tasks: Many[str] = word("task")
-    value: Any
-    because: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class LastValue:
-    """The last value of a small float tensor is below a limit."""
-
-    key: str = word("last")
-    below: float
-    value: Any
-    otherwise: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class SpreadOfValues:
-    """The standard deviation of a small float tensor is above a limit."""
-
-    key: str = word("spread")
-    above: float
-    value: Any
-    otherwise: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class PublishedSize:
-    """The number of a tensor's elements; `values` has the answers to those that are published."""
-
-    key: str = word("size")
-    values: Mapping[int, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Assumed:
-    """No evidence at all."""
-
-    value: Any = word("assume")
-    because: str
-
-
-@dataclass(frozen=True, slots=True)
-class Default:
-    """What holds where no witness before says otherwise."""
-
-    value: Any
-    because: str
-
-
-Witness = (
-    InMetadata | Marker | OfTask | LastValue | SpreadOfValues | PublishedSize | Assumed | Default
-)
-
-Facts = Mapping[str, Many[Any]]
-"""Values that facts must have, any of several; `task` is a fact, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,22 +144,10 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A further entry of `model_index.json`, for files of certain facts."""
+    """A further entry of `model_index.json` that is written only if facts hold."""
 
-    value: Any
-    facts: Facts = field(default_factory=dict)
-
-    @classmethod
-    def from_data(cls, data: Any, path: schema.Path, faults: list[Fault]) -> Entry:
-        """Reads a mapping of these words, or the value alone."""
-        record = schema.read(_EntryRecord, data, path, faults) if isinstance(data, Mapping) else None
-        return cls(record.value, record.facts) if record else cls(data)
-
-
-@dataclass(frozen=True, slots=True)
-class _EntryRecord:
-    value: Any
     facts: Facts
+    value: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,26 +156,16 @@ class Content:
 
     components: Mapping[str, Component]
     facts: Mapping[str, tuple[Witness, ...]] = field(default_factory=dict)
-    index: Mapping[str, Entry] = field(default_factory=dict)
+    index: Mapping[str, Entry | bool | int | float | str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """`sample.yaml`: how to shrink the published layout to a small model.
+class Relative:
+    """One entry of `relatives.yaml`: a model that people hold, and what it is taken for."""
 
-    Attributes:
-        metadata: of its header.
-        divide: by prefix of the keys, what divides every axis that is a width.
-        exact: by prefix, the new lengths of certain axes; they go first.
-        repeats: by container, the entries to keep.
-        spread: by key, the standard deviation of its values.
-    """
-
-    divide: Mapping[str, int]
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    exact: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
-    repeats: Mapping[str, int] = field(default_factory=dict)
-    spread: Mapping[str, float] = field(default_factory=dict)
+    name: str = given()
+    architecture: str
+    task: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -372,15 +215,9 @@ class Architecture:
         return self.maps.content(self.name).facts
 
     @property
-    def index(self) -> Mapping[str, Entry]:
-        """Further entries of `model_index.json`."""
+    def index(self) -> Mapping[str, Any]:
+        """Further entries of `model_index.json`, some of them an `Entry`."""
         return self.maps.content(self.name).index
-
-    @property
-    def sample(self) -> Sample:
-        """How to shrink the published layout, for `ckptconv.sample`."""
-        sample: Sample = self.maps.typed(Sample, f"{self.name}/sample")
-        return sample
 
     @property
     def rooted(self) -> Component:
@@ -411,30 +248,39 @@ class Architecture:
 
 
 class KeyMaps(Folders):
-    """The folders that architectures and maps are read from; the first that has a file wins."""
+    """The folders that architectures and maps are read from.
+
+    All methods raise a MapError if a file is missing or malformed; all of its faults are listed.
+    """
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        """Takes the folders in order; nothing is read yet."""
+        super().__init__(folders)
+        self._contents: dict[str, Content] = {}
+        self._keymaps: dict[str, KeyMap] = {}
 
     @functools.cached_property
     def architectures(self) -> dict[str, Architecture]:
-        """Every architecture by name, in alphabetical order.
-
-        Raises:
-            MapError: an `arch.yaml` is malformed; all faults of all of them are listed.
-        """
-        names = {path.parent.name for folder in self.folders for path in folder.glob("*/arch.yaml")}
+        """Every architecture by name, in alphabetical order."""
         try:
-            return {name: self._recognised(name) for name in sorted(names)}
+            return {name: self._recognised(name) for name in self._names()}
         except MapError:
             self.check_architectures()
             raise
 
-    def check_architectures(self) -> None:
-        """Reads every `arch.yaml` as a whole.
+    def _names(self) -> list[str]:
+        paths = (path for folder in self.folders for path in folder.glob("*/arch.yaml"))
+        return sorted({path.parent.name for path in paths})
 
-        Raises:
-            MapError: some are malformed; all faults of all of them are listed.
-        """
-        names = {path.parent.name for folder in self.folders for path in folder.glob("*/arch.yaml")}
-        found = [error for name in sorted(names) for error in self._errors(name)]
+    def check_architectures(self) -> None:
+        """Reads every `arch.yaml` as a whole."""
+        found = []
+        for name in self._names():
+            for read in (self._recognised, self.content):
+                try:
+                    read(name)
+                except MapError as error:
+                    found.append(error)
         if len(found) == 1:
             raise found[0]
         if found:
@@ -445,24 +291,10 @@ class KeyMaps(Folders):
         """Reads what it takes to recognise an architecture."""
         file = f"{name}/arch"
         data = self.merged(file, lambda word: word not in schema.words(Content))
-        found = self.typed(Architecture, file, data, name=name, maps=self)
-        assert isinstance(found, Architecture)  # noqa: S101
-        return found
-
-    def _errors(self, name: str) -> Iterator[MapError]:
-        """Yields what is wrong with both halves of an `arch.yaml`."""
-        for read in (self._recognised, self.content):
-            try:
-                read(name)
-            except MapError as error:
-                yield error
+        return self.typed(Architecture, file, data, name=name, maps=self)
 
     def content(self, name: str) -> Content:
-        """Returns what an architecture is made of.
-
-        Raises:
-            MapError: its `arch.yaml` is malformed; all faults are listed.
-        """
+        """Returns what an architecture is made of."""
         if name not in self._contents:
             file = f"{name}/arch"
             data = self.merged(file, lambda word: word == "single" or word in schema.words(Content))
@@ -472,38 +304,24 @@ class KeyMaps(Folders):
                 data["facts"] = self.extended(data.get("facts", {}))
                 if isinstance(parts := data.get("components"), dict):
                     data["components"] = {part: self.extended(c) for part, c in parts.items()}
-            content: Content = self.typed(Content, file, data)
+            content = self.typed(Content, file, data)
             if single not in content.components:
-                fault = Fault(("components",), f"there is no {single!r}, which tells architectures apart")
+                fault = Fault(
+                    ("components",), f"there is no {single!r}, which tells architectures apart"
+                )
                 raise self.malformed(file, [fault])
             self._contents[name] = content
         return self._contents[name]
 
-    @functools.cached_property
-    def _contents(self) -> dict[str, Content]:
-        return {}
-
-    @functools.cached_property
-    def _keymaps(self) -> dict[str, KeyMap]:
-        return {}
-
     def keymap(self, name: str) -> KeyMap:
-        """Returns a map by its path without suffix, such as `shared/maps/vae`.
-
-        Raises:
-            MapError: it is missing, malformed or breaks a law.
-        """
+        """Returns a map by its path without suffix, such as `shared/maps/vae`."""
         if name not in self._keymaps:
             path = str(self.find(f"{name}.yaml"))
             self._keymaps[name] = KeyMap.from_file(path, self.typed(MapFile, name))
         return self._keymaps[name]
 
     def values(self, variant: Variant) -> dict[str, Any]:
-        """Returns the values of a configuration with their holes, with those that it extends.
-
-        Raises:
-            MapError: the file that it extends is missing or malformed.
-        """
+        """Returns the values of a configuration with their holes, with those that it extends."""
         base = self.typed(Variant, variant.extends).values if variant.extends else {}
         return laid_over(base, variant.values)
 
@@ -532,7 +350,9 @@ class KeyMaps(Folders):
     @functools.cached_property
     def singles(self) -> dict[str, str]:
         """By class, the component that a folder without `model_index.json` is."""
-        return {t.pipeline: a.single for a in self.architectures.values() if a.single for t in a.tasks}
+        return {
+            t.pipeline: a.single for a in self.architectures.values() if a.single for t in a.tasks
+        }
 
 
 @functools.cache

@@ -16,7 +16,6 @@ from .schema import Fault, Path
 from .yaml_files import Tag
 
 __all__ = [
-    "HOLES",
     "Count",
     "Depth",
     "Dim",
@@ -27,17 +26,16 @@ __all__ = [
     "Side",
     "UpDepths",
     "Values",
-    "with_holes",
 ]
 
 
 class Hole:
-    """A value that is not known before there is a file."""
+    """A value that is not known before there is a file; `word` is its tag."""
 
     word: ClassVar[str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Dim(Hole):
     """The length of an axis of a tensor; `otherwise`, if there is one, where it is missing."""
 
@@ -47,7 +45,7 @@ class Dim(Hole):
     otherwise: Any = ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FactValue(Hole):
     """The value of a fact, or what `table` has for it."""
 
@@ -56,7 +54,7 @@ class FactValue(Hole):
     table: Mapping[Any, Any] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Heads(Hole):
     """The first axis of a tensor divided by the width of a head."""
 
@@ -65,7 +63,7 @@ class Heads(Hole):
     width: int | FactValue
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Side(Hole):
     """The edge of a square image: its patches and a class token have positions along an axis.
 
@@ -79,7 +77,7 @@ class Side(Hole):
     assumed: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Count(Hole):
     """The number of entries of a container, such as `down_blocks.0.resnets`."""
 
@@ -87,7 +85,7 @@ class Count(Hole):
     key: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Depth(Hole):
     """The transformer blocks of each attention in a block: one number if all have the same.
 
@@ -99,14 +97,14 @@ class Depth(Hole):
     last: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class UpDepths(Hole):
     """The depths of `up_blocks`; null where they mirror those of `down_blocks`."""
 
     word = "up_depths"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Dtype(Hole):
     """The dtype of a tensor, as torch names it."""
 
@@ -114,7 +112,7 @@ class Dtype(Hole):
     key: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Values(Hole):
     """The values of a small tensor of the original file that is not converted.
 
@@ -126,9 +124,7 @@ class Values(Hole):
     published: Any
 
 
-HOLES: dict[str, type[Hole]] = {
-    hole.word: hole for hole in (Dim, FactValue, Heads, Side, Count, Depth, UpDepths, Dtype, Values)
-}
+HOLES = {hole.word: hole for hole in Hole.__subclasses__()}
 """By the tag that YAML uses."""
 
 
@@ -140,16 +136,14 @@ def with_holes(data: Any, path: Path, faults: list[Fault]) -> Any:
         return [with_holes(item, (*path, n), faults) for n, item in enumerate(data)]
     if not isinstance(data, Tag):
         return data
-    kind = HOLES.get(data.word)
-    if kind is None:
-        known = (f"!{name}" for name in HOLES)
-        text = f"unknown hole '!{data.word}'{schema.nearest(f'!{data.word}', known)}"
-        faults.append(Fault(path, text))
+    if (kind := HOLES.get(data.word)) is None:
+        known = schema.nearest(f"!{data.word}", (f"!{name}" for name in HOLES))
+        faults.append(Fault(path, f"unknown hole '!{data.word}'{known}"))
         return None
     names = list(schema.words(kind))
-    if not isinstance(data.data, list) or len(data.data) > len(names):
-        fields = f"[{', '.join(names)}]"
-        faults.append(Fault(path, f"'!{data.word}' takes {fields}, found {data.data!r}"))
+    if len(data.data) > len(names):
+        text = f"'!{data.word}' takes [{', '.join(names)}], found {data.data!r}"
+        faults.append(Fault(path, text))
         return None
-    values = with_holes(data.data, path, faults)
-    return schema.read(kind, dict(zip(names, values, strict=False)), path, faults)
+    values = zip(names, with_holes(data.data, path, faults), strict=False)
+    return schema.read(kind, dict(values), path, faults)

@@ -41,7 +41,6 @@ SPLITS = "split_rows"
 """The operation that has several targets; every other has one."""
 
 
-
 class Pattern(tuple[str, ...]):
     """The segments of a dotted name; `*` stands for one."""
 
@@ -110,7 +109,10 @@ class MapFile:
         words = OPS.keys() - {DROP.name, RENAME.name}
         for kind in self.kinds.keys() & OPS.keys():
             faults.append(Fault(("kinds", kind), "has the name of an operation"))
-        for section, kinds in (*((table, {}) for table in self.kinds.values()), (self.blocks, self.kinds)):
+        for section, kinds in (
+            *((table, {}) for table in self.kinds.values()),
+            (self.blocks, self.kinds),
+        ):
             for source, line in section.items():
                 if line.word not in {RENAME.name, *words, *kinds}:
                     known = schema.nearest(line.word, [*kinds, *words])

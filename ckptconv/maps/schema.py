@@ -4,11 +4,10 @@ A field is a word of the format. A fault is noted with the path to it, such as
 `components.vae.sources[0]: unknown word 'unles'; did you mean 'unless'?`, and reading goes on.
 
     str, int, float, bool, None, Any, Literal    themselves; a number is no bool, an int is a float
-    tuple[T, ...]                                a list
+    tuple[T, ...], Mapping[K, T]                 a list; a mapping, whose key is the field `name`
     Many[T]                                      a list, or one T without the brackets
     Named[T]                                     a mapping by name, read into a tuple
-    Mapping[K, T]                                a mapping; a `name` that is `given` is the key
-    A | B of dataclasses                         the one whose first word is there
+    A | B                                        of dataclasses, the one whose first word is there
     a class with `from_data`                     reads itself
 """
 
@@ -18,7 +17,7 @@ import dataclasses
 import difflib
 import functools
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -31,12 +30,12 @@ Named = Annotated[tuple[T, ...], "named"]
 Path = tuple[str | int, ...]
 """The way to a value: names of entries, and numbers in lists."""
 
-SCALARS: dict[Any, tuple[tuple[type, ...], str]] = {
-    str: ((str,), "a text"),
-    int: ((int,), "a whole number"),
+SCALARS: dict[Any, tuple[Any, str]] = {
+    str: (str, "a text"),
+    int: (int, "a whole number"),
     float: ((int, float), "a number"),
-    bool: ((bool,), "true or false"),
-    NoneType: ((NoneType,), "null"),
+    bool: (bool, "true or false"),
+    NoneType: (NoneType, "null"),
 }
 
 
@@ -59,7 +58,7 @@ def word(name: str, **options: Any) -> Any:
 
 def given(**options: Any) -> Any:
     """Declares a field that is no word of the format: whoever reads the record gives it."""
-    return dataclasses.field(metadata={"word": ""}, **options)
+    return word("", **options)
 
 
 def nearest(name: object, known: Iterable[object]) -> str:
@@ -69,30 +68,16 @@ def nearest(name: object, known: Iterable[object]) -> str:
     return f"; did you mean {found[0]!r}?" if found else f", expected one of {', '.join(words)}"
 
 
-def read(kind: Any, data: Any, path: Path, faults: list[Fault], /, **given: Any) -> Any:
-    """Returns data as a value of a type.
-
-    Args:
-        kind: the type, see above.
-        data: mappings, lists and scalars.
-        path: the way to the data.
-        faults: gets what is wrong. If it gets anything, the result means nothing.
-        **given: fields of the record that do not stand in the data.
-    """
-    if kind is Any:
-        return data
-    if hook := getattr(kind, "from_data", None):
-        return hook(data, path, faults)
-    if dataclasses.is_dataclass(kind):
-        whole = isinstance(kind, type) and isinstance(data, kind)  # a tag that was read before
-        return data if whole else _record(kind, data, path, faults, given)
-    if get_origin(kind) is Annotated:
-        many, how = get_args(kind)
-        if how == "named":
-            table = read(Mapping[str, get_args(many)[0]], data, path, faults)  # type: ignore[misc]
-            return tuple(table.values()) if isinstance(table, Mapping) else ()
-        return read(many, data if isinstance(data, list) else [data], path, faults)
-    return _READERS.get(get_origin(kind) or kind, _scalar)(kind, data, path, faults)
+@functools.cache
+def words(kind: Any) -> dict[str, tuple[str, Any, bool]]:
+    """Returns, by word, the field of a dataclass, its type, and whether it must be there."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    missing = dataclasses.MISSING
+    return {
+        name: (f.name, hints[f.name], f.default is missing and f.default_factory is missing)
+        for f in dataclasses.fields(kind)
+        if (name := f.metadata.get("word", f.name))
+    }
 
 
 def vocabulary(*kinds: Any) -> set[str]:
@@ -109,26 +94,60 @@ def vocabulary(*kinds: Any) -> set[str]:
     return found
 
 
-@functools.cache
-def words(kind: Any) -> dict[str, tuple[str, Any, bool]]:
-    """Returns, by word, the field of a dataclass, its type, and whether it must be there."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    missing = dataclasses.MISSING
-    return {
-        name: (f.name, hints[f.name], f.default is missing and f.default_factory is missing)
-        for f in dataclasses.fields(kind)
-        if (name := f.metadata.get("word", f.name))
-    }
+def read(kind: Any, data: Any, path: Path, faults: list[Fault], /, **given: Any) -> Any:
+    """Returns data as a value of a type.
+
+    Args:
+        kind: the type, see above.
+        data: mappings, lists and scalars.
+        path: the way to the data.
+        faults: gets what is wrong. If it gets anything, the result means nothing.
+        **given: fields of the record that are not in the data.
+    """
+    if kind is Any or (isinstance(kind, type) and dataclasses.is_dataclass(data)):
+        if kind is not Any and not isinstance(data, kind):
+            faults.append(Fault(path, f"cannot be {type(data).__name__}"))
+        return data
+    if hook := getattr(kind, "from_data", None):
+        return hook(data, path, faults)
+    if dataclasses.is_dataclass(kind):
+        return _record(kind, data, path, faults, given)
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated and args[1] == "many":
+        return read(args[0], data if isinstance(data, list) else [data], path, faults)
+    if origin is Annotated:
+        named = read(Mapping[str, get_args(args[0])[0]], data, path, faults)  # type: ignore[misc]
+        return tuple(named.values())
+    if origin in (Union, UnionType):
+        return _union(args, data, path, faults)
+    if origin is tuple:
+        items = data if _is(list, "a list", data, path, faults) else []
+        return tuple(read(args[0], item, (*path, n), faults) for n, item in enumerate(items))
+    if origin is Mapping:
+        return _mapping(args, data, path, faults)
+    if origin is Literal:
+        if data not in args:
+            faults.append(Fault(path, f"unknown word {data!r}{nearest(data, args)}"))
+        return data
+    types, needed = SCALARS[kind]
+    quotes = ": write it in quotes" if kind is str and isinstance(data, int | float) else ""
+    _is(types, needed + quotes, data, path, faults)
+    return data
+
+
+def _is(types: Any, needed: str, data: Any, path: Path, faults: list[Fault]) -> bool:
+    found = isinstance(data, types) and (types is bool or not isinstance(data, bool))
+    if not found:
+        faults.append(Fault(path, f"found {data!r}, needed {needed}"))
+    return found
 
 
 def _record(kind: Any, data: Any, path: Path, faults: list[Fault], given: dict[str, Any]) -> Any:
     known, before = words(kind), len(faults)
-    if not isinstance(data, Mapping):
-        faults.append(Fault(path, f"found {data!r}, needed a mapping of {', '.join(known)}"))
+    if not _is(Mapping, f"a mapping of {', '.join(known)}", data, path, faults):
         return None
-    for name in data:
-        if name not in known:
-            faults.append(Fault(path, f"unknown word {name!r}{nearest(name, known)}"))
+    for name in (name for name in data if name not in known):
+        faults.append(Fault(path, f"unknown word {name!r}{nearest(name, known)}"))
     values = dict(given)
     for name, (field, hint, needed) in known.items():
         if name in data:
@@ -144,75 +163,42 @@ def _record(kind: Any, data: Any, path: Path, faults: list[Fault], given: dict[s
         return None
 
 
-def _union(kind: Any, data: Any, path: Path, faults: list[Fault]) -> Any:
-    records = [k for k in get_args(kind) if dataclasses.is_dataclass(k)]
-    if not isinstance(data, Mapping) or not records:
-        for each in get_args(kind):
-            tried: list[Fault] = []
-            value = read(each, data, path, tried)
-            if not tried:
-                return value
-        needed = " or ".join(SCALARS[k][1] if k in SCALARS else "a record" for k in get_args(kind))
-        faults.append(Fault(path, f"found {data!r}, needed {needed}"))
+def _union(kinds: tuple[Any, ...], data: Any, path: Path, faults: list[Fault]) -> Any:
+    first = {next(iter(words(k))): k for k in kinds if dataclasses.is_dataclass(k)}
+    if isinstance(data, Mapping) and first:
+        there = [name for name in first if name in data]
+        there = [n for n in there if not any(n in words(first[m]) for m in there if m != n)]
+        if len(there) == 1:
+            return read(first[there[0]], data, path, faults)
+        unknown = next((n for n in data if not any(n in words(k) for k in first.values())), None)
+        if there:
+            text = f"has {' and '.join(map(repr, there))}, which exclude each other"
+        elif unknown is None:
+            text = f"needs one of the words {', '.join(first)}"
+        else:
+            text = f"unknown word {unknown!r}{nearest(unknown, first)}"
+        faults.append(Fault(path, text))
         return None
-    first = {next(iter(words(k))): k for k in records}
-    there = [name for name in first if name in data]
-    there = [n for n in there if not any(n in words(first[m]) for m in there if m != n)]
-    if len(there) == 1:
-        return _record(first[there[0]], data, path, faults, {})
-    if there:
-        faults.append(Fault(path, f"has {' and '.join(map(repr, there))}, which exclude each other"))
-        return None
-    known = set().union(*(words(k) for k in records))
-    unknown = next((name for name in data if name not in known), None)
-    if unknown is None:
-        faults.append(Fault(path, f"needs one of the words {', '.join(first)}"))
-    else:
-        faults.append(Fault(path, f"unknown word {unknown!r}{nearest(unknown, first)}"))
+    for kind in kinds:
+        tried: list[Fault] = []
+        value = read(kind, data, path, tried)
+        if not tried:
+            return value
+    needed = [SCALARS[k][1] for k in kinds if k in SCALARS]
+    needed += [f"a mapping with one of {', '.join(first)}"] if first else []
+    faults.append(Fault(path, f"found {data!r}, needed {' or '.join(needed)}"))
     return None
 
 
-def _list(kind: Any, data: Any, path: Path, faults: list[Fault]) -> Any:
-    if not isinstance(data, list):
-        faults.append(Fault(path, f"found {data!r}, needed a list"))
-        return ()
-    return tuple(read(get_args(kind)[0], item, (*path, n), faults) for n, item in enumerate(data))
-
-
-def _mapping(kind: Any, data: Any, path: Path, faults: list[Fault]) -> Any:
-    if not isinstance(data, Mapping):
-        faults.append(Fault(path, f"found {data!r}, needed a mapping"))
+def _mapping(kinds: tuple[Any, ...], data: Any, path: Path, faults: list[Fault]) -> dict[Any, Any]:
+    key, kind = kinds
+    if not _is(Mapping, "a mapping", data, path, faults):
         return {}
-    key, value = get_args(kind)
-    named = dataclasses.is_dataclass(value) and any(
-        f.name == "name" and f.metadata.get("word") == "" for f in dataclasses.fields(value)
-    )
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    named = any(f.name == "name" and f.metadata.get("word") == "" for f in fields)
     return {
         read(key, name, path, faults): read(
-            value, item, (*path, name), faults, **({"name": name} if named else {})
+            kind, item, (*path, name), faults, **({"name": name} if named else {})
         )
         for name, item in data.items()
     }
-
-
-def _literal(kind: Any, data: Any, path: Path, faults: list[Fault]) -> Any:
-    if data not in get_args(kind):
-        faults.append(Fault(path, f"unknown word {data!r}{nearest(data, get_args(kind))}"))
-    return data
-
-
-def _scalar(kind: Any, data: Any, path: Path, faults: list[Fault]) -> Any:
-    types, needed = SCALARS[kind]
-    if not isinstance(data, types) or (isinstance(data, bool) and bool not in types):
-        quotes = ": write it in quotes" if kind is str and data is not None else ""
-        faults.append(Fault(path, f"found {data!r}, needed {needed}{quotes}"))
-    return data
-
-
-_READERS: dict[Any, Callable[[Any, Any, Path, list[Fault]], Any]] = {
-    Union: _union,
-    UnionType: _union,
-    tuple: _list,
-    Mapping: _mapping,
-    Literal: _literal,
-}

@@ -1,7 +1,7 @@
 """YAML files in folders, of which the first that has a file wins, and what they extend.
 
-A section of a file is turned into data only when it is asked for: to tell what a file is takes a
-few lines of every architecture, and all of one.
+An entry at the top of a file is turned into data only when it is asked for: to tell what a file is
+takes a few lines of every architecture, and all of one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -18,6 +18,8 @@ from . import schema
 from .schema import Fault
 
 __all__ = ["Document", "Folders", "Tag", "laid_over"]
+
+T = TypeVar("T")
 
 HINT = "docs/key-maps.md describes every word of the format"
 
@@ -48,12 +50,10 @@ def _mapping(loader: Any, node: yaml.MappingNode) -> dict[Any, Any]:
     raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
-def _tag(loader: Any, suffix: str, node: yaml.Node) -> Tag:
+def _tag(loader: Any, name: str, node: yaml.Node) -> Tag:
     if isinstance(node, yaml.SequenceNode):
-        return Tag(suffix, loader.construct_sequence(node, deep=True))
-    if isinstance(node, yaml.MappingNode):
-        return Tag(suffix, loader.construct_mapping(node, deep=True))
-    return Tag(suffix, [node.value] if node.value else [])
+        return Tag(name, loader.construct_sequence(node, deep=True))
+    return Tag(name, [node.value] if isinstance(node, yaml.ScalarNode) and node.value else [])
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
@@ -61,12 +61,7 @@ _Loader.add_multi_constructor("!", _tag)
 
 
 class Document:
-    """One YAML file: a mapping, or a list, which is its only section, without a name.
-
-    Attributes:
-        path: of the file.
-        sections: names of its entries.
-    """
+    """One YAML file: a mapping, or a list, which is the only entry and has no name."""
 
     def __init__(self, path: Path) -> None:
         """Parses a file.
@@ -75,29 +70,20 @@ class Document:
             MapError: it cannot be read as YAML.
         """
         self.path = path
-        self._nodes: dict[str, Any] = {}
         self._data: dict[str, Any] = {}
         self._loader = self._tried(lambda: _Loader(path.read_text(encoding="utf-8")))
         node = self._tried(self._loader.get_single_node)
-        if isinstance(node, yaml.SequenceNode):
-            self._nodes[""] = node
-        elif not isinstance(node, yaml.MappingNode):
-            raise MapError(f"{path}: needs a mapping at the top")
-        elif not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value) or len(
-            names := {key.value: value for key, value in node.value}
-        ) < len(node.value):
-            self._tried(lambda: self._loader.construct_document(node))
-            raise MapError(f"{path}: not a YAML file: a name at the top is written twice")
+        if isinstance(node, yaml.MappingNode):
+            self._nodes = {key.value: value for key, value in node.value if key.id == "scalar"}
+            if len(self._nodes) < len(node.value):
+                self._tried(lambda: self._loader.construct_document(node))  # says which is wrong
+        elif isinstance(node, yaml.SequenceNode):
+            self._nodes = {"": node}
         else:
-            self._nodes = names
-        self.sections = self._nodes.keys()
+            raise MapError(f"{path}: needs a mapping at the top")
+        self.entries = self._nodes.keys()
 
     def __getitem__(self, name: str) -> Any:
-        """Returns the data of one entry.
-
-        Raises:
-            MapError: they are not plain data.
-        """
         if name not in self._data:
             node = self._nodes[name]
             self._data[name] = self._tried(lambda: self._loader.construct_document(node))
@@ -106,8 +92,7 @@ class Document:
     @property
     def data(self) -> Any:
         """All of the data."""
-        whole = {name: self[name] for name in self.sections}
-        return whole.get("", whole)
+        return self[""] if "" in self.entries else {name: self[name] for name in self.entries}
 
     def _tried(self, read: Callable[[], Any]) -> Any:
         try:
@@ -117,23 +102,19 @@ class Document:
 
 
 class Folders:
-    """Folders in order; nothing is read until it is asked for.
+    """Folders in order, of which the first that has a file wins.
 
-    Attributes:
-        folders: the first that has a file wins.
+    A file is named by its path in a folder, without `.yaml`. All methods raise a MapError if one
+    is missing, cannot be read as YAML, or extends itself.
     """
 
     def __init__(self, folders: Iterable[Path]) -> None:
-        """Takes the folders."""
+        """Takes the folders; nothing is read yet."""
         self.folders = tuple(folders)
         self._documents: dict[str, Document] = {}
 
     def find(self, name: str) -> Path:
-        """Returns the path of a file, given relative to a folder.
-
-        Raises:
-            MapError: no folder has it.
-        """
+        """Returns the path of a file, given relative to a folder and with its suffix."""
         for folder in self.folders:
             if (path := folder / name).is_file():
                 return path
@@ -141,97 +122,80 @@ class Folders:
         raise MapError(f"{name}: no such file in {looked}", hint="check the spelling of the name")
 
     def document(self, name: str) -> Document:
-        """Returns a file by its path in a folder, without `.yaml`.
-
-        Raises:
-            MapError: it is missing, or cannot be read as YAML.
-        """
+        """Returns a file."""
         if name not in self._documents:
             self._documents[name] = Document(self.find(f"{name}.yaml"))
         return self._documents[name]
 
-    def merged(self, name: str, wanted: Callable[[str], bool] = lambda _name: True) -> Any:
+    def merged(
+        self, name: str, wanted: Callable[[str], bool] = bool, within: tuple[str, ...] = ()
+    ) -> Any:
         """Returns the data of a file, laid over what it extends.
 
         Args:
             name: of the file.
             wanted: tells which entries to return; all by default.
-
-        Raises:
-            MapError: a file is missing or malformed, or extends itself.
+            within: the files that extend this one.
         """
-        chain = [self.document(name)]
-        names = [name]
-        while "extends" in chain[-1].sections:
-            names.append(str(chain[-1]["extends"]))
-            if names[-1] in names[:-1]:
-                raise MapError(f"{names[-1]}: extends itself: {' -> '.join(names)}")
-            chain.append(self.document(names[-1]))
-        if "" in chain[0].sections:
-            return chain[0][""]
-        merged: dict[str, Any] = {}
-        for document in reversed(chain):
-            kept = (n for n in document.sections if n != "extends" and wanted(n))
-            merged = laid_over(merged, {n: document[n] for n in kept})
-        return merged
+        if name in within:
+            raise MapError(f"{name}: extends itself: {' -> '.join((*within, name))}")
+        document = self.document(name)
+        if "" in document.entries:
+            return document[""]
+        own = {n: document[n] for n in document.entries if n != "extends" and wanted(n)}
+        if "extends" not in document.entries:
+            return own
+        return laid_over(self.merged(str(document["extends"]), wanted, (*within, name)), own)
 
     def extended(self, data: Any) -> Any:
-        """Returns data laid over the file that an entry `extends` names, if they have one.
-
-        Mappings are joined key by key; anything else is replaced.
-
-        Raises:
-            MapError: a file is missing or malformed, or extends itself.
-        """
+        """Returns data laid over the file that an entry `extends` names, if they have one."""
         if not isinstance(data, Mapping) or "extends" not in data:
             return data
         own = {key: value for key, value in data.items() if key != "extends"}
         return laid_over(self.merged(str(data["extends"])), own)
 
-    def typed(self, kind: Any, name: str, data: Any = None, /, **given: Any) -> Any:
-        """Returns a file, or some of its data, as a value of a type.
+    def typed(self, kind: type[T], name: str, data: Any = None, /, **given: Any) -> T:
+        """Returns a file as a value of a type.
 
         Args:
             kind: the type, for `schema.read`.
             name: of the file.
-            data: the data; all by default.
-            **given: fields that do not stand in the file.
+            data: what to read of it; all by default.
+            **given: fields that are not in the file.
 
         Raises:
-            MapError: the file is malformed; all of its faults are listed.
+            MapError: the data are malformed; all faults are listed.
         """
         faults: list[Fault] = []
-        data = self.merged(name) if data is None else data
-        value = schema.read(kind, data, (), faults, **given)
+        value: T = schema.read(
+            kind, self.merged(name) if data is None else data, (), faults, **given
+        )
         if faults:
             raise self.malformed(name, faults)
         return value
 
     def malformed(self, name: str, faults: Iterable[Fault]) -> MapError:
         """Returns the error that lists the faults of a file, each with the file it stands in."""
-        own = self.document(name)
-        problems = (f"{self._owner(own, f.path) or own.path}: {f}" for f in faults)
-        return MapError(
-            f"{own.path}: malformed", problems=list(dict.fromkeys(problems)), hint=HINT
+        path = self.document(name).path
+        problems = dict.fromkeys(
+            f"{self._owner(name, fault.path) or path}: {fault}" for fault in faults
         )
+        return MapError(f"{path}: malformed", problems=list(problems), hint=HINT)
 
-    def _owner(self, document: Document, path: schema.Path) -> Path | None:
-        """Returns the file that holds a value of a document or of what it extends."""
+    def _owner(self, name: str, path: schema.Path) -> Path | None:
+        """Returns the path of the file that holds a value: this one, or one that it extends."""
 
-        def search(data: Any, file: Path, path: schema.Path) -> Path | None:
+        def search(data: Any, path: schema.Path) -> Path | None:
             if not path:
-                return file
-            head, rest = path[0], path[1:]
-            if isinstance(data, list) and isinstance(head, int) and head < len(data):
-                return search(data[head], file, rest)
-            if not isinstance(data, Mapping):
-                return None
-            found = search(data[head], file, rest) if head in data else None
-            if not found and isinstance(name := data.get("extends"), str):
-                found = self._owner(self.document(name), path)
+                return self.document(name).path
+            found = None
+            if isinstance(data, list) or (isinstance(data, Mapping) and path[0] in data):
+                found = search(data[path[0]], path[1:])
+            if not found and isinstance(data, Mapping) and isinstance(data.get("extends"), str):
+                found = self._owner(data["extends"], path)
             return found
 
-        return search(document.data, document.path, path)
+        return search(self.document(name).data, path)
 
 
 def laid_over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,5 +206,3 @@ def laid_over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
         both = isinstance(below, dict) and isinstance(value, dict)
         joined[key] = laid_over(below, value) if both else value  # type: ignore[arg-type]
     return joined
-
-

@@ -1,9 +1,9 @@
 """Do the key maps hold what they promise? For whoever writes one.
 
-Every file is read, and every map is built, which checks its laws. Then each architecture is tried on the header of its
-published file, with every number of input channels that it knows, and as a small sample: it must
-be recognised, every key must have a line, every line must lead back, and the real classes, built
-from the configurations that come out, must expect just these tensors.
+Every file is read, and every map is built, which checks its laws. Then each architecture is tried
+on the header of its published file, with every number of input channels that it knows, and as a
+small sample: it must be recognised, every key must have a line, every line must lead back, and the
+real classes, built from the configurations that come out, must expect just these tensors.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from ..configs.config import Config, class_of, configs, model_index
-from ..detection.detect import detect
+from ..configs.original_config import OriginalConfigFile
+from ..detection.detect import ForeignFormat, detect
+from ..detection.facts import Hints
 from ..errors import CkptconvError
 from ..maps import schema
-from ..maps.architecture import Architecture, KeyMaps, Sample, Variant, Witness
+from ..maps.architecture import Architecture, KeyMaps, Relative, Variant
+from ..maps.evidence import Witness
 from ..maps.keymap import MapFile
 from ..maps.ops import Shape
 from ..maps.schema import Named
-from ..maps.shared_files import ForeignFormat, Hints, OriginalConfigFile, Relative
 from ..planning.plan import Plan, Slot, Step, build_plan
 from ..reading.header import Header
-from ..sample import layout_of
+from ..sample import Sample, layout_of
 from ..streaming.stream import lay_out
 from .classes import Unbuildable, defaults, expected, has_class
 from .result import Check, Problem

@@ -23,7 +23,8 @@ from ckptconv.detection.detect import Detection, detect
 from ckptconv.detection.facts import FEW, Fact, find_fact, values_of
 from ckptconv.inference.generation import Settings, call_arguments, generate
 from ckptconv.inference.pipeline import load_pipeline
-from ckptconv.maps.architecture import Witness, bundled
+from ckptconv.maps.architecture import bundled
+from ckptconv.maps.evidence import Witness
 from ckptconv.maps.schema import Fault, read
 from ckptconv.planning.plan import build_plan
 from ckptconv.reading.header import read_header

@@ -9,12 +9,11 @@ import pytest
 
 import ckptconv
 from ckptconv.configs.config import Config, configs
-from ckptconv.configs.original_config import OriginalConfig, read_original_config
+from ckptconv.configs.original_config import OriginalConfig, ValuePath, read_original_config
 from ckptconv.conversion.convert import plan
 from ckptconv.detection.detect import detect
 from ckptconv.errors import FileRefused
 from ckptconv.maps.architecture import bundled
-from ckptconv.maps.shared_files import ValuePath
 from ckptconv.planning.plan import build_plan
 from tests.conftest import Sample, published
 
@@ -245,7 +244,9 @@ def test_a_conversion_writes_and_reports_what_the_yaml_says(tmp_path: Path, samp
 def test_a_donor_folder_keeps_its_values_only_where_the_yaml_is_silent() -> None:
     config = built("sd15-emaonly-fp32")["vae"]
     donor = replace(config, values={"scaling_factor": 2.0}, origins={"scaling_factor": "donor"})
-    original = OriginalConfig(published("sd15-emaonly-fp32").path, values=(("vae.scaling_factor", ValuePath(()), 0.5),))
+    original = OriginalConfig(
+        published("sd15-emaonly-fp32").path, values=(("vae.scaling_factor", ValuePath(()), 0.5),)
+    )
     wins, notes = original.overrides({"vae": donor})
     assert wins == {"vae": {"scaling_factor": 0.5}}
     assert notes[0].endswith("says vae.scaling_factor = 0.5, not 2.0 (donor)")

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptconv import inspect
-from ckptconv.detection.detect import detect, option_fact
+from ckptconv.detection.detect import ForeignFormat, detect, option_fact
 from ckptconv.detection.facts import Fact
 from ckptconv.errors import Ambiguous, NotACheckpoint
 from ckptconv.maps.architecture import KeyMaps, bundled
-from ckptconv.maps.shared_files import ForeignFormat
 from tests.conftest import PUBLISHED, Sample, made, published, shapes
 
 if TYPE_CHECKING:
@@ -265,9 +264,7 @@ def test_a_file_that_is_no_checkpoint_gets_a_sentence_that_says_what_it_is(
 def test_every_pattern_of_the_foreign_files_is_reached(entry: ForeignFormat) -> None:
     assert entry.keys
     for key in (pattern.replace("*", "x") for pattern in entry.keys):
-        assert refusal(made({key: (4, 4)})).startswith(
-            f"made.safetensors: this is {entry.what}\n"
-        )
+        assert refusal(made({key: (4, 4)})).startswith(f"made.safetensors: this is {entry.what}\n")
 
 
 def test_every_foreign_kind_has_a_sentence_of_its_own() -> None:

@@ -16,7 +16,8 @@ from ckptconv import inspect
 from ckptconv.detection.detect import option_fact
 from ckptconv.detection.facts import FEW, Fact, find_fact
 from ckptconv.errors import MapError, UsageError
-from ckptconv.maps.architecture import KeyMaps, Marker, Witness, bundled
+from ckptconv.maps.architecture import KeyMaps, bundled
+from ckptconv.maps.evidence import Marker, Witness
 from ckptconv.maps.schema import Fault, read
 from ckptconv.reading.header import Header, encode_header, read_header
 from ckptconv.sample import layout_of, write_sample
@@ -170,7 +171,9 @@ def test_sd2_base_and_768_v_are_told_apart_by_the_spread_of_one_bias(
     tmp_path: Path, dtype: str, deviation: float, value: str
 ) -> None:
     (tmp_path / "sd2").mkdir()
-    (tmp_path / "sd2" / "sample.yaml").write_text(f"divide: {{}}\nspread: {{{PREFIXED}: {deviation}}}")
+    (tmp_path / "sd2" / "sample.yaml").write_text(
+        f"divide: {{}}\nspread: {{{PREFIXED}: {deviation}}}"
+    )
     sd2 = bundled().architectures["sd2"]
     spread = replace(sd2, maps=KeyMaps([tmp_path, *bundled().folders]))
     path = tmp_path / "sd2.safetensors"

@@ -10,19 +10,8 @@ import pytest
 
 from ckptconv.detection.detect import detect
 from ckptconv.errors import HeaderError, MapError
-from ckptconv.maps.architecture import (
-    Architecture,
-    Assumed,
-    Component,
-    Default,
-    Indices,
-    KeyMaps,
-    Lacks,
-    Rank,
-    Source,
-    Task,
-    bundled,
-)
+from ckptconv.maps.architecture import Architecture, Component, KeyMaps, Source, Task, bundled
+from ckptconv.maps.evidence import Assumed, Default, Indices, Lacks, Rank
 from ckptconv.planning.plan import build_plan
 from tests.conftest import published
 
@@ -122,29 +111,74 @@ def test_a_folder_of_ones_own_adds_and_replaces(tmp_path: Path) -> None:
         (("aliases: [", "aliases: 3 # ["), "aliases: found 3, needed a list\n"),
         (("- {lacks: label_emb.weight}", "- label_emb.weight"), "detect[5]: found 'label_emb.weig"),
         (("lacks: label_emb.weight", "laks: x"), "detect[5]: unknown word 'laks'; did you mean 'l"),
-        (("lacks: label_emb.weight", "lacks: x, has: y"), "detect[5]: has 'has' and 'lacks', which"),
-        (("lacks: label_emb.weight", "lacks: x, is: 4"), "detect[5]: unknown word 'is', expected o"),
+        (
+            ("lacks: label_emb.weight", "lacks: x, has: y"),
+            "detect[5]: has 'has' and 'lacks', which",
+        ),
+        (
+            ("lacks: label_emb.weight", "lacks: x, is: 4"),
+            "detect[5]: unknown word 'is', expected o",
+        ),
         (("lacks: label_emb.weight", "because: x"), "detect[5]: needs one of the words has, lacks"),
         (("lacks: label_emb.weight", "rank: x"), "detect[5]: 'is' is missing"),
-        (("lacks: label_emb.weight", "rank: x, is: four"), "detect[5].is: found 'four', needed a w"),
-        (("lacks: label_emb.weight", "indices: x, is: [1]"), "detect[5]: 'indices' needs one '*' i"),
-        (("lacks: label_emb.weight", "indices: x.*, is: 1"), "detect[5].is: found 1, needed a list"),
-        (("channels: 9", "channels: nine"), "tasks.inpainting.channels: found 'nine', needed a whole"),
-        (("channels: 9", "channels: true"), "tasks.inpainting.channels: found True, needed a whole "),
-        (("{pipeline: StableDiffusionInp", "{class: StableDiffusionInp"), "tasks.inpainting: 'pipeli"),
+        (
+            ("lacks: label_emb.weight", "rank: x, is: four"),
+            "detect[5].is: found 'four', needed a w",
+        ),
+        (
+            ("lacks: label_emb.weight", "indices: x, is: [1]"),
+            "detect[5]: 'indices' needs one '*' i",
+        ),
+        (
+            ("lacks: label_emb.weight", "indices: x.*, is: 1"),
+            "detect[5].is: found 1, needed a list",
+        ),
+        (
+            ("channels: 9", "channels: nine"),
+            "tasks.inpainting.channels: found 'nine', needed a whole",
+        ),
+        (
+            ("channels: 9", "channels: true"),
+            "tasks.inpainting.channels: found True, needed a whole ",
+        ),
+        (
+            ("{pipeline: StableDiffusionInp", "{class: StableDiffusionInp"),
+            "tasks.inpainting: 'pipeli",
+        ),
         (("  unet:\n", "  net:\n"), "components: there is no 'unet', which tells architectures ap"),
-        (("kind: tokenizer", "kind: tokeniser"), "components.tokenizer.kind: unknown word 'tokenis"),
-        (("kind: scheduler", "kind: model"), "components.scheduler: a model needs 'sources', and no"),
-        (("prefix: cond_stage_model.transformer., ", ""), "text_encoder.sources[0]: 'prefix' is mi"),
-        (("library: transformers", "lib: transformers"), "components.tokenizer: 'library' is missing"),
+        (
+            ("kind: tokenizer", "kind: tokeniser"),
+            "components.tokenizer.kind: unknown word 'tokenis",
+        ),
+        (
+            ("kind: scheduler", "kind: model"),
+            "components.scheduler: a model needs 'sources', and no",
+        ),
+        (
+            ("prefix: cond_stage_model.transformer., ", ""),
+            "text_encoder.sources[0]: 'prefix' is mi",
+        ),
+        (
+            ("library: transformers", "lib: transformers"),
+            "components.tokenizer: 'library' is missing",
+        ),
         (("facts: {extends: shared/facts}", "facts: 3"), "facts: found 3, needed a mapping\n"),
         (("fits: {", "fitss: {"), "components.unet: unknown word 'fitss'; did you mean 'fits'?\n"),
         (("{extends: shared/configs/pndm}", "{facts: {task: 1}}"), ""),
-        (("sample_size: 64", "sample_size: !dimm [x, 1]"), "config[0].sample_size: unknown hole '!d"),
+        (
+            ("sample_size: 64", "sample_size: !dimm [x, 1]"),
+            "config[0].sample_size: unknown hole '!d",
+        ),
         (("sample_size: 64", "sample_size: !dimm [x, 1]"), "; did you mean '!dim'?\n"),
         (("sample_size: 64", "sample_size: !dim [x]"), "sample_size: 'axis' is missing\n"),
-        (("sample_size: 64", "sample_size: !dim [x, 1, 2, 3]"), "'!dim' takes [key, axis, otherwise"),
-        (("sample_size: 64", "sample_size: !heads [x, wide]"), "sample_size.width: found 'wide', nee"),
+        (
+            ("sample_size: 64", "sample_size: !dim [x, 1, 2, 3]"),
+            "'!dim' takes [key, axis, otherwise",
+        ),
+        (
+            ("sample_size: 64", "sample_size: !heads [x, wide]"),
+            "sample_size.width: found 'wide', nee",
+        ),
     ],
 )
 def test_a_malformed_architecture_is_refused(
@@ -173,7 +207,9 @@ def test_all_faults_of_all_files_are_reported_at_once(tmp_path: Path) -> None:
         ("sample_size: 64", "sample_size: !dimm [x, 1]"),
     )
     (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "arch.yaml").write_text("extends: sd1/arch\ntitle: New\nfacts: 3\nkind: x\n")
+    (tmp_path / "new" / "arch.yaml").write_text(
+        "extends: sd1/arch\ntitle: New\nfacts: 3\nkind: x\n"
+    )
     sd1, new = (tmp_path / name / "arch.yaml" for name in ("sd1", "new"))
     with pytest.raises(MapError) as caught:
         _ = maps.architectures

@@ -97,13 +97,19 @@ def test_a_map_that_breaks_a_law_is_refused_with_the_lines_at_fault(
         ({"blocks": ["a"]}, ["blocks: found ['a'], needed a mapping"]),
         ({"repeats": "layers"}, ["repeats: found 'layers', needed a list"]),
         ({"optional": [3]}, ["optional[0]: needs a dotted name (a number in quotes), found 3"]),
-        ({"drop": {"a": "boring"}}, ["drop.a: unknown word 'boring', expected one of training, de"]),
+        (
+            {"drop": {"a": "boring"}},
+            ["drop.a: unknown word 'boring', expected one of training, de"],
+        ),
         ({"drop": {"a": "unsed"}}, ["drop.a: unknown word 'unsed'; did you mean 'unused'?"]),
         ({"drop": {"a": ["unused"]}}, ["drop.a: unknown word ['unused']"]),
         ({"blocks": {"a": {"kin": "x"}}}, ["a: 'kin' is neither a kind of this map nor an opera"]),
         ({"blocks": {"a": {"drop": "x"}}}, ["a: 'drop' is neither a kind of this map nor an op"]),
         ({"blocks": {"a": 7}}, ["blocks.a: needs a name or {kind or operation: name}, found 7"]),
-        ({"blocks": {"a": {"squeeze": "x", "rename": "y"}}}, ["blocks.a: needs a name or {kind or oper"]),
+        (
+            {"blocks": {"a": {"squeeze": "x", "rename": "y"}}},
+            ["blocks.a: needs a name or {kind or oper"],
+        ),
         ({"blocks": {1: "x"}}, ["blocks: needs a dotted name (a number in quotes), found 1"]),
         (
             {"blocks": {"a..b": "x"}},

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import ckptconv
 from ckptconv.cli import main
 from ckptconv.errors import FileRefused, UsageError
+from ckptconv.maps.architecture import bundled
 from ckptconv.reports.junit import junit
 from ckptconv.verification.result import CHECKS, Check, Problem, Verification
 from tests.conftest import Copy, Folder, Sample
