@@ -15,8 +15,8 @@ import pytest
 import ckptconv
 from ckptconv.errors import FileRefused
 from ckptconv.files import ByteCounter, Files, read_range
-from ckptconv.maps.architecture import bundled
 from ckptconv.folder.read import read_folder
+from ckptconv.maps.architecture import bundled
 from ckptconv.verification.checks.data import Bytes
 from tests.conftest import Folder
 from tests.support.checkpoints import raw_folder

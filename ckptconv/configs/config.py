@@ -1,9 +1,9 @@
 """The configuration files of the converted folder.
 
 A configuration in `key_maps/` reads like the published file with holes (`ckptconv.maps.holes`). A
-value without a hole is *constant*; one that asks for a shape or a count is *measured* on the tensors
-that the plan gives; one that asks for a fact (`ckptconv.detection.facts`) is as sure as its witness.
-A KEY of the converted tensors is one of this component, or COMPONENT/KEY of another.
+value without a hole is *constant*; one that asks for a shape or a count is *measured* on the
+tensors that the plan gives; one that asks for a fact is as sure as its witness. A key in a hole is
+one of this component's converted tensors, or COMPONENT/KEY of another's.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..maps.holes import (
     FactValue,
     Heads,
     Hole,
+    Keyed,
     Side,
     UpDepths,
     Values,
@@ -192,10 +193,11 @@ class _Measure:
             return {key: self.fill(item) for key, item in value.items()}
         if not isinstance(value, Hole):
             return value
-        if "*" in (key := getattr(value, "key", "")):
-            holes = [replace(value, key=each) for each in self._each(key)]  # type: ignore[type-var]
-            if isinstance(value, Depth) and holes:  # only the last level takes its depth elsewhere
-                holes[:-1] = [replace(hole, last="") for hole in holes[:-1]]
+        if isinstance(value, Keyed) and "*" in value.key:
+            holes = [replace(value, key=key) for key in self._each(value.key)]
+            holes[:-1] = [  # only the last level may take its depth from elsewhere
+                replace(hole, last="") if isinstance(hole, Depth) else hole for hole in holes[:-1]
+            ]
             return [self.measured(hole) for hole in holes]
         return self.measured(value)
 
@@ -261,7 +263,7 @@ class _Measure:
         self.asked.append("measured")
         attentions = range(self._entries(f"{hole.key}.attentions"))
         if hole.last and not attentions:
-            return self._depth(Depth(hole.last))
+            return self._depth(Depth(hole.last))  # type: ignore[no-any-return]  # a dispatcher
         blocks = [f"{hole.key}.attentions.{n}.transformer_blocks" for n in attentions]
         depths = [self._entries(container) for container in blocks]
         return depths if len(set(depths)) > 1 else (depths or [1])[0]

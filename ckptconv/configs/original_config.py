@@ -26,7 +26,7 @@ SOURCE = "original config"
 class FactPath:
     """Where the YAML tells a fact, and what its texts mean; the first of the paths counts."""
 
-    paths: Many[str] = word("path")
+    paths: Many[str] = field(metadata=word("path"))
     values: Mapping[str, Any]
 
 
@@ -40,7 +40,7 @@ class ValuePath:
         divides: another value of the component, each number of which the entry divides.
     """
 
-    paths: Many[str] = word("path")
+    paths: Many[str] = field(metadata=word("path"))
     times: Many[str] = ()
     divides: str = ""
 

@@ -126,7 +126,7 @@ class Detection:
 class ForeignFormat:
     """One entry of `foreign.yaml`: what a file is that has a key of these patterns, and a hint."""
 
-    keys: tuple[str, ...] = word("has")
+    keys: tuple[str, ...] = field(metadata=word("has"))
     what: str
     hint: str
 

@@ -68,9 +68,9 @@ class Hint:
         facts: that hold together.
     """
 
-    text: str = word("hint")
+    text: str = field(metadata=word("hint"))
     words: tuple[str, ...] = ()
-    keys: tuple[str, ...] = word("has", default=())
+    keys: tuple[str, ...] = field(default=(), metadata=word("has"))
     facts: Facts = field(default_factory=dict)
 
 
@@ -156,8 +156,7 @@ def _answer(witness: Witness, header: Header, task: str) -> tuple[Any, str, str]
     """Returns the value, the source and the detail of a fact; None if the witness cannot tell."""
     match witness:
         case InMetadata(name, values):
-            text = header.metadata.get(name)
-            if text in values:
+            if (text := header.metadata.get(name)) is not None and text in values:
                 return values[text], "metadata", f"the metadata says {name} = {text}"
         case Marker(key, value):
             if key in header.tensors:
@@ -166,21 +165,21 @@ def _answer(witness: Witness, header: Header, task: str) -> tuple[Any, str, str]
             if task in tasks:
                 return value, "task", f"{task}: {because or f'the task is {task}'}"
         case LastValue(key, below):
-            if values := _few_values(header, key):
-                detail = f"{key} ends with {values[-1]:.3g}"
-                return _judged(witness, values[-1] < below, detail)
+            if numbers := _few_values(header, key):
+                detail = f"{key} ends with {numbers[-1]:.3g}"
+                return _judged(witness, numbers[-1] < below, detail)
         case SpreadOfValues(key, above):
-            if values := _few_values(header, key):
-                mean = sum(values) / len(values)
-                spread = math.hypot(*(v - mean for v in values)) / math.sqrt(len(values))
+            if numbers := _few_values(header, key):
+                mean = sum(numbers) / len(numbers)
+                spread = math.hypot(*(n - mean for n in numbers)) / math.sqrt(len(numbers))
                 side = "above" if spread > above else "not above"
                 detail = f"the values of {key} spread by {spread:.3g}, {side} {above}"
                 return _judged(witness, spread > above, detail)
-        case PublishedSize(key, values):
+        case PublishedSize(key, published):
             info = header.tensors.get(key)
-            if info and info.numel in values:
+            if info and info.numel in published:
                 detail = f"{key} has {info.numel:,} elements, as published"
-                return values[info.numel], "structure", detail
+                return published[info.numel], "structure", detail
         case Default(value, because):
             return value, "structure", because
         case Assumed(value, because):

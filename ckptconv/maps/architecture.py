@@ -19,7 +19,7 @@ from . import schema
 from .evidence import Condition, Facts, Witness
 from .holes import FactValue, with_holes
 from .keymap import KeyMap, MapFile
-from .schema import Fault, Many, Named, given, word
+from .schema import GIVEN, Fault, Many, Named, word
 from .yaml_files import HINT, Folders, laid_over
 
 __all__ = ["Architecture", "Component", "Entry", "KeyMaps", "Relative", "Source", "Task", "bundled"]
@@ -46,10 +46,10 @@ class Task:
             looks at an image and does not paint on it.
     """
 
-    name: str = given()
+    name: str = field(metadata=GIVEN)
     pipeline: str
     channels: int | None = None
-    key: str = word("has", default="")
+    key: str = field(default="", metadata=word("has"))
     also: Mapping[str, str] = field(default_factory=dict)
     scale: int | None = 1
 
@@ -66,7 +66,7 @@ class Source:
     """
 
     prefix: str
-    keymap: str = word("map")
+    keymap: str = field(metadata=word("map"))
     has: str = ""
     lacks: str = ""
 
@@ -81,7 +81,7 @@ class Variant:
         facts: that must hold.
     """
 
-    values: Mapping[str, Any]
+    values: Mapping[str, Any] = field(metadata=GIVEN)
     extends: str = ""
     facts: Facts = field(default_factory=dict)
 
@@ -116,7 +116,7 @@ class Component:
             is as long as the first of the other, which a donor may not know.
     """
 
-    name: str = given()
+    name: str = field(metadata=GIVEN)
     library: Literal["diffusers", "transformers"]
     kind: Literal["model", "tokenizer", "scheduler", "processor"] = "model"
     package: str = ""
@@ -164,7 +164,7 @@ class Content:
 class Relative:
     """One entry of `relatives.yaml`: a model that people hold, and what it is taken for."""
 
-    name: str = given()
+    name: str = field(metadata=GIVEN)
     architecture: str
     task: str
 
@@ -187,16 +187,16 @@ class Architecture:
         task: whose components it has; None for those of all tasks.
     """
 
-    name: str = given()
-    maps: KeyMaps = given(repr=False)
+    name: str = field(metadata=GIVEN)
+    maps: KeyMaps = field(repr=False, metadata=GIVEN)
     title: str
-    conditions: tuple[Condition, ...] = word("detect")
+    conditions: tuple[Condition, ...] = field(metadata=word("detect"))
     tasks: Named[Task]
     aliases: tuple[str, ...] = ()
     single: str = ""
     root: str = UNET_ROOT
-    prefixes: Many[str] = word("prefix", default=("model.diffusion_model.", ""))
-    task: Task | None = given(default=None)
+    prefixes: Many[str] = field(default=("model.diffusion_model.", ""), metadata=word("prefix"))
+    task: Task | None = field(default=None, metadata=GIVEN)
 
     def __repr__(self) -> str:
         return f"<Architecture {self.name}: {self.title}>"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .schema import Many, word
@@ -17,7 +17,7 @@ __all__ = ["Condition", "Facts", "Witness"]
 class Has:
     """The key is there; `because` says what that tells, for the reader of a report."""
 
-    key: str = word("has")
+    key: str = field(metadata=word("has"))
     because: str = ""
 
 
@@ -25,7 +25,7 @@ class Has:
 class Lacks:
     """The key is not there."""
 
-    key: str = word("lacks")
+    key: str = field(metadata=word("lacks"))
     because: str = ""
 
 
@@ -33,8 +33,8 @@ class Lacks:
 class Rank:
     """The tensor has so many axes."""
 
-    key: str = word("rank")
-    expected: int = word("is")
+    key: str = field(metadata=word("rank"))
+    expected: int = field(metadata=word("is"))
     because: str = ""
 
 
@@ -42,8 +42,8 @@ class Rank:
 class Indices:
     """The numbers that stand for the one `*` of the key are these, in order."""
 
-    key: str = word("indices")
-    expected: tuple[int, ...] = word("is")
+    key: str = field(metadata=word("indices"))
+    expected: tuple[int, ...] = field(metadata=word("is"))
     because: str = ""
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ Condition = Has | Lacks | Rank | Indices
 class InMetadata:
     """An entry of the header's metadata; `values` has the answers to its texts."""
 
-    name: str = word("metadata")
+    name: str = field(metadata=word("metadata"))
     values: Mapping[str, Any]
 
 
@@ -68,7 +68,7 @@ class InMetadata:
 class Marker:
     """A tensor that is there."""
 
-    key: str = word("has")
+    key: str = field(metadata=word("has"))
     value: Any
 
 
@@ -76,7 +76,7 @@ class Marker:
 class OfTask:
     """The task is one of these."""
 
-    tasks: Many[str] = word("task")
+    tasks: Many[str] = field(metadata=word("task"))
     value: Any
     because: str = ""
 
@@ -85,7 +85,7 @@ class OfTask:
 class LastValue:
     """The last value of a small float tensor is below a limit."""
 
-    key: str = word("last")
+    key: str = field(metadata=word("last"))
     below: float
     value: Any
     otherwise: Any = None
@@ -95,7 +95,7 @@ class LastValue:
 class SpreadOfValues:
     """The standard deviation of a small float tensor is above a limit."""
 
-    key: str = word("spread")
+    key: str = field(metadata=word("spread"))
     above: float
     value: Any
     otherwise: Any = None
@@ -105,7 +105,7 @@ class SpreadOfValues:
 class PublishedSize:
     """The number of a tensor's elements; `values` has the answers to those that are published."""
 
-    key: str = word("size")
+    key: str = field(metadata=word("size"))
     values: Mapping[int, Any]
 
 
@@ -113,7 +113,7 @@ class PublishedSize:
 class Assumed:
     """No evidence at all."""
 
-    value: Any = word("assume")
+    value: Any = field(metadata=word("assume"))
     because: str
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "FactValue",
     "Heads",
     "Hole",
+    "Keyed",
     "Side",
     "UpDepths",
     "Values",
@@ -36,11 +37,17 @@ class Hole:
 
 
 @dataclass(frozen=True)
-class Dim(Hole):
+class Keyed(Hole):
+    """A hole that asks for a tensor or a container."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Dim(Keyed):
     """The length of an axis of a tensor; `otherwise`, if there is one, where it is missing."""
 
     word = "dim"
-    key: str
     axis: int
     otherwise: Any = ...
 
@@ -55,45 +62,41 @@ class FactValue(Hole):
 
 
 @dataclass(frozen=True)
-class Heads(Hole):
+class Heads(Keyed):
     """The first axis of a tensor divided by the width of a head."""
 
     word = "heads"
-    key: str
     width: int | FactValue
 
 
 @dataclass(frozen=True)
-class Side(Hole):
+class Side(Keyed):
     """The edge of a square image: its patches and a class token have positions along an axis.
 
     Counted in patches, or in pixels if a patch has a width. Without the tensor it is assumed.
     """
 
     word = "side"
-    key: str
     axis: int
     patch: int | Dim = 1
     assumed: int | None = None
 
 
 @dataclass(frozen=True)
-class Count(Hole):
+class Count(Keyed):
     """The number of entries of a container, such as `down_blocks.0.resnets`."""
 
     word = "count"
-    key: str
 
 
 @dataclass(frozen=True)
-class Depth(Hole):
+class Depth(Keyed):
     """The transformer blocks of each attention in a block: one number if all have the same.
 
     Without attention it is 1; in the last of several blocks, that of the block `last`.
     """
 
     word = "depth"
-    key: str
     last: str = ""
 
 
@@ -105,26 +108,26 @@ class UpDepths(Hole):
 
 
 @dataclass(frozen=True)
-class Dtype(Hole):
+class Dtype(Keyed):
     """The dtype of a tensor, as torch names it."""
 
     word = "dtype"
-    key: str
 
 
 @dataclass(frozen=True)
-class Values(Hole):
+class Values(Keyed):
     """The values of a small tensor of the original file that is not converted.
 
     A list if `published` is one, else a number; `published` is assumed where there are none.
     """
 
     word = "values"
-    key: str
     published: Any
 
 
-HOLES = {hole.word: hole for hole in Hole.__subclasses__()}
+HOLES: dict[str, type[Hole]] = {
+    hole.word: hole for hole in (Dim, FactValue, Heads, Side, Count, Depth, UpDepths, Dtype, Values)
+}
 """By the tag that YAML uses."""
 
 

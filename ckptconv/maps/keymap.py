@@ -23,7 +23,7 @@ from typing import Any, Literal
 from ..errors import MapError
 from . import schema
 from .ops import DROP, OPS, RENAME, Op
-from .schema import Fault
+from .schema import GIVEN, Fault
 
 __all__ = ["KeyMap", "MapFile", "Match", "Origin", "Rule"]
 
@@ -64,8 +64,8 @@ class Line:
         targets: several for `split_rows`.
     """
 
-    word: str
-    targets: tuple[Pattern, ...]
+    word: str = field(metadata=GIVEN)
+    targets: tuple[Pattern, ...] = field(metadata=GIVEN)
 
     @classmethod
     def from_data(cls, data: Any, path: schema.Path, faults: list[Fault]) -> Line:

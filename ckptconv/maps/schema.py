@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-__all__ = ["Fault", "Many", "Named", "Path", "given", "nearest", "read", "vocabulary", "word"]
+__all__ = ["GIVEN", "Fault", "Many", "Named", "Path", "nearest", "read", "vocabulary", "word"]
 
 T = TypeVar("T")
 Many = Annotated[tuple[T, ...], "many"]
@@ -51,14 +51,13 @@ class Fault:
         return f"{where.removeprefix('.')}: {self.text}" if where else self.text
 
 
-def word(name: str, **options: Any) -> Any:
-    """Declares a field that the format calls by another name than Python."""
-    return dataclasses.field(metadata={"word": name}, **options)
+def word(name: str) -> dict[str, str]:
+    """Returns the metadata of a field that the format calls by another name than Python."""
+    return {"word": name}
 
 
-def given(**options: Any) -> Any:
-    """Declares a field that is no word of the format: whoever reads the record gives it."""
-    return word("", **options)
+GIVEN = word("")
+"""The metadata of a field that is no word of the format: whoever reads the record gives it."""
 
 
 def nearest(name: object, known: Iterable[object]) -> str:
@@ -68,9 +67,13 @@ def nearest(name: object, known: Iterable[object]) -> str:
     return f"; did you mean {found[0]!r}?" if found else f", expected one of {', '.join(words)}"
 
 
-@functools.cache
 def words(kind: Any) -> dict[str, tuple[str, Any, bool]]:
     """Returns, by word, the field of a dataclass, its type, and whether it must be there."""
+    return _words(kind)
+
+
+@functools.cache
+def _words(kind: Any) -> dict[str, tuple[str, Any, bool]]:
     hints = typing.get_type_hints(kind, include_extras=True)
     missing = dataclasses.MISSING
     return {

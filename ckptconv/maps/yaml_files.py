@@ -189,7 +189,9 @@ class Folders:
             if not path:
                 return self.document(name).path
             found = None
-            if isinstance(data, list) or (isinstance(data, Mapping) and path[0] in data):
+            if isinstance(data, list):
+                found = search(data[int(path[0])], path[1:])
+            elif isinstance(data, Mapping) and path[0] in data:
                 found = search(data[path[0]], path[1:])
             if not found and isinstance(data, Mapping) and isinstance(data.get("extends"), str):
                 found = self._owner(data["extends"], path)

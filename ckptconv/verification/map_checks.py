@@ -81,7 +81,7 @@ def _check_files(maps: KeyMaps) -> Check:
             kind = next((k for pattern, k in FILES.items() if fnmatch(name, pattern)), None)
             if kind:
                 maps.typed(kind, name)
-            elif schema.words(MapFile).keys() & maps.document(name).sections:
+            elif schema.words(MapFile).keys() & maps.document(name).entries:
                 lines += len(maps.keymap(name).rules)
                 count += 1
         except CkptconvError as error:
