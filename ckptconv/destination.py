@@ -98,8 +98,7 @@ def writing(
 def new_file(path: Path) -> Iterator[Path]:
     """Yields a hidden name for a file to write, and renames it to `path` at the end.
 
-    Raises:
-        OutputError: the system cannot write it, or another program made `path` meanwhile.
+    OutputError if the system cannot write it, or another program made `path` meanwhile.
     """
     hidden = _hidden(path, "partial")
     with writing(path):

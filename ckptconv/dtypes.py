@@ -53,10 +53,7 @@ _SYNONYMS = {
 
 
 def cast_name(dtype: object) -> str:
-    """Returns `fp16`, `bf16` or `fp32` for a dtype that weights can be cast to, as users write it.
-
-    Raises:
-        UsageError: it is neither a name of such a dtype nor the `torch.dtype`.
+    """Returns `fp16`, `bf16` or `fp32` for a `torch.dtype` or its name; UsageError for any other.
 
     >>> cast_name("torch.float16"), cast_name("BF16"), cast_name("float32")
     ('fp16', 'bf16', 'fp32')
@@ -84,11 +81,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """Returns NumPy's dtype, little-endian, for a dtype of the format.
-
-    Raises:
-        UsageError: neither NumPy nor ml_dtypes has one.
-    """
+    """Returns NumPy's little-endian dtype for a dtype of the format; UsageError if none exists."""
     import ml_dtypes  # adds bfloat16 and the dtypes of 8 bits to NumPy
     import numpy as np
 

@@ -35,10 +35,9 @@ class CkptconvError(Exception):
 
 def reason(error: OSError | ValueError) -> str:
     """Returns why the system refused, in words; a path with a null character is a ValueError."""
-    if isinstance(error, OSError):
-        full = error.errno == errno.ENOSPC
-        return "the disk is full" if full else error.strerror or str(error)
-    return str(error)
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        return "the disk is full"
+    return getattr(error, "strerror", None) or str(error)
 
 
 def printable(text: str) -> str:
@@ -71,9 +70,7 @@ def on_the_command_line() -> Iterator[None]:
 def option(name: str, value: object = None) -> str:
     """Spells an option for whoever reads the message, on the command line or in Python.
 
-    Args:
-        name: as Python spells it, such as `ignore_unclaimed`.
-        value: True for a switch; a word in capitals stands for something to fill in.
+    The value is True for a switch; a word in capitals stands for something to fill in.
 
     >>> option("overwrite", True), option("dtype", "fp32"), option("vae", "FILE"), option("ema")
     ('overwrite=True', "dtype='fp32'", 'vae=FILE', 'ema')

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """Opens a regular file, and yields it with its size in bytes.
 
-    Raises:
-        HeaderError: the file is not regular or cannot be read, now or inside the `with`.
+    HeaderError if it is not regular or cannot be read, now or inside the `with`.
     """
     try:
         found = path.stat()
@@ -42,11 +41,7 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def read_at(file: BinaryIO, start: int, nbytes: int) -> bytes:
-    """Returns a range of bytes of a file that `open_regular` opened.
-
-    Raises:
-        HeaderError: the file became shorter.
-    """
+    """Returns a range of bytes of an open file; HeaderError if the file became shorter."""
     file.seek(start)
     data = file.read(nbytes)
     if len(data) < nbytes:
@@ -134,11 +129,7 @@ class Files(contextlib.ExitStack):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the content of a JSON file that holds an object.
-
-    Raises:
-        FileRefused: it cannot be read, or holds something else.
-    """
+    """Returns the content of a JSON file; FileRefused if it cannot be read or holds no object."""
     try:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

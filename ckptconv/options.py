@@ -35,7 +35,7 @@ DONORS = ("vae", "text_encoder", "text_encoder_2", "depth_estimator", "image_nor
 SYNONYMS = {"torch_dtype": "dtype"}
 """Keywords as diffusers spells them."""
 
-Place = str | Path
+AnyPath = str | Path
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -47,16 +47,16 @@ class Choices(TypedDict, total=False):
     torch_dtype: Any
     ema: bool
     only: str | Iterable[str] | None
-    vae: Place | None
-    text_encoder: Place | None
-    text_encoder_2: Place | None
-    depth_estimator: Place | None
-    image_normalizer: Place | None
+    vae: AnyPath | None
+    text_encoder: AnyPath | None
+    text_encoder_2: AnyPath | None
+    depth_estimator: AnyPath | None
+    image_normalizer: AnyPath | None
     prediction_type: str | None
     zero_terminal_snr: bool | None
     family: str | None
-    original_config: Place | None
-    lora: Place | Iterable[Place]
+    original_config: AnyPath | None
+    lora: AnyPath | Iterable[AnyPath]
     maps: KeyMaps | None
 
 

@@ -77,15 +77,10 @@ def read_header(path: str | Path) -> Header:
 
 
 def header_from_json(path: str | Path) -> Header:
-    """Reads a header that was saved without its file, such as those that ckptconv bundles.
+    """Reads a header that was saved without its file; HeaderError if it cannot be read.
 
-    The tensors lie back to back in the order listed, and offsets count from the first of them.
-
-    Args:
-        path: a JSON file `{"metadata": {key: value}, "tensors": {name: [dtype, [shape]]}}`.
-
-    Raises:
-        HeaderError: if the file cannot be read or does not have this form.
+    The JSON is `{"metadata": {key: value}, "tensors": {name: [dtype, [shape]]}}`. The tensors lie
+    back to back in the order listed, and their offsets count from the first of them.
     """
     path = Path(path)
     problems: list[str] = []
@@ -110,19 +105,11 @@ def encode_header(
     metadata: Mapping[str, str],
     path: Path = Path(),
 ) -> tuple[bytes, dict[str, Tensor]]:
-    """Makes the beginning of a safetensors file: all bytes before the data.
+    """Returns the bytes of a safetensors file before its data, and its tensors by name.
 
     The data must follow back to back in the order of `tensors`, from a multiple of 8 bytes on.
     Readers that map the file want each tensor aligned to its elements: give those of wider dtypes
-    first, as the safetensors library does.
-
-    Args:
-        tensors: name, dtype and shape of each tensor.
-        metadata: the entry `__metadata__`, which is left out if empty.
-        path: the file to be written.
-
-    Returns:
-        The bytes, and the tensors by name, with offsets in the file.
+    first, as the safetensors library does. `path` is the file to be written.
 
     Raises:
         ValueError: if a name is repeated, reserved or not valid Unicode, a dtype is unknown, a

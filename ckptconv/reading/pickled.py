@@ -47,9 +47,8 @@ _TYPES = {StridedTensor: "a lone tensor", list: "a list", tuple: "a tuple", Glob
 def read_pickled(path: str | Path) -> Header:
     """Reads what a file of `torch.save` holds. Executes nothing, and does not read the elements.
 
-    Returns:
-        The tensors with their offsets in the zip file; they may share bytes. The metadata are
-        empty, and the notes list what the file holds beside the tensors.
+    The tensors have their offsets in the zip file and may share bytes; the notes list what the file
+    holds beside them.
 
     Raises:
         HeaderError: the file cannot be read, is damaged, or holds tensors that are not byte ranges,
@@ -112,13 +111,7 @@ def _content(file: BinaryIO, members: Mapping[str, Member]) -> object:
         order = member.read(file, 16)
         if order != b"little":
             raise ValueError(f"its byte order is {show(order)}, expected b'little'")
-    raw = members["data.pkl"].read(file, MAX_PICKLE)
-    try:
-        return load(raw, GLOBALS, storage_of)
-    except Forbidden:
-        raise
-    except ValueError as error:
-        raise ValueError(f"its pickle is malformed: {error}") from error
+    return load(members["data.pkl"].read(file, MAX_PICKLE), GLOBALS, storage_of)
 
 
 def _state_dict(path: Path, content: object) -> tuple[Mapping[str, StridedTensor], list[str]]:

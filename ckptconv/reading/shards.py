@@ -25,9 +25,7 @@ def open_index(path: Path) -> Header:
 def read_shards(index: Path) -> tuple[Header, ...]:
     """Returns the headers of the files that an index names.
 
-    Raises:
-        FileRefused: the index is malformed, names tensors other than those of the files, or a file
-            is missing or malformed.
+    FileRefused if the index is malformed or names other tensors, or a file is missing or malformed.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

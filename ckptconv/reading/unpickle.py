@@ -63,15 +63,10 @@ def load(raw: bytes, calls: Mapping[str, Call], persistent: Call) -> object:
     """Returns the object that a pickle describes, as data.
 
     It consists of None, bool, int, float, str, bytes, list, tuple, `Table`, `Global`, `Inert`, and
-    of whatever `calls` and `persistent` return.
-
-    Args:
-        raw: the whole pickle.
-        calls: what a call of a global returns, by its name. No other global may occur.
-        persistent: what a persistent id, which is a tuple, stands for.
+    of whatever `calls` returns for the call of a global and `persistent` for a persistent id.
 
     Raises:
-        Forbidden: the pickle names other globals.
+        Forbidden: the pickle names globals that are not in `calls`.
         ValueError: it is damaged, or has instructions that data do not need.
     """
     machine = _Machine(calls, persistent)
@@ -96,7 +91,7 @@ def load(raw: bytes, calls: Mapping[str, Call], persistent: Call) -> object:
     if machine.forbidden:
         raise Forbidden(tuple(machine.forbidden))
     if fault:
-        raise ValueError(fault)
+        raise ValueError(f"its pickle is malformed: {fault}")
     return machine.result
 
 

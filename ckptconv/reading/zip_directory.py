@@ -53,9 +53,7 @@ class Member:
     def data_start(self, file: BinaryIO) -> int:
         """Returns the offset of the content in the zip file.
 
-        Raises:
-            ValueError: the content is compressed or encrypted, or the member's local header does
-                not agree with the directory.
+        ValueError if it is compressed or encrypted, or its local header contradicts the directory.
         """
         entry, name = self.entry, show(self.entry.orig_filename)
         if entry.flag_bits & _ENCRYPTED or self.is_compressed:

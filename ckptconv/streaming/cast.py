@@ -8,8 +8,7 @@ from ..dtypes import FLOATS, numpy_dtype
 def cast(data: bytearray | memoryview, source: str, target: str) -> tuple[memoryview, int]:
     """Casts elements, rounding to the nearest value, ties to even.
 
-    Returns:
-        The bytes of the elements, and how many finite ones became infinite.
+    Returns their bytes, and how many finite values became infinite.
     """
     import ml_dtypes
     import numpy as np

@@ -37,11 +37,8 @@ for them: a conversion took six times as long on a busy machine."""
 def merged(data: bytearray, dtype: str, transfer: Transfer, files: Files) -> tuple[memoryview, str]:
     """Makes the changes of a transfer to the values of its weight, given row by row.
 
-    Returns:
-        The new elements and their dtype: F64 for F64, F32 for all others.
-
-    Raises:
-        FileRefused: an alpha is not finite, or a file can no longer be read.
+    Returns the new elements and their dtype, F64 for F64 and F32 for all others. FileRefused if an
+    alpha is not finite, or a file can no longer be read.
     """
     import numpy as np
 
@@ -72,7 +69,7 @@ def _read(tensor: Tensor, files: Files) -> Array:
 
 
 def _decoded(data: bytearray, dtype: str) -> Array:
-    """Returns elements as float64 if that is their dtype, else as float32, which holds them all."""
+    """Returns elements as float64 if that is their dtype, else as float32, which is exact."""
     import numpy as np
 
     if dtype in ("F32", "F64"):

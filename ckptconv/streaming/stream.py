@@ -66,12 +66,8 @@ def write(
     """Writes files, none of which may exist, and returns what went wrong with single values.
 
     The beginning of a file is written last, when its data are whole: a run that is interrupted
-    leaves files that no reader takes for weights.
-
-    Args:
-        files: to write.
-        todo: what goes into them.
-        progress: is called from several threads with numbers of bytes written.
+    leaves files that no reader takes for weights. Several threads tell `progress` how many bytes
+    they wrote.
 
     Raises:
         OSError: from the system, such as a full disk.
@@ -150,11 +146,8 @@ def _move(part: Transfer, files: Files, progress: Callable[[int], None]) -> int:
 def converted(part: Transfer, files: Files) -> tuple[memoryview, int]:
     """Reads a part, then transposes, changes and casts it as the transfer says.
 
-    Returns:
-        The bytes of the target, and how many finite values became infinite.
-
-    Raises:
-        FileRefused: a source became shorter, can no longer be read, or adds what is not finite.
+    Returns the bytes of the target, and how many finite values became infinite. FileRefused if a
+    source became shorter, can no longer be read, or adds what is not finite.
     """
     dtype, wanted = part.dtypes
     data = files.read(*part.source, nbytes(part.count, dtype))

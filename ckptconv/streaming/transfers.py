@@ -25,14 +25,8 @@ Offset = tuple[Path, int]
 class Transfer:
     """Elements that lie together in one source and one target.
 
-    Attributes:
-        source: where the first element is read.
-        target: where it is written.
-        count: number of elements.
-        dtypes: of the source and of the target, as safetensors writes them.
-        transposed: shape of the source if it is to be transposed.
-        shape: of the target if its values change.
-        changes: how they change, in this order.
+    `transposed` is the shape of the source if it is to be transposed, and `shape` that of the
+    target if its values are to change.
     """
 
     source: Offset
