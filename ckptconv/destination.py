@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from .errors import OutputError
+from .errors import OutputError, option
 
 Kind = tuple[str, Callable[[Path], bool]]
 """What may be replaced, in words, and whether something that exists is that."""
@@ -45,6 +45,7 @@ def check_destination(
         OutputError: its folder is missing, it exists and may not be replaced, or it has a name that
             nothing can have.
     """
+    replacing = option("overwrite", True)
     try:
         if not path.parent.is_dir():
             raise OutputError(f"{path.parent}: no such folder", hint="make it first, with mkdir -p")
@@ -55,18 +56,18 @@ def check_destination(
                 raise OutputError(f"{path}: is a folder", hint="give the name of a file")
         elif not overwrite:
             raise OutputError(
-                f"{path}: exists", hint="--overwrite replaces it; or choose another name"
+                f"{path}: exists", hint=f"{replacing} replaces it; or choose another name"
             )
         elif path.is_symlink() or not kind[1](path):
             raise OutputError(
-                f"{path}: exists and is {_found(path)}; it is not {kind[0]}, so --overwrite does "
+                f"{path}: exists and is {_found(path)}; it is not {kind[0]}, so {replacing} does "
                 "not remove it",
                 hint="remove it yourself, or choose another name",
             )
         for one in inputs:
             resolved = Path(one).resolve()
             if any(_same(path, each) for each in (resolved, *resolved.parents)):
-                what = f"holds the input {one}, so --overwrite does not remove it"
+                what = f"holds the input {one}, so {replacing} does not remove it"
                 what = what if path.is_dir() else "is one of the files to read"
                 raise OutputError(f"{path}: {what}", hint="choose another name")
     except (OSError, ValueError) as error:  # ValueError: the path holds a null character
