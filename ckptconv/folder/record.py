@@ -50,7 +50,9 @@ def read_record(path: Path) -> Record:
             (_table(adapter).get("name"), _table(adapter).get("scale"))
             for adapter in (adapters if isinstance(adapters, list) else ())
         ),
-        *(_table(values.get(name)) for name in ("assumed", "donors", "dropped")),
+        _table(values.get("assumed")),
+        _table(values.get("donors")),
+        _table(values.get("dropped")),
         {
             name: Fact(
                 name, fact["value"], str(fact.get("source", "")), str(fact.get("detail", ""))
