@@ -123,7 +123,7 @@ def test_a_missing_component_is_named_with_what_to_do(sample: Sample, tmp_path: 
     with pytest.raises(Incomplete) as caught:
         load_pipeline(file, device="cpu")
     assert "has no vae, which its pipeline needs" in str(caught.value)
-    assert "--vae FILE" in caught.value.hint
+    assert "vae=FILE" in caught.value.hint
     assert load_pipeline(file, device="cpu", components={"vae": None}).vae is None
     donor = tmp_path / "donor.safetensors"
     prefix = "first_stage_model."
