@@ -39,8 +39,8 @@ class Box:
         return self.y + self.height
 
     @property
-    def middle(self) -> Point:
-        """The center."""
+    def center(self) -> Point:
+        """The point in the middle."""
         return self.x + self.width / 2, self.y + self.height / 2
 
     @property
@@ -82,11 +82,7 @@ class Box:
         return places(name.removeprefix(prefix) for block in row for name in block.original)
 
     def sentence(self, total: int) -> str:
-        """Returns everything about the box, in a sentence.
-
-        Args:
-            total: number of parameters of the component.
-        """
+        """Describes the box; `total` is the number of parameters of the component."""
         block, names = self.row[-1], [block.name for block in self.row]
         originals = list(dict.fromkeys(name for block in self.row for name in block.original))
         depth = "+".join(str(n) for n in block.attention if n)

@@ -27,14 +27,10 @@ UNSEEN = re.compile(
 
 
 def rendered(template: str | Template, /, **values: object) -> str:
-    """Returns what a template makes of values.
+    """Renders a template, or the template of a name.
 
-    Characters that a reader cannot see are shown as code points, everywhere, so that no template
-    has to think of them.
-
-    Args:
-        template: the template, or its name.
-        **values: what its expressions speak of.
+    Characters that a reader cannot see become code points everywhere, so that no template has to
+    think of them.
     """
     html = environment().get_template(template).render(values)
     return UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", html)
@@ -45,14 +41,14 @@ def environment() -> Environment:
     """Returns the templates and their filters."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    made = Environment(
+    templates = Environment(
         loader=PackageLoader(__package__ or ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {
+    templates.filters |= {
         "count": "{:,}".format,
         "json": json.dumps,
         "millions": millions,
@@ -60,7 +56,7 @@ def environment() -> Environment:
         "px": _px,
         "points": lambda points: " ".join(f"{_px(x)},{_px(y)}" for x, y in points),
     }
-    return made
+    return templates
 
 
 def ours(name: str) -> Markup:
