@@ -22,7 +22,7 @@ from ...version import __version__
 from ..network import blocks
 from ..report import amounts, header_rows, inspection, plan_rows, tensors_by_part
 from .drawing import draw
-from .render import ours, policy, rendered
+from .render import rendered
 
 DOCTYPE = "<!doctype html>\n"
 LIMITS = {"rows": 20_000, "value": 2_000, "lines": 500, "problems": 20}
@@ -60,7 +60,6 @@ def page(
             "keys": ("Keys", True),
         }
         sections |= {ident: title for ident, (title, content) in wanted.items() if content}
-    style, script = ours("network.css") + ours("page.css"), ours("page.js")
     return rendered(
         "page.html.j2",
         **values,
@@ -72,9 +71,6 @@ def page(
         checks=CHECKS,
         aside=ASIDE,
         limits=LIMITS,
-        style=style,
-        script=script,
-        policy=policy(style, script),
         version=__version__,
     )
 
@@ -88,8 +84,7 @@ def fragment(detection: Detection, plan: Plan | None = None) -> str:
     except CkptconvError as error:  # its architecture is known, and yet something does not fit
         refusal = NotACheckpoint(error.message, problems=error.problems, hint=error.hint)
         values = _about(replace(detection, refusal=refusal), None)
-    style = ours("network.css") + ours("notebook.css")
-    return rendered("fragment.html.j2", **values, detection=detection, limits=LIMITS, style=style)
+    return rendered("fragment.html.j2", **values, detection=detection, limits=LIMITS)
 
 
 def _about(detection: Detection, plan: Plan | None) -> dict[str, Any]:
