@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from ckptconv.cli import main
+from ckptconv.inference.generation import Settings, call_arguments
 from ckptconv.maps.architecture import bundled
 
 WHOLE = ("sd1", "sd2", "sdxl", "sdxl-refiner")
@@ -93,6 +94,12 @@ def assert_same_tokenizer(mine: Any, their: Any) -> None:
     ]
     assert said[0] == said[1]
     assert [len(ids) for ids in said[0]] == [77, 77]
+
+
+def asked(cls: Any, image: Image.Image, **settings: Any) -> dict[str, Any]:
+    """Returns what a pipeline would be called with; it needs no weights for that."""
+    pipe = cls.__new__(cls)
+    return call_arguments(pipe, Settings("a cat", image=Path("x"), **settings), {"image": image})
 
 
 def runner(folder: Path) -> Run:
