@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..batch.work import Inspection, Outcome
+from ..destination import check_destination
 from ..detection.detect import Detection, inspect
 from ..errors import printable
 from ..planning.plan import Plan, build_plan
@@ -59,9 +60,9 @@ def command(
         finish(outcomes, COLUMNS | (HASHES if hashed else {}), as_json=as_json, err=False)
         return
     if html:
-        from ..reports.html import check_page, page, write_page  # a tenth of an inspection's time
+        from ..reports.html import PAGE, page, write_page  # a tenth of an inspection's time
 
-        check_page(html, overwrite=overwrite)
+        check_destination(html, overwrite=overwrite, kind=PAGE)
     detection = inspect(files[0], maps=key_maps())
     plan = None if detection.refusal else build_plan(detection)
     data = inspection(detection, plan)

@@ -12,7 +12,7 @@ from ..batch.work import Proof
 from ..destination import check_destination, new_file, writing
 from ..errors import SHOWN, printable
 from ..options import Options
-from ..reports.html import check_page, page, write_page
+from ..reports.html import PAGE, page, write_page
 from ..reports.junit import junit
 from ..reports.markdown import markdown
 from ..reports.numbers import size
@@ -91,7 +91,7 @@ def command(
     if summary:
         check_destination(summary, append=True, inputs=_inputs(source, folder, work.options))
     if html:
-        check_page(html, overwrite=overwrite)
+        check_destination(html, overwrite=overwrite, kind=PAGE)
     with progress("verifying") as show:
         found = work.verify(source, folder, show)
     detection = found.plan.detection if found.plan else None

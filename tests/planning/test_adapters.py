@@ -254,7 +254,9 @@ def test_a_merged_folder_is_verified_with_its_adapters(sample: Sample, tmp_path:
     kinds = {(c.component, c.kind) for c in found.checks if c.problems}
     assert kinds == {("unet", "data"), ("text_encoder", "data")}
     (said,) = (note for c in found.checks for note in c.notes if "source.json" in note)
-    assert f"{name}:1.0, {name}:-0.3 was added: give it with --lora" in said
+    merged = f"{name}:1.0, {name}:-0.3 was added: give it with"
+    assert f"{merged} lora=FILE:SCALE" in said
+    assert f"{merged} --lora FILE:SCALE" in run("verify", source, out, code=1).stdout
     notes = ckptconv.export(out, tmp_path / "back.safetensors").notes
     assert any(f"{name} added, which stays in them" in note for note in notes)
 
