@@ -147,11 +147,7 @@ def option_for(plan: Plan, name: str) -> str:
 
 
 def _require_fit(plan: Plan) -> None:
-    """Checks that a donor has the width of the components that it is joined to.
-
-    Raises:
-        FileRefused: it has not.
-    """
+    """Refuses a donor of another width than that of the component that it is joined to."""
     problems = []
     for component in plan.detection.require()[0].models:
         for key, other in component.fits.items():
@@ -172,11 +168,7 @@ def _require_fit(plan: Plan) -> None:
 
 
 def _donor(name: str, place: Path) -> Donor:
-    """Reads a donor: a folder of one component, a whole diffusers folder, or a file.
-
-    Raises:
-        FileRefused: it is none of these, or of another component.
-    """
+    """Reads a donor: a folder of one component, a whole diffusers folder, or a file."""
     try:
         is_folder = place.is_dir()
     except OSError:
