@@ -57,9 +57,7 @@ def test_the_caller_says_what_may_be_replaced(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_text("a poem")
     check_destination(path, overwrite=True, kind=("a poem", lambda _: True))
-    with pytest.raises(
-        OutputError, match="is a file; it is not a novel, so overwrite=True does not"
-    ):
+    with pytest.raises(OutputError, match="is a file; it is not a novel, so overwrite=True does"):
         check_destination(path, overwrite=True, kind=("a novel", lambda _: False))
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from ..maps.architecture import KeyMaps
+from ..maps.architecture import KeyMaps, Relative
+from ..maps.schema import Named
 from .shared import console, echo_json, json_option, key_maps
 
 WORKS = ("detect", "convert", "verify", "export")
@@ -53,12 +54,16 @@ def command(*, as_json: bool) -> None:
 
 def _relatives(maps: KeyMaps) -> list[dict[str, Any]]:
     """Returns the table of `key_maps/relatives.yaml`."""
+    known: tuple[Relative, ...] = maps.typed(Named[Relative], "relatives")
     return [
         {
-            "name": relative["name"],
-            "architecture": relative["architecture"],
-            "task": relative["task"],
-            "works": [*WORKS, *(["run"] if relative.get("run", True) else [])],
+            "name": relative.name,
+            "architecture": relative.architecture,
+            "task": relative.task,
+            "works": [
+                *WORKS,
+                *([] if maps.architectures[relative.architecture].single else ["run"]),
+            ],
         }
-        for relative in maps.read("relatives")["relatives"]
+        for relative in known
     ]

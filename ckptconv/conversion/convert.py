@@ -14,21 +14,13 @@ from ..detection.detect import detect, option_fact
 from ..errors import FileRefused, option
 from ..files import read_json
 from ..folder.weights import component_headers
+from ..maps.architecture import Architecture
 from ..options import Choices, Options, checked
 from ..planning.adapters import read_adapter
 from ..planning.components import Donor
 from ..planning.plan import Plan, build_plan
 from ..reading.source import open_header
 from .write import CONVERTED, Packaging, Report, write_folder
-
-DONORS = {
-    "vae": ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE"),
-    "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "image_normalizer": ("StableUnCLIPImageNormalizer",),
-    "depth_estimator": ("DPTForDepthEstimation",),
-}
-"""The components that a donor may give, and the classes that can stand there."""
 
 
 @checked
@@ -130,10 +122,13 @@ def plan_file(path: str | Path, options: Options) -> tuple[Plan, OriginalConfig 
         original = read_original_config(options.original_config, options.maps)
     decided = dict(original.facts) if original else {}
     decided |= {name: option_fact(name, value) for name, value in options.facts.items()}
+    detection = detect(header, maps=options.maps, decided=decided)
+    architecture, _ = detection.require()
+    donors = {name: _donor(architecture, name, place) for name, place in options.donors.items()}
     plan = build_plan(
-        detect(header, maps=options.maps, decided=decided),
+        detection,
         options,
-        donors={name: _donor(name, place) for name, place in options.donors.items()},
+        donors=donors,
         adapters=[read_adapter(file) for file in options.lora],
     )
     _require_fit(plan)
@@ -167,7 +162,7 @@ def _require_fit(plan: Plan) -> None:
         )
 
 
-def _donor(name: str, place: Path) -> Donor:
+def _donor(architecture: Architecture, name: str, place: Path) -> Donor:
     """Reads a donor: a folder of one component, a whole diffusers folder, or a file."""
     try:
         is_folder = place.is_dir()
@@ -183,9 +178,11 @@ def _donor(name: str, place: Path) -> Donor:
         )
     values = read_json(config)
     found = values.get("_class_name") or values.get("architectures")
-    if not any(found in (known, [known]) for known in DONORS[name]):
+    component = architecture.components.get(name)  # where there is none, the plan says so
+    classes = (*architecture.maps.classes(component), *component.donors) if component else ()
+    if component and not any(found in (known, [known]) for known in classes):
         raise FileRefused(
-            f"{config}: is that of {found}, but a {name} is of {' or '.join(DONORS[name])}",
+            f"{config}: is that of {found}, but a {name} is of {' or '.join(classes)}",
             hint="give the folder of that component",
         )
     return Donor(component_headers(folder), config)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..detection.detect import detect, judge
+from ..detection.detect import Keys, detect, judge
 from ..errors import NotACheckpoint
 from ..folder.read import ModelFolder
 from ..maps.architecture import Architecture, Component, Source
@@ -110,7 +110,7 @@ def _candidate(architecture: Architecture, model: ModelFolder) -> _Candidate:
         for key, step in steps.items()
         for target in step.targets
     }
-    verdict = judge(architecture, tensors)
+    verdict = judge(architecture, Keys(tensors))
     remembered = sum(key in noted for key in steps)
     fit = (verdict.matches, remembered, len(steps), -len(verdict.failing))
     return _Candidate(tuple(steps.values()), tuple(problems), tensors, fit)

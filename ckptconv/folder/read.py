@@ -28,14 +28,6 @@ from .weights import component_headers
 FLAT = "embeddings.token_embedding.weight"
 """In a text encoder: its names lack the segment `text_model.`."""
 
-SINGLE = {
-    "AutoencoderKL": "vae",
-    "CLIPTextModel": "text_encoder",
-    "CLIPTextModelWithProjection": "text_encoder",
-    "ControlNetModel": "controlnet",
-}
-"""By class, the component that a folder without `model_index.json` is."""
-
 Content = TypeVar("Content")
 
 
@@ -102,7 +94,7 @@ def read_folder(path: str | Path, maps: KeyMaps) -> ModelFolder:
         is_model = folder.name in models  # one that lost its configuration, too
         if names or is_model:
             parts[folder.name] = _component(folder, names[0] if names else "", weights=is_model)
-    if not parts and (single := _single(path)):
+    if not parts and (single := _single(path, maps)):
         for kind, name in CONFIG_FILES.items():
             if (path / name).exists():
                 is_model = kind == "model"
@@ -125,11 +117,11 @@ def read_folder(path: str | Path, maps: KeyMaps) -> ModelFolder:
     )
 
 
-def _single(path: Path) -> str:
+def _single(path: Path, maps: KeyMaps) -> str:
     """Returns the name of the component that a folder is; empty if it is none that is known."""
     config = _read_if_there(read_json, path / CONFIG_FILES["model"], []) or {}
     said = config.get("_class_name") or config.get("architectures")
-    return SINGLE.get(str(said[0] if isinstance(said, list) and said else said), "")
+    return maps.singles.get(str(said[0] if isinstance(said, list) and said else said), "")
 
 
 def _component(folder: Path, config: str, *, weights: bool) -> ComponentFolder:

@@ -24,6 +24,7 @@ from ..errors import FileRefused, MapError, option
 from ..folder.names import LAYOUT, RECORD
 from ..folder.read import ModelFolder, read_folder
 from ..folder.record import Record
+from ..maps.architecture import KeyMaps
 from ..options import Choices, Options, checked
 from ..planning.plan import Plan
 from ..planning.step import ASIDE
@@ -31,7 +32,6 @@ from .checks.config import check_config, check_index, class_said, same
 from .checks.data import Bytes, check_data, check_finite
 from .checks.tokenizer import check_tokenizer
 from .checks.weights import check_weights
-from .classes import MODELS
 from .result import Check, Problem, Verification
 
 
@@ -154,7 +154,7 @@ def _verified(
                 checks.append(check_index(index, model.index, model.parts.keys()))
             checks += _check_components(model, configs)
             if only is None:
-                checks += _check_unexpected(model, plan if configs else None, configs)
+                checks += _check_unexpected(model, plan, configs, options.maps)
             running.result()
         except BaseException:
             read.cancelled = True
@@ -227,7 +227,7 @@ def _check_source(plan: Plan, notes: list[str], *, ignore_unclaimed: bool) -> Ch
 def _own_schedulers(model: ModelFolder, configs: Mapping[str, Config]) -> dict[str, list[str]]:
     """Returns what the index should say of schedulers: which one steps is the folder's choice."""
     return {
-        name: [config.component.library, str(class_said(model.parts[name].config or {}))]
+        name: [config.component.home, str(class_said(model.parts[name].config or {}))]
         for name, config in configs.items()
         if config.component.kind == "scheduler" and name in model.parts
     }
@@ -245,25 +245,25 @@ def _check_components(model: ModelFolder, configs: Mapping[str, Config]) -> Iter
         else:
             yield check_config(config, part, ours=ours)
             if component.kind == "model":
-                yield check_weights(name, part, component.library, class_of(config))
+                yield check_weights(name, part, component.home, class_of(config))
 
 
 def _check_unexpected(
-    model: ModelFolder, plan: Plan | None, configs: Mapping[str, Config]
+    model: ModelFolder, plan: Plan | None, configs: Mapping[str, Config], maps: KeyMaps
 ) -> Iterator[Check]:
-    """Yields the checks of models that the plan does not give, or of all if there is no plan."""
+    """Yields the checks of models that the plan does not give, or of all if nothing is known."""
     for name, part in model.parts.items():
         if name in configs or not (part.tensors or part.problems):
             continue
         said = class_said(part.config or {})
-        if plan:
+        if plan and configs:
             architecture, _ = plan.detection.require()
             what = f"a {architecture.title} model has no such component"
             if name in architecture.components:
                 what = f"the file has none: say with {option(name)} where it comes from"
             yield Check(name, "data", (Problem(name, what),))
-        elif isinstance(said, str) and said in MODELS:
-            yield check_weights(name, part, MODELS[said], said)
+        elif isinstance(said, str) and (home := maps.model_classes.get(said)):
+            yield check_weights(name, part, home, said)
 
 
 def _record_problems(model: ModelFolder, plan: Plan, read: Bytes) -> Iterator[Problem]:

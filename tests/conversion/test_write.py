@@ -126,9 +126,8 @@ def test_what_is_at_the_destination_stays(
     with pytest.raises(OutputError) as caught:
         ckptconv.convert(small, out, overwrite=overwrite)
     if overwrite:
-        assert "is not a converted folder, so overwrite=True does not remove it" in str(
-            caught.value
-        )
+        stays = "is not a converted folder, so overwrite=True does not remove it"
+        assert stays in str(caught.value)
     else:
         assert caught.value.message == f"{out}: exists"
         assert "overwrite=True replaces it" in caught.value.hint

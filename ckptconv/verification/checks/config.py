@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from ...configs.config import PIPELINES, TORCH_NAMES, Config, class_of
+from ...configs.config import TORCH_NAMES, Config, class_of
 from ...errors import option
 from ...folder.names import CONFIG_FILES, INDEX
 from ...folder.read import ComponentFolder
-from ..classes import Unbuildable, defaults
+from ..classes import LIBRARIES, Unbuildable, defaults
 from ..result import Check, Problem
 
 NAMES = ("_class_name", "architectures", "image_processor_type", "feature_extractor_type")
@@ -78,7 +78,7 @@ def _differences(
     elif said not in (None, name):
         yield Problem(_class_entry(own), f"is {said!r}, expected {name}")
     try:
-        known = defaults(component.library, str(said) if other else name)
+        known = defaults(component.home, str(said) if other else name)
     except Unbuildable as error:
         yield Problem(_class_entry(own), str(error))
         return
@@ -114,7 +114,7 @@ def _index_findings(
         unasked = name == "_diffusers_version" or (
             name == "requires_safety_checker" and "safety_checker" in parts
         )
-        if unasked or same(_plain(found), want):
+        if unasked or same(_plain(found, want), want):
             continue
         if want != ABSENT or not isinstance(found, list) or len(found) != 2:
             yield Problem(name, f"is {_show(found)}, expected {_show(want)}")
@@ -198,13 +198,14 @@ def _wrong_dtypes(own: Mapping[str, Any], part: ComponentFolder) -> Iterator[Pro
             yield Problem(entry, what)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, want: Any) -> Any:
     """Returns an entry of the index with the class under its usual name, in its usual place."""
     if not isinstance(value, list):
         return value
     plain = [_renamed(item) for item in value]
-    homes = [PIPELINES[item] for item in plain if isinstance(item, str) and item in PIPELINES]
-    return [*homes[:1], *plain[len(homes[:1]) :]]
+    if isinstance(want, list) and plain[1:] == want[1:] and want[0] not in LIBRARIES:
+        return want  # diffusers offers the class in several places
+    return plain
 
 
 def _show(value: Any) -> str:
