@@ -69,28 +69,8 @@ def convert(
         UsageError: the choices contradict each other or the file.
         OutputError: the destination exists or cannot be written.
     """
-    return convert_file(
-        path,
-        Path(out),
-        Options.of(choices),
-        Packaging.of(variant, max_shard_size, configs_only=configs_only),
-        overwrite=overwrite,
-        ignore_unclaimed=ignore_unclaimed,
-        progress=progress,
-    )
-
-
-def convert_file(
-    path: str | Path,
-    out: Path,
-    options: Options,
-    packaging: Packaging,
-    *,
-    overwrite: bool,
-    ignore_unclaimed: bool,
-    progress: Callable[[int, int], None],
-) -> Report:
-    """Converts a checkpoint, as `convert` does."""
+    out, options = Path(out), Options.of(choices)
+    packaging = Packaging.of(variant, max_shard_size, configs_only=configs_only)
     plan, original = plan_file(path, options)
     check_destination(out, overwrite=overwrite, kind=CONVERTED, inputs=plan.files)
     plan.require_complete(ignore_unclaimed=ignore_unclaimed)
