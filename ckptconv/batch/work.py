@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from ..conversion.convert import convert_file
+from ..conversion.convert import convert
 from ..conversion.write import Packaging, Report
 from ..detection.detect import inspect
 from ..errors import CkptconvError, on_the_command_line
@@ -122,14 +122,16 @@ class Conversion:
 
     def convert(self, source: str | Path, out: str | Path, moved: Moved) -> Report:
         """Converts one file; raises as `ckptconv.convert` does."""
-        return convert_file(
+        return convert(
             source,
-            Path(out),
-            self.options,
-            self.packaging,
+            out,
+            variant=self.packaging.variant,
+            max_shard_size=self.packaging.max_shard_size,
+            configs_only=not self.packaging.weights,
             overwrite=self.overwrite,
             ignore_unclaimed=self.ignore_unclaimed,
             progress=moved,
+            **self.options.as_words(),
         )
 
     def verify(self, report: Report, source: str | Path, moved: Moved) -> Verification:

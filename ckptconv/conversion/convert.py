@@ -14,7 +14,7 @@ from ..detection.detect import detect, option_fact
 from ..errors import FileRefused, option
 from ..files import read_json
 from ..folder.weights import component_headers
-from ..maps.architecture import Component, KeyMaps
+from ..maps.architecture import Architecture
 from ..options import Choices, Options, checked
 from ..planning.adapters import read_adapter
 from ..planning.components import Donor
@@ -69,28 +69,8 @@ def convert(
         UsageError: the choices contradict each other or the file.
         OutputError: the destination exists or cannot be written.
     """
-    return convert_file(
-        path,
-        Path(out),
-        Options.of(choices),
-        Packaging.of(variant, max_shard_size, configs_only=configs_only),
-        overwrite=overwrite,
-        ignore_unclaimed=ignore_unclaimed,
-        progress=progress,
-    )
-
-
-def convert_file(
-    path: str | Path,
-    out: Path,
-    options: Options,
-    packaging: Packaging,
-    *,
-    overwrite: bool,
-    ignore_unclaimed: bool,
-    progress: Callable[[int, int], None],
-) -> Report:
-    """Converts a checkpoint, as `convert` does."""
+    out, options = Path(out), Options.of(choices)
+    packaging = Packaging.of(variant, max_shard_size, configs_only=configs_only)
     plan, original = plan_file(path, options)
     check_destination(out, overwrite=overwrite, kind=CONVERTED, inputs=plan.files)
     plan.require_complete(ignore_unclaimed=ignore_unclaimed)
@@ -123,14 +103,12 @@ def plan_file(path: str | Path, options: Options) -> tuple[Plan, OriginalConfig 
     decided = dict(original.facts) if original else {}
     decided |= {name: option_fact(name, value) for name, value in options.facts.items()}
     detection = detect(header, maps=options.maps, decided=decided)
-    components = detection.architecture.components if detection.architecture else {}
+    architecture, _ = detection.require()
+    donors = {name: _donor(architecture, name, place) for name, place in options.donors.items()}
     plan = build_plan(
         detection,
         options,
-        donors={
-            name: _donor(components.get(name), name, place, options.maps)
-            for name, place in options.donors.items()
-        },
+        donors=donors,
         adapters=[read_adapter(file) for file in options.lora],
     )
     _require_fit(plan)
@@ -144,11 +122,7 @@ def option_for(plan: Plan, name: str) -> str:
 
 
 def _require_fit(plan: Plan) -> None:
-    """Checks that a donor has the width of the components that it is joined to.
-
-    Raises:
-        FileRefused: it has not.
-    """
+    """Refuses a donor of another width than that of the component that it is joined to."""
     problems = []
     for component in plan.detection.require()[0].models:
         for key, other in component.fits.items():
@@ -168,12 +142,8 @@ def _require_fit(plan: Plan) -> None:
         )
 
 
-def _donor(component: Component | None, name: str, place: Path, maps: KeyMaps) -> Donor:
-    """Reads a donor: a folder of one component, a whole diffusers folder, or a file.
-
-    Raises:
-        FileRefused: it is none of these, or of another component.
-    """
+def _donor(architecture: Architecture, name: str, place: Path) -> Donor:
+    """Reads a donor: a folder of one component, a whole diffusers folder, or a file."""
     try:
         is_folder = place.is_dir()
     except OSError:
@@ -188,7 +158,8 @@ def _donor(component: Component | None, name: str, place: Path, maps: KeyMaps) -
         )
     values = read_json(config)
     found = values.get("_class_name") or values.get("architectures")
-    classes = (*maps.classes(component), *component.donors) if component else ()
+    component = architecture.components.get(name)  # where there is none, the plan says so
+    classes = (*architecture.maps.classes(component), *component.donors) if component else ()
     if component and not any(found in (known, [known]) for known in classes):
         raise FileRefused(
             f"{config}: is that of {found}, but a {name} is of {' or '.join(classes)}",

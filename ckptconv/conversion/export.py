@@ -34,20 +34,14 @@ from .restore import Restoration, restore
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 """Entries of the metadata that hold for the tensors as they were, and for no others."""
 
-SCHEDULER_FACTS: dict[str, tuple[str, str, dict[Any, str]]] = {
-    "prediction_type": (
-        "prediction_type",
-        "modelspec.prediction_type",
-        {"epsilon": "epsilon", "v_prediction": "v"},
-    ),
-    "rescale_betas_zero_snr": (
-        "zero_terminal_snr",
-        "ss_zero_terminal_snr",
-        {False: "False", True: "True"},
-    ),
+SCHEDULER_FACTS: dict[tuple[str, str | bool], tuple[str, str, str]] = {
+    ("prediction_type", "epsilon"): ("prediction_type", "modelspec.prediction_type", "epsilon"),
+    ("prediction_type", "v_prediction"): ("prediction_type", "modelspec.prediction_type", "v"),
+    ("rescale_betas_zero_snr", False): ("zero_terminal_snr", "ss_zero_terminal_snr", "False"),
+    ("rescale_betas_zero_snr", True): ("zero_terminal_snr", "ss_zero_terminal_snr", "True"),
 }
-"""By entry of a scheduler's configuration, the fact that it states and no tensor does; the entry of
-the metadata that states it; and its text, by value."""
+"""By entry and value of a scheduler's configuration, the fact of this value that it states and no
+tensor does, and the entry of the metadata that states it."""
 
 IN_FILE = ("metadata", "marker", "values", "task", "assumed")
 """Sources of facts that whoever reads the exported file finds in it again."""
@@ -159,11 +153,7 @@ def export(
 
 
 def _require_whole(restoration: Restoration, model: ModelFolder) -> list[str]:
-    """Checks that nothing of the folder is left behind, and returns what the file will not have.
-
-    Raises:
-        FileRefused: a tensor has no way back, or the file would lack some.
-    """
+    """Refuses a folder of which tensors would be lost; returns notes on what is left out."""
     plan = restoration.plan
     architecture, _ = plan.detection.require()
     title = architecture.title
@@ -218,18 +208,16 @@ def _metadata(
     scheduler = model.parts.get("scheduler")
     config = (scheduler.config if scheduler else None) or {}
     noted = model.record.facts if model.record else {}
-    for entry, (fact, key, texts) in SCHEDULER_FACTS.items():
-        value = config.get(entry)
-        if fact not in detection.found or not isinstance(value, str | bool) or value not in texts:
+    for (entry, value), (fact, key, text) in SCHEDULER_FACTS.items():
+        found = config.get(entry)
+        if fact not in detection.found or type(found) is not type(value) or found != value:
             continue
         known = noted.get(fact)
         if known is None or known.source not in IN_FILE:
             known = detection.found[fact]
         if known.value != value:
-            entries[key] = texts[value]
-            notes.append(
-                f"the scheduler says {fact} = {value}: the metadata say {key} = {texts[value]}"
-            )
+            entries[key] = text
+            notes.append(f"the scheduler says {fact} = {value}: the metadata say {key} = {text}")
     return entries, notes
 
 

@@ -26,25 +26,20 @@ DERIVED = ".embeddings.position_ids"
 
 @dataclass(frozen=True, slots=True)
 class Restoration:
-    """What a folder is in the original layout.
+    """The plan of the file that a folder would give, and the steps from the folder to that file.
 
-    Attributes:
-        plan: of the original file that the folder would give.
-        steps: from the tensors of the folder to those of the file.
-        problems: tensors that have no way back, and those that are missing for one.
+    The problems are tensors that have no way back, and those that are missing for one.
     """
 
     plan: Plan
     steps: tuple[Step, ...]
-    problems: tuple[str, ...] = ()
+    problems: tuple[str, ...]
 
 
 def restore(model: ModelFolder, options: Options) -> Restoration:
     """Reads the maps right to left, for the architecture that fits the folder best.
 
-    Args:
-        model: the folder.
-        options: of them, `maps` and `only` count here.
+    Of the options, `maps` and `only` count here.
 
     Raises:
         NotACheckpoint: the folder holds no weights of the network that tells architectures apart,
@@ -126,8 +121,7 @@ def _steps(
 ) -> tuple[dict[str, Step], list[str]]:
     """Goes back from a component's folder to the keys of one of its sources.
 
-    Returns:
-        The steps by original key, and what is wrong, as sentences.
+    Returns the steps by original key, and what is wrong, as sentences.
     """
     keymap = architecture.maps.keymap(source.keymap)
     noted = model.layout.tensors if model.layout else {}

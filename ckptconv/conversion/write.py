@@ -51,9 +51,7 @@ class Packaging:
     ) -> Packaging:
         """Returns the packaging that the keywords of diffusers' `save_pretrained` mean.
 
-        Raises:
-            UsageError: the variant is not a word that diffusers and transformers find in a file
-                name, or the size is none.
+        A variant must be a word that diffusers and transformers find in the name of a file.
         """
         if not re.fullmatch(r"[A-Za-z0-9_-]*", variant or ""):
             raise UsageError(
@@ -89,10 +87,7 @@ class Report:
 
 
 def parse_size(size: str | int) -> int:
-    """Returns the bytes that a size such as `5GB` or `500MiB` means.
-
-    Raises:
-        UsageError: it is not a size.
+    """Returns the bytes that a size means.
 
     >>> parse_size("5GB"), parse_size("1 MiB")
     (5000000000, 1048576)

@@ -33,15 +33,10 @@ Content = TypeVar("Content")
 
 @dataclass(frozen=True, slots=True)
 class ComponentFolder:
-    """One component of a folder.
+    """One component of a folder: what can be read of it, and, as sentences, what cannot.
 
-    Attributes:
-        folder: its path.
-        config: content of its configuration; None if it cannot be read.
-        tensors: by the name that the tensor has today. Empty for tokenizers and schedulers.
-        problems: what cannot be read, as sentences.
-        unread: further weight files, which a library reads only if told to.
-        headers: of the weight files that are read.
+    Tensors go by their names of today; `unread` are weight files of other variants, which a library
+    reads on request only.
     """
 
     folder: Path
@@ -54,15 +49,13 @@ class ComponentFolder:
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A diffusers folder.
+    """A diffusers folder: its components by name, and what ckptconv left beside them.
 
     Attributes:
-        path: the folder.
-        index: content of `model_index.json`; None without that file.
-        parts: the components, by name.
-        record: what ckptconv noted of the source (`ckptconv/source.json`); None without it.
-        layout: the header of the source, as ckptconv noted it; None without it.
-        aside: the tensors that ckptconv kept aside, by name.
+        index: content of `model_index.json`.
+        record: of the conversion, such as its options.
+        layout: the header of the source.
+        aside: the tensors of the source that belong to no component.
         problems: what cannot be read outside the components.
         single: name of the component whose files lie in the folder itself; empty for a whole model.
     """
@@ -87,8 +80,7 @@ class ModelFolder:
 def read_folder(path: str | Path, maps: KeyMaps) -> ModelFolder:
     """Reads a folder: its configurations and the headers of its weights.
 
-    Raises:
-        FileRefused: it is no folder, or holds no component.
+    Only a folder without any component is refused; lesser faults become its `problems`.
     """
     path = Path(path)
     if not path.is_dir():

@@ -20,12 +20,10 @@ class Record:
     """What the file says, as far as it makes sense: anybody may have edited it.
 
     Attributes:
-        architecture: its name.
-        adapters: name of the file and scale of each that was added to the weights.
+        adapters: name and scale of each.
         assumed: by component and entry, such as `vae.scaling_factor`, values without evidence.
-        donors: by component, the file that it came from.
+        donors: by component, the name of the file that it came from.
         dropped: by key of the source, why it was not converted.
-        facts: by name, how each was decided.
     """
 
     architecture: Any
@@ -37,11 +35,7 @@ class Record:
 
 
 def read_record(path: Path) -> Record:
-    """Reads a record.
-
-    Raises:
-        FileRefused: it cannot be read.
-    """
+    """Reads a record; what makes no sense in it is passed over."""
     values = read_json(path)
     adapters = values.get("adapters")
     return Record(

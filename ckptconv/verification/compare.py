@@ -42,14 +42,7 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What was found in one tensor.
-
-    Attributes:
-        count: of the elements that differ, or are not finite.
-        first: number of the first of them.
-        of: elements of the tensor.
-        shape: of the tensor.
-    """
+    """How many elements `of` a tensor differ or are not finite, and the first of them."""
 
     count: int
     first: int
@@ -69,18 +62,9 @@ class Found:
 def compare(
     todo: Iterable[Transfer], tensors: Places, progress: Callable[[int], None] = lambda _n: None
 ) -> dict[Key, Found]:
-    """Compares what lies in the targets of some transfers with what would be moved there.
+    """Compares `tensors` with what transfers would move there; returns those that differ.
 
-    Args:
-        todo: the transfers; their targets are whole tensors, cut or not.
-        tensors: the tensors in the targets, by component and key.
-        progress: is called from several threads with numbers of bytes of the targets.
-
-    Returns:
-        The tensors that differ, by component and key.
-
-    Raises:
-        FileRefused: a file cannot be read any more, or became shorter.
+    `progress` is called from several threads with numbers of bytes of the targets.
     """
 
     def run(part: Transfer) -> None:
@@ -99,11 +83,7 @@ def compare(
 def look_for_nonfinite(
     tensors: Places, progress: Callable[[int], None] = lambda _n: None
 ) -> dict[Key, Found]:
-    """Finds NaN and infinities in those tensors that are floats.
-
-    Raises:
-        FileRefused: a file cannot be read any more, or became shorter.
-    """
+    """Finds NaN and infinities in those tensors that are floats."""
 
     def run(part: Transfer) -> None:
         import numpy as np

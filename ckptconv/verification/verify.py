@@ -93,14 +93,9 @@ def verify_report(
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """What a folder should be.
+    """What a folder should be, by its file or by itself, and how that was found out.
 
-    Attributes:
-        plan: what becomes of the file, or of the one that the folder would give; None where no
-            architecture matches.
-        configs: by component; none where they cannot be measured.
-        checks: of the file, or of how the folder was recognised.
-        source: the file; None where the folder is verified alone.
+    Without a known architecture there is no plan; where nothing can be measured, no configurations.
     """
 
     plan: Plan | None
@@ -115,14 +110,16 @@ def _of_folder(model: ModelFolder, options: Options) -> _Expected:
         restoration = restore(model, options)
     except FileRefused as error:
         problems = [Problem(model.path.name, text) for text in (error.message, *error.problems)]
-        return _Expected(None, {}, [Check("model", "architecture", tuple(problems))])
+        return _Expected(None, {}, [Check.of("model", "architecture", problems)])
     plan = restoration.plan
     architecture, task = plan.detection.require()
-    wrong = [Problem("the original layout", t) for t in (*restoration.problems, *plan.problems)]
-    notes = (*plan.detection.notes, *(f"the folder has no {name}" for name in plan.absent))
+    findings: list[Problem | str] = [
+        *(Problem("the original layout", t) for t in (*restoration.problems, *plan.problems)),
+        *plan.detection.notes,
+        *(f"the folder has no {name}" for name in plan.absent),
+    ]
     extent = f"{architecture.title}, {task.name}"
-    check = Check("model", "architecture", tuple(wrong), notes, extent)
-    return _configured(plan, None, [check])
+    return _configured(plan, None, [Check.of("model", "architecture", findings, extent)])
 
 
 def _configured(
@@ -157,7 +154,7 @@ def _verified(
                 checks.append(check_index(index, model.index, model.parts.keys()))
             checks += _check_components(model, configs)
             if only is None:
-                checks += _check_unexpected(model, plan if configs else None, configs, options.maps)
+                checks += _check_unexpected(model, plan, configs, options.maps)
             running.result()
         except BaseException:
             read.cancelled = True
@@ -172,7 +169,7 @@ def _verified(
         wrong += _record_problems(model, file_plan, read) if file_plan else ()
         wrong += _changed_assumptions(model, configs)
         extent = f"{len(model.aside)} tensors kept aside"
-        checks.append(Check("model", "record", tuple(wrong), (), extent))
+        checks.append(Check.of("model", "record", wrong, extent))
     checks += check_finite(read) if finite else ()
     architecture, task = plan.detection.require() if plan else (None, None)
     order = list(dict.fromkeys(["model", *configs, *(check.component for check in checks)]))
@@ -214,21 +211,17 @@ def _with_record(options: Options, record: Record | None) -> tuple[Options, list
 
 def _check_source(plan: Plan, notes: list[str], *, ignore_unclaimed: bool) -> Check:
     """Checks that every key of the file is accounted for."""
-    problems = [Problem("the file", text) for text in plan.problems]
+    findings: list[Problem | str] = [Problem("the file", text) for text in plan.problems]
+    findings += [*plan.detection.notes, *notes]
     if not ignore_unclaimed:
-        problems += [Problem(key, "no key map knows it") for key in plan.unclaimed]
+        findings += [Problem(key, "no key map knows it") for key in plan.unclaimed]
     elif plan.unclaimed:
-        some = f"{len(plan.unclaimed):,} unknown keys are ignored, such as {plan.unclaimed[0]}"
-        notes = [*notes, some]
+        count, some = len(plan.unclaimed), plan.unclaimed[0]
+        findings.append(f"{count:,} unknown keys are ignored, such as {some}")
     dropped = Counter(step.reason for step in plan.steps if step.reason)
-    notes = [
-        *plan.detection.notes,
-        *notes,
-        *(f"tensors that are not converted ({why}): {n:,}" for why, n in dropped.items()),
-        *(f"the file has no {name}" for name in plan.absent),
-    ]
-    extent = f"{len(plan.detection.header.tensors):,} keys"
-    return Check("model", "source", tuple(problems), tuple(notes), extent)
+    findings += [f"tensors that are not converted ({why}): {n:,}" for why, n in dropped.items()]
+    findings += [f"the file has no {name}" for name in plan.absent]
+    return Check.of("model", "source", findings, f"{len(plan.detection.header.tensors):,} keys")
 
 
 def _own_schedulers(model: ModelFolder, configs: Mapping[str, Config]) -> dict[str, list[str]]:
@@ -258,12 +251,12 @@ def _check_components(model: ModelFolder, configs: Mapping[str, Config]) -> Iter
 def _check_unexpected(
     model: ModelFolder, plan: Plan | None, configs: Mapping[str, Config], maps: KeyMaps
 ) -> Iterator[Check]:
-    """Yields the checks of models that the plan does not give, or of all if there is no plan."""
+    """Yields the checks of models that the plan does not give, or of all if nothing is known."""
     for name, part in model.parts.items():
         if name in configs or not (part.tensors or part.problems):
             continue
         said = class_said(part.config or {})
-        if plan:
+        if plan and configs:
             architecture, _ = plan.detection.require()
             what = f"a {architecture.title} model has no such component"
             if name in architecture.components:

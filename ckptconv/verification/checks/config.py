@@ -58,27 +58,30 @@ SAYS = {"assumed": "was only assumed", "constant": "", "measured": "by the weigh
 def check_config(config: Config, part: ComponentFolder, *, ours: bool) -> Check:
     """Compares the configuration of a component with what it should be.
 
-    Args:
-        config: as it should be.
-        part: the component of the folder.
-        ours: ckptconv wrote the folder, so that every difference is a later change.
+    In a folder of `ours`, which ckptconv wrote, every difference is a later change.
     """
-    component, file, own = config.component, CONFIG_FILES[config.component.kind], part.config
-    if own is None:
-        what = "is missing or cannot be read"
-        return Check(component.name, "config", (Problem(file, what),))
-    problems: list[Problem] = []
-    notes: list[str] = []
-    name, said = class_of(config), class_said(own)
+    component, file = config.component, CONFIG_FILES[config.component.kind]
+    extent = f"{len(config.values)} values of {file}" if part.config is not None else ""
+    return Check.of(component.name, "config", _differences(config, part, file, ours), extent)
+
+
+def _differences(
+    config: Config, part: ComponentFolder, file: str, ours: bool
+) -> Iterator[Problem | str]:
+    if (own := part.config) is None:
+        yield Problem(file, "is missing or cannot be read")
+        return
+    component, name, said = config.component, class_of(config), class_said(own)
     other = bool(component.kind == "scheduler" and said and said != name)
     if other:
-        notes.append(f"steps with {said}, the published folder with {name}")
+        yield f"steps with {said}, the published folder with {name}"
     elif said not in (None, name):
-        problems.append(Problem(_class_entry(own), f"is {said!r}, expected {name}"))
+        yield Problem(_class_entry(own), f"is {said!r}, expected {name}")
     try:
         known = defaults(component.home, str(said) if other else name)
     except Unbuildable as error:
-        return Check(component.name, "config", (Problem(_class_entry(own), str(error)),))
+        yield Problem(_class_entry(own), str(error))
+        return
     for entry, have, want in _entries(config, own, known):
         if same(have, want, _blocks(config, entry)):
             continue
@@ -86,30 +89,26 @@ def check_config(config: Config, part: ComponentFolder, *, ours: bool) -> Check:
         why = SAYS.get(origin, f"by the {origin}")
         text = f"is {_show(have)}, expected {_show(want)}{f' ({why})' if why else ''}"
         idle = not ours and not IDLE.isdisjoint({entry, f"{entry} of {name}"})
-        if origin == "assumed" or idle or (other and entry not in SCHEDULE):
-            notes.append(f"{entry} {text}")
-        else:
-            problems.append(Problem(entry, text))
-    problems += _dtype_problems(own, part, notes)
-    extent = f"{len(config.values)} values of {file}"
-    return Check(component.name, "config", tuple(problems), tuple(notes), extent)
+        noted = origin == "assumed" or idle or (other and entry not in SCHEDULE)
+        yield f"{entry} {text}" if noted else Problem(entry, text)
+    yield from _wrong_dtypes(own, part)
 
 
 def check_index(
     expected: Mapping[str, Any], have: Mapping[str, Any] | None, parts: Collection[str]
 ) -> Check:
-    """Compares `model_index.json` with what it should be.
+    """Compares `model_index.json` with what it should be; `parts` are those that are there."""
+    findings = _index_findings(expected, have, parts)
+    return Check.of("model", "index", findings, "" if have is None else f"{len(expected)} entries")
 
-    Args:
-        expected: as `ckptconv.configs.config.model_index` gives it.
-        have: content of the file; None if it is missing or cannot be read.
-        parts: the components that the folder has.
-    """
+
+def _index_findings(
+    expected: Mapping[str, Any], have: Mapping[str, Any] | None, parts: Collection[str]
+) -> Iterator[Problem | str]:
     if have is None:
         what = "is missing, so no pipeline loads the folder"
-        hint = f"{what}: say {option('only')} for a part of a model"
-        return Check("model", "index", (Problem(INDEX, hint),))
-    problems, notes = [], []
+        yield Problem(INDEX, f"{what}: say {option('only')} for a part of a model")
+        return
     for name, want in expected.items():
         found = have.get(name, ABSENT if isinstance(want, list) else None)
         unasked = name == "_diffusers_version" or (
@@ -118,15 +117,14 @@ def check_index(
         if unasked or same(_plain(found, want), want):
             continue
         if want != ABSENT or not isinstance(found, list) or len(found) != 2:
-            problems.append(Problem(name, f"is {_show(found)}, expected {_show(want)}"))
+            yield Problem(name, f"is {_show(found)}, expected {_show(want)}")
         elif name in parts:
-            notes.append(f"{name} ({found[1]}) is no part of the file: it was not checked")
+            yield f"{name} ({found[1]}) is no part of the file: it was not checked"
         else:
-            problems.append(Problem(name, f"is {_show(found)}, but the folder has no {name}"))
+            yield Problem(name, f"is {_show(found)}, but the folder has no {name}")
     for name, value in have.items():
         if name not in expected and not name.startswith("_") and value not in (ABSENT, None):
-            notes.append(f"{name} = {_show(value)} is no part of the file: it was not checked")
-    return Check("model", "index", tuple(problems), tuple(notes), f"{len(expected)} entries")
+            yield f"{name} = {_show(value)} is no part of the file: it was not checked"
 
 
 def same(have: Any, want: Any, only: Iterable[int] | None = None) -> bool:
@@ -186,9 +184,7 @@ def _renamed(name: Any) -> Any:
     return RENAMED.get(name, name) if isinstance(name, str) else name
 
 
-def _dtype_problems(
-    own: Mapping[str, Any], part: ComponentFolder, notes: list[str]
-) -> Iterator[Problem]:
+def _wrong_dtypes(own: Mapping[str, Any], part: ComponentFolder) -> Iterator[Problem | str]:
     stored = {TORCH_NAMES[t.dtype] for t in part.tensors.values() if t.dtype in TORCH_NAMES}
     variants = all(tensor.file.name.count(".") > 1 for tensor in part.tensors.values())
     for entry in DTYPES:
@@ -197,7 +193,7 @@ def _dtype_problems(
             continue
         what = f"is {_show(said)}, but the weights are {' and '.join(sorted(stored))}"
         if said in TORCH_NAMES.values() and variants:
-            notes.append(f"{entry} {what}: a variant shares its configuration with another")
+            yield f"{entry} {what}: a variant shares its configuration with another"
         else:
             yield Problem(entry, what)
 

@@ -14,7 +14,7 @@ from ...planning.plan import Plan
 from ...planning.step import ASIDE, Step, Target
 from ...reading.tensor import Tensor
 from ...streaming.transfers import Places, Transfer, transfers
-from ..compare import Found, compare, look_for_nonfinite
+from ..compare import Found, Key, compare, look_for_nonfinite
 from ..result import Check, Problem
 
 Value = TypeVar("Value")
@@ -22,22 +22,17 @@ Value = TypeVar("Value")
 
 @dataclass(slots=True)
 class Bytes:
-    """The reading of both sides, and what it found.
+    """The reading of both sides, and, once it ran, the tensors in which it found something.
 
-    Attributes:
-        todo: what to compare.
-        tensors: of the folder, by component and current name: all that are compared or looked at.
-        finite: whether to look for NaN and infinities.
-        different: tensors that differ, once it ran.
-        nonfinite: tensors that hold NaN or infinities, once it ran.
-        cancelled: set it, and the reading stops soon.
+    Tensors are those of the folder, by component and current name. If `cancelled` is set, the
+    reading stops soon.
     """
 
     todo: list[Transfer]
     tensors: Places
     finite: bool
-    different: Mapping[tuple[str, str], Found] = field(default_factory=dict)
-    nonfinite: Mapping[tuple[str, str], Found] = field(default_factory=dict)
+    different: Mapping[Key, Found] = field(default_factory=dict)
+    nonfinite: Mapping[Key, Found] = field(default_factory=dict)
     cancelled: bool = False
 
     @classmethod
@@ -54,12 +49,7 @@ class Bytes:
         return sum(each.nbytes for each in self.todo)
 
     def run(self, progress: Callable[[int, int], None]) -> None:
-        """Reads the bytes.
-
-        Raises:
-            FileRefused: a file became shorter meanwhile, or cannot be read any more.
-            CancelledError: it was cancelled.
-        """
+        """Reads the bytes; raises CancelledError where it was cancelled."""
 
         def report(done: int, total: int) -> None:
             if self.cancelled:
@@ -79,17 +69,13 @@ def check_data(
 ) -> Check:
     """Checks that a component has the tensors and the values that the plan gives.
 
-    Args:
-        name: of the component; `ckptconv` for the tensors that a conversion keeps aside.
-        part: the component of the folder; None for those kept aside.
-        plan: of the file.
-        read: the comparison, which ran.
-        cast: a dtype was asked for, and is the only right one.
+    The tensors that a conversion keeps aside are the component `ckptconv` without a part. With
+    `cast`, a dtype was asked for, which is the only right one.
     """
     wanted, found = plan.tensors(name), _of(name, read.tensors)
     both = {key: (target, found[key]) for key, target in wanted.items() if key in found}
-    wrong_dtypes, notes = _dtypes(both, cast=cast)
-    problems = [
+    nbytes = sum(have.nbytes for _, have in both.values())
+    findings = [
         *(Problem(key, "is missing: the file gives it") for key in wanted if key not in found),
         *(
             Problem(tensor.name, "is left over: nothing in the file gives it")
@@ -101,15 +87,13 @@ def check_data(
             for key, (want, have) in both.items()
             if have.shape != want.shape
         ),
-        *wrong_dtypes,
+        *_wrong_dtypes(both, cast=cast),
         *(
             Problem(key, f"{at.count:,} of {at.of:,} values differ, the first at {at.where}")
             for key, at in _of(name, read.different).items()
         ),
     ]
-    nbytes = sum(have.nbytes for _, have in both.values())
-    extent = f"{len(wanted):,} tensors, {nbytes:,} bytes"
-    return Check(name, "data", tuple(problems), tuple(notes), extent)
+    return Check.of(name, "data", findings, f"{len(wanted):,} tensors, {nbytes:,} bytes")
 
 
 def check_finite(read: Bytes) -> Iterator[Check]:
@@ -123,7 +107,7 @@ def check_finite(read: Bytes) -> Iterator[Check]:
         yield Check(name, "finite", problems, (), f"{len(floats):,} tensors of floats")
 
 
-def _of(component: str, values: Mapping[tuple[str, str], Value]) -> dict[str, Value]:
+def _of(component: str, values: Mapping[Key, Value]) -> dict[str, Value]:
     return {key: value for (owner, key), value in values.items() if owner == component}
 
 
@@ -133,27 +117,23 @@ def _fits(step: Step, tensors: Places) -> bool:
     return all(tensor and tensor.shape == target.shape for tensor, target in found)
 
 
-def _dtypes(
+def _wrong_dtypes(
     pairs: Mapping[str, tuple[Target, Tensor]], *, cast: bool
-) -> tuple[list[Problem], list[str]]:
-    """Finds tensors that have neither the dtype of the file nor that of all the others.
+) -> Iterator[Problem | str]:
+    """Yields tensors that have neither the dtype of the file nor that of all the others.
 
     A conversion keeps every dtype, or casts all floats to one. Of these readings, the folder is
     held to the one that fewer tensors contradict.
     """
 
-    def wrong(dtype: str | None) -> list[Problem]:
-        expected = {
-            key: dtype if dtype and want.dtype in FLOATS else want.dtype
-            for key, (want, _) in pairs.items()
-        }
-        return [
-            Problem(key, f"has dtype {found.dtype}, expected {expected[key]}")
-            for key, (_, found) in pairs.items()
-            if found.dtype != expected[key]
-        ]
+    def wrong(dtype: str | None) -> dict[str, str]:
+        wants = {key: want.dtype for key, (want, _) in pairs.items()}
+        wants = {key: dtype if dtype and want in FLOATS else want for key, want in wants.items()}
+        return {key: want for key, want in wants.items() if want != pairs[key][1].dtype}
 
     casts = set() if cast else {found.dtype for _, found in pairs.values()} & FLOATS
     best = min([None, *sorted(casts)], key=lambda dtype: len(wrong(dtype)))
-    note = f"the weights are cast to {best}: compared with the rounded values"
-    return wrong(best), [note] if best else []
+    if best:
+        yield f"the weights are cast to {best}: compared with the rounded values"
+    for key, want in wrong(best).items():
+        yield Problem(key, f"has dtype {pairs[key][1].dtype}, expected {want}")

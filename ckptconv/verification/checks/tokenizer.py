@@ -34,23 +34,21 @@ UNSET = "<|endoftext|>"
 def check_tokenizer(config: Config, part: ComponentFolder, *, ours: bool) -> Check:
     """Compares a tokenizer with what it should be.
 
-    Args:
-        config: as it should be.
-        part: the component of the folder.
-        ours: ckptconv wrote the folder, so that every difference is a later change.
+    In a folder of `ours`, which ckptconv wrote, every difference is a later change.
     """
+    extent = f"{len(_known()):,} tokens, {len(_known_merges()):,} merges"
+    return Check.of(config.component.name, "tokenizer", _findings(config, part, ours), extent)
+
+
+def _findings(config: Config, part: ComponentFolder, ours: bool) -> Iterator[Problem | str]:
     folder, expected, settings = part.folder, config.values, CONFIG_FILES["tokenizer"]
-    problems: list[Problem] = []
-    notes: list[str] = []
     if part.config is None:
-        problems.append(Problem(settings, "is missing or cannot be read"))
+        yield Problem(settings, "is missing or cannot be read")
     else:
-        wrong = _specials(settings, expected, part.config, whole=True)
-        if (folder / SPECIALS).exists() and not ours:  # of two answers, that file's counts
-            notes += [f"{problem}, and {SPECIALS} overrules it" for problem in wrong]
-        else:
-            problems += wrong
-        problems += _entries(expected, part.config)
+        overruled = (folder / SPECIALS).exists() and not ours  # of two answers, that file's counts
+        for problem in _specials(settings, expected, part.config, whole=True):
+            yield f"{problem}, and {SPECIALS} overrules it" if overruled else problem
+        yield from _entries(expected, part.config)
     checks: dict[str, Callable[[Path], Iterable[object]]] = {
         "vocab.json": _vocabulary,
         "merges.txt": lambda path: _unlike_merges(_lines(path.read_text(encoding="utf-8"))),
@@ -61,13 +59,11 @@ def check_tokenizer(config: Config, part: ComponentFolder, *, ours: bool) -> Che
     for file, check in checks.items():
         if (folder / file).exists():
             try:
-                problems += [Problem(file, str(what)) for what in check(folder / file)]
+                yield from [Problem(file, str(what)) for what in check(folder / file)]
             except (OSError, UnicodeDecodeError, FileRefused) as error:
-                problems.append(Problem(file, f"cannot be read: {error}"))
+                yield Problem(file, f"cannot be read: {error}")
         elif file in ("vocab.json", "merges.txt") and not (folder / "tokenizer.json").exists():
-            problems.append(Problem(file, "is missing, and there is no tokenizer.json"))
-    extent = f"{len(_known()):,} tokens, {len(_known_merges()):,} merges"
-    return Check(config.component.name, "tokenizer", tuple(problems), tuple(notes), extent)
+            yield Problem(file, "is missing, and there is no tokenizer.json")
 
 
 _known = functools.cache(vocabulary)

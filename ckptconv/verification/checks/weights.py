@@ -20,21 +20,21 @@ INTEGERS = {"I64": "q", "I32": "i"}
 
 def check_weights(name: str, part: ComponentFolder, library: str, class_name: str) -> Check:
     """Compares names, shapes and kinds of dtype with a model on the meta device."""
-    problems = [Problem(str(part.folder.name), text) for text in part.problems]
-    notes = [f"{file} is another variant: it was not checked" for file in part.unread]
+    findings: list[Problem | str] = [Problem(part.folder.name, text) for text in part.problems]
+    findings += [f"{file} is another variant: it was not checked" for file in part.unread]
     extent = ""
     if part.config is not None and part.tensors:
         try:
             model = expected(library, class_name, part.config)
         except Unbuildable as error:
-            problems.append(Problem(CONFIG_FILES["model"], str(error)))
+            findings.append(Problem(CONFIG_FILES["model"], str(error)))
         else:
-            problems += [*_names(part, model), *_shapes(part, model, class_name)]
+            findings += [*_names(part, model), *_shapes(part, model, class_name)]
             dtypes = sorted({t.dtype for t in part.tensors.values()} & FLOATS)
             if len(dtypes) > 1:
-                notes.append(f"the weights have several dtypes: {', '.join(dtypes)}")
+                findings.append(f"the weights have several dtypes: {', '.join(dtypes)}")
             extent = f"{len(model.shapes):,} tensors, as {class_name} expects them"
-    return Check(name, "weights", tuple(problems), tuple(notes), extent)
+    return Check.of(name, "weights", findings, extent)
 
 
 def _names(part: ComponentFolder, model: Expected) -> Iterator[Problem]:
