@@ -16,7 +16,6 @@ from ..files import read_json
 from ..folder.weights import component_headers
 from ..maps.architecture import Component, KeyMaps
 from ..options import Choices, Options, checked
-from ..planning.adapters import read_adapter
 from ..planning.components import Donor
 from ..planning.plan import Plan, build_plan
 from ..reading.source import open_header
@@ -131,7 +130,6 @@ def plan_file(path: str | Path, options: Options) -> tuple[Plan, OriginalConfig 
             name: _donor(components.get(name), name, place, options.maps)
             for name, place in options.donors.items()
         },
-        adapters=[read_adapter(file) for file in options.lora],
     )
     _require_fit(plan)
     return plan, original
