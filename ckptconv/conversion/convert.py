@@ -16,7 +16,6 @@ from ..files import read_json
 from ..folder.weights import component_headers
 from ..maps.architecture import Architecture
 from ..options import Choices, Options, checked
-from ..planning.adapters import read_adapter
 from ..planning.components import Donor
 from ..planning.plan import Plan, build_plan
 from ..reading.source import open_header
@@ -109,7 +108,6 @@ def plan_file(path: str | Path, options: Options) -> tuple[Plan, OriginalConfig 
         detection,
         options,
         donors=donors,
-        adapters=[read_adapter(file) for file in options.lora],
     )
     _require_fit(plan)
     return plan, original

@@ -17,8 +17,6 @@ from typing import Any
 from ..errors import FileRefused
 from ..maps.architecture import Architecture
 from ..maps.keymap import KeyMap
-from ..options import AdapterFile
-from ..reading.source import open_header
 from ..reading.tensor import Header
 from .adapter_kinds import LYCORIS_ROLES, change_of
 from .components import best_match
@@ -83,11 +81,6 @@ class Adapter:
 
     header: Header
     scale: float = 1.0
-
-
-def read_adapter(file: AdapterFile) -> Adapter:
-    """Reads the header of an adapter."""
-    return Adapter(open_header(file.path), file.scale)
 
 
 def with_adapters(
@@ -155,8 +148,8 @@ def _names(key: str, keymaps: Iterable[KeyMap]) -> Iterator[str]:
     for keymap in keymaps:
         origin = keymap.origin(key)
         if origin and origin.parts == 1 and origin.op.keeps_order:
-            original = origin.source.removesuffix(".weight")
-            if original != origin.source:
+            original, _, leaf = origin.source.rpartition(".")
+            if leaf == "weight":
                 yield original
 
 

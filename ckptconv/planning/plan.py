@@ -6,7 +6,7 @@ A key map is abstract; a plan has the real keys, dtypes and shapes, so its inver
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from ..errors import Incomplete, UsageError, option
 from ..maps.architecture import Architecture
 from ..maps.ops import DROP
 from ..options import Options
+from ..reading.source import open_header
 from ..reading.tensor import Header
 from .adapters import Adapter, with_adapters
 from .components import Donor, best_match, donor_match
@@ -114,15 +115,17 @@ def build_plan(
     options: Options | None = None,
     *,
     donors: Mapping[str, Donor] | None = None,
-    adapters: Sequence[Adapter] = (),
 ) -> Plan:
-    """Accounts for every key of a checkpoint; of the options, `dtype`, `ema` and `only` count here.
+    """Accounts for every key of a checkpoint.
+
+    The donors are those that the options name. Of the options themselves, `dtype`, `ema`, `only`
+    and `lora` count here.
 
     Raises:
         NotACheckpoint: no architecture matched.
         UsageError: a component that the architecture does not have, or `ema` without the UNet.
         Incomplete: `ema` is set and the file has no complete EMA copy.
-        FileRefused: an adapter does not fit.
+        FileRefused: an adapter cannot be read, or does not fit.
     """
     architecture, _ = detection.require()
     header, donors, options = detection.header, donors or {}, options or Options()
@@ -168,6 +171,7 @@ def build_plan(
             f"{option('dtype')} decides otherwise"
         )
     cast = [scaled(_cast(step, dtype), scales, problems) for step in ordered]
+    adapters = tuple(Adapter(open_header(file.path), file.scale) for file in options.lora)
     left_out = [c.name for c in architecture.models if c.name not in wanted]
     changed, passed_over = with_adapters(architecture, cast, adapters, left_out)
     return Plan(
@@ -177,7 +181,7 @@ def build_plan(
         tuple(problems),
         tuple(name for name in absent if name in wanted),
         donors,
-        tuple(adapters),
+        adapters,
         (*notes, *passed_over),
     )
 

@@ -115,11 +115,11 @@ def plan_rows(plan: Plan) -> list[dict[str, Any]]:
 
 def header_rows(header: Header) -> list[dict[str, Any]]:
     """Returns such rows for a file that was refused: nothing becomes of its keys."""
-    return [_row(key, tensor, "", (), "") for key, tensor in header.tensors.items()]
+    return [_row(key, tensor) for key, tensor in header.tensors.items()]
 
 
 def _row(
-    key: str, source: Tensor, op: str, targets: Sequence[Target], reason: str
+    key: str, source: Tensor, op: str = "", targets: Sequence[Target] = (), reason: str = ""
 ) -> dict[str, Any]:
     return {
         "source": key,
