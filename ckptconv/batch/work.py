@@ -131,9 +131,7 @@ class Conversion:
         if not self.verified:
             return self.convert(pair.source, pair.out, moved).as_data(), ""
         report = self.convert(pair.source, pair.out, lambda done, total: moved(done, 2 * total))
-        found = self.verify(
-            report, pair.source, lambda done, total: moved(total + done, 2 * total)
-        )
+        found = self.verify(report, pair.source, lambda done, total: moved(total + done, 2 * total))
         return report.as_data() | {"verification": found.as_data()}, _failure(found)
 
 

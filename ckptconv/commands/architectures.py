@@ -6,17 +6,16 @@ from typing import Any
 
 import click
 
-from ..maps.architecture import KeyMaps
 from .shared import console, echo_json, json_option, key_maps
 
 WORKS = ("detect", "convert", "verify", "export")
-"""What works with every relative; `run` does with those that are a pipeline of their own."""
+"""What works with every relative. `run` does with those that are a pipeline of their own."""
 
 
 @click.command("architectures")
 @json_option
 def command(*, as_json: bool) -> None:
-    """List the known architectures with their tasks, and the relatives that people hold."""
+    """List the known architectures with their tasks, and popular models that are related to them."""
     maps = key_maps()
     architectures: list[dict[str, Any]] = [
         {
@@ -27,7 +26,15 @@ def command(*, as_json: bool) -> None:
         }
         for a in maps.architectures.values()
     ]
-    relatives = _relatives(maps)
+    relatives: list[dict[str, Any]] = [
+        {
+            "name": relative["name"],
+            "architecture": relative["architecture"],
+            "task": relative["task"],
+            "works": [*WORKS, *(["run"] if relative.get("run", True) else [])],
+        }
+        for relative in maps.read("relatives")["relatives"]
+    ]
     if as_json:
         echo_json({"architectures": architectures, "relatives": relatives})
         return
@@ -37,8 +44,7 @@ def command(*, as_json: bool) -> None:
     table.add_column("class", no_wrap=True)
     table.add_column("components")
     for row in architectures:
-        first: tuple[str, ...] = (str(row["architecture"]), str(row["title"]))
-        parts = ", ".join(row["components"])
+        first, parts = (row["architecture"], row["title"]), ", ".join(row["components"])
         for task, pipeline in row["tasks"].items():
             table.add_row(*first, task, pipeline, parts)
             first, parts = ("", ""), ""
@@ -49,16 +55,3 @@ def command(*, as_json: bool) -> None:
         yes = ["yes" if work in row["works"] else "no" for work in (*WORKS, "run")]
         table.add_row(row["name"], row["architecture"], row["task"], *yes)
     console().print(table)
-
-
-def _relatives(maps: KeyMaps) -> list[dict[str, Any]]:
-    """Returns the table of `key_maps/relatives.yaml`."""
-    return [
-        {
-            "name": relative["name"],
-            "architecture": relative["architecture"],
-            "task": relative["task"],
-            "works": [*WORKS, *(["run"] if relative.get("run", True) else [])],
-        }
-        for relative in maps.read("relatives")["relatives"]
-    ]
