@@ -23,16 +23,7 @@ def each(staged: Staged, pairs: Sequence[Pair], scheduler: str) -> Generator[tup
     """Yields the index and the outcome of each file as it ends.
 
     A file whose worker is lost is given to another, as often as the scheduler allows
-    (`distributed.scheduler.allowed-failures`).
-
-    Args:
-        staged: what to do.
-        pairs: URLs, or paths that the workers can reach.
-        scheduler: its address.
-
-    Raises:
-        UsageError: Dask is not installed, the scheduler does not answer, or a worker has no
-            ckptconv of this version.
+    (`distributed.scheduler.allowed-failures`). Paths must be such that the workers can reach them.
     """
     try:
         from distributed import Client, as_completed

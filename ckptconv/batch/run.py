@@ -31,19 +31,15 @@ def run(
     dask: str | None = None,
     progress: Progress = lambda _files, _done, _total: None,
 ) -> list[Outcome]:
-    """Works on files, and goes on past those that fail.
+    """Works on files, goes on past those that fail, and returns the outcomes in their order.
 
     Args:
-        work: what to do with each file: a `Conversion`, a `Proof` or an `Inspection`.
+        work: a `Conversion`, a `Proof` or an `Inspection`.
         pairs: the files, from `paired`.
-        processes: how many files at once. More than one are worked on in processes of their own;
+        processes: how many files at a time. More than one are worked on in processes of their own;
             a script that asks for that needs the usual `if __name__ == "__main__"`.
-        dask: address of a Dask scheduler, such as `tcp://10.0.0.1:8786`, whose workers do it
-            instead.
+        dask: address of a Dask scheduler whose workers do it, such as `tcp://10.0.0.1:8786`.
         progress: see `Progress`.
-
-    Returns:
-        What came of each file, in the order of `pairs`.
 
     Raises:
         UsageError: the scheduler does not answer, or what an address needs is not installed.

@@ -37,11 +37,7 @@ def is_url(text: str) -> bool:
 
 
 def check_urls(urls: Iterable[str]) -> None:
-    """Checks that the libraries for some URLs are installed; contacts no storage.
-
-    Raises:
-        UsageError: a protocol is unknown, or its library is not installed.
-    """
+    """Checks that the libraries for some URLs are installed; contacts no storage."""
     for url in {url.partition("://")[0]: url for url in urls}.values():
         _filesystem(url)
 
@@ -151,10 +147,7 @@ def _storage(
 ) -> Iterator[tuple[Any, str]]:
     """Gives the file system of a URL and the path in it, and turns what they raise into our error.
 
-    Args:
-        url: of a file or a folder.
-        failed: what to say of it then, such as `cannot be listed`.
-        kind: the exception to raise.
+    `failed` says what then failed, such as `cannot be listed`.
     """
     fs, path = _filesystem(url)
     try:

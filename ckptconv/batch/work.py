@@ -91,15 +91,7 @@ def attempt(work: Work, pair: Pair, moved: Moved) -> Outcome:
 
 @dataclass(frozen=True)
 class Conversion:
-    """Converts a file, and verifies the folder on demand.
-
-    Attributes:
-        options: what becomes of the file.
-        packaging: how the weights are divided among files.
-        overwrite: replace a converted folder that is there.
-        ignore_unclaimed: leave out keys that no map knows.
-        verified: verify the folder once it is written.
-    """
+    """Converts a file as `ckptconv.convert` does, and verifies the folder if `verified` is set."""
 
     options: Options = field(default_factory=Options)
     packaging: Packaging = field(default_factory=Packaging)
@@ -108,7 +100,7 @@ class Conversion:
     verified: bool = False
 
     def convert(self, source: str, out: str, moved: Moved) -> Report:
-        """Converts one file; raises as `ckptconv.convert` does."""
+        """Converts one file."""
         return convert_file(
             source,
             Path(out),
@@ -137,20 +129,14 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Proof:
-    """Verifies a folder against its file.
-
-    Attributes:
-        options: those of the conversion.
-        finite: look for NaN and infinities as well.
-        ignore_unclaimed: keys that no map knows are no problem.
-    """
+    """Verifies a folder against its file, as `ckptconv.verify` does."""
 
     options: Options = field(default_factory=Options)
     finite: bool = False
     ignore_unclaimed: bool = False
 
     def verify(self, source: str | None, out: str, moved: Moved) -> Verification:
-        """Verifies one folder; raises as `ckptconv.verify` does."""
+        """Verifies one folder, alone if there is no source."""
         return verify(
             source,
             out,
@@ -168,12 +154,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Says what a file is.
-
-    Attributes:
-        hashed: compute the hashes of the file as well.
-        maps: the key maps to use; by default those that come with ckptconv.
-    """
+    """Says what a file is, as `ckptconv inspect` does; with its hashes if `hashed` is set."""
 
     hashed: bool = False
     maps: KeyMaps | None = None

@@ -41,7 +41,7 @@ def each(
                 workers.append(worker)
                 busy[connection] = worker, _hand_over(connection, waiting)
             ready = wait(list(busy))
-            for connection in [each for each in busy if each in ready]:
+            for connection in [one for one in busy if one in ready]:
                 worker, index = busy[connection]
                 try:
                     message = connection.recv()

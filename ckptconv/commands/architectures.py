@@ -15,7 +15,7 @@ WORKS = ("detect", "convert", "verify", "export")
 @click.command("architectures")
 @json_option
 def command(*, as_json: bool) -> None:
-    """List the known architectures with their tasks, and popular models that are related to them."""
+    """List the known architectures with their tasks, and popular models that derive from them."""
     maps = key_maps()
     architectures: list[dict[str, Any]] = [
         {

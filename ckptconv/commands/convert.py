@@ -47,8 +47,6 @@ def command(
     ignore_unclaimed: bool,
     verified: bool,
     overwrite: bool,
-    jobs: int | None,
-    dask: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -68,7 +66,7 @@ def command(
         raise UsageError("--verify compares weights, and --configs-only writes none")
     packaging = Packaging.of(variant, max_shard_size, configs_only=configs_only)
     work = Conversion(options_of(options), packaging, overwrite, ignore_unclaimed, verified)
-    if outcomes := outcomes_of("converting", work, files, out, jobs=jobs, dask=dask):
+    if outcomes := outcomes_of("converting", work, files, out, options):
         if not as_json:
             _print_several(outcomes)
         finish(outcomes, COLUMNS, as_json=as_json, err=True)

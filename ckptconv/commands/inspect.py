@@ -51,9 +51,8 @@ def command(
     hashed: bool,
     html: Path | None,
     overwrite: bool,
-    jobs: int | None,
-    dask: str | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Say what FILE is: architecture, task, components, and the evidence.
 
@@ -64,8 +63,8 @@ def command(
     if not files:
         raise click.MissingParameter(param_hint="'FILE'", param_type="argument")
     work = Inspection(hashed, key_maps())
-    alone = {"tree": tree, "verdicts": verdicts, "html": html}
-    if outcomes := outcomes_of("inspecting", work, files, jobs=jobs, dask=dask, alone=alone):
+    for_one = {"tree": tree, "verdicts": verdicts, "html": html}
+    if outcomes := outcomes_of("inspecting", work, files, "", options, **for_one):
         finish(outcomes, {**COLUMNS, **(HASHES if hashed else {})}, as_json=as_json)
         return
     if html:

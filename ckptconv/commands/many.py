@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import click
 
@@ -32,34 +33,23 @@ many_options = joined(
         help="Work on the cluster of this Dask scheduler, such as tcp://HOST:8786.",
     ),
 )
-"""Adds the options that say who works on several files."""
+"""Adds the options that say who works on several files; `outcomes_of` reads them."""
 
 
 def outcomes_of(
     what: str,
     work: Work,
     files: Sequence[str],
-    out: str = "",
-    *,
-    jobs: int | None,
-    dask: str | None,
-    alone: Mapping[str, object] | None = None,
+    out: str,
+    options: Mapping[str, Any],
+    **for_one: object,
 ) -> list[Outcome] | None:
     """Works on files behind a progress bar; returns None for one file on this machine.
 
-    Args:
-        what: the work in one word, for the progress bar.
-        work: what to do with each file.
-        files: paths, URLs and patterns of either.
-        out: the folder of their folders, or of the one file; empty for none.
-        jobs: value of `--jobs`.
-        dask: value of `--dask`.
-        alone: options that are for one file only, by name.
-
-    Raises:
-        UsageError: a pattern matches nothing, two files would get the same folder, options
-            contradict each other, or the scheduler does not answer.
+    `options` has the values of `many_options`, `for_one` the options that are refused for several
+    files.
     """
+    jobs, dask = options["jobs"], options["dask"]
     several = are_several(files, out)
     if not (several or dask or any(map(is_url, (*files, out)))):
         return None
@@ -68,7 +58,7 @@ def outcomes_of(
         pairs = [Pair(file) for file in found]
     else:
         pairs = paired(found, out) if several else [Pair(found[0], out)]
-    if given := [f"--{name}" for name, value in (alone or {}).items() if value]:
+    if given := [f"--{name}" for name, value in for_one.items() if value]:
         raise UsageError(
             f"{' and '.join(given)}: for one file only", hint="give the file alone, by its path"
         )
@@ -87,7 +77,7 @@ def outcomes_of(
 def finish(
     outcomes: Sequence[Outcome], columns: Columns, *, as_json: bool, err: bool = False
 ) -> None:
-    """Prints what came of the files, with the table on stdout or stderr; exits with 1 if any failed."""
+    """Prints what came of the files, as a table or as JSON; exits with 1 if any failed."""
     failed = [outcome for outcome in outcomes if outcome.error]
     if as_json:
         echo_json([outcome.as_data() for outcome in outcomes])

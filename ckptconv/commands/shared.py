@@ -71,11 +71,7 @@ def options_of(words: dict[str, Any]) -> Options:
 
 
 def key_maps(folder: Path | None = None) -> KeyMaps:
-    """Returns the key maps of a folder, or of the one that `--key-maps` names, before our own.
-
-    Raises:
-        UsageError: it is no folder, or holds no YAML file.
-    """
+    """Returns the key maps of a folder, or of the one that `--key-maps` names, before our own."""
     context = click.get_current_context(silent=True)
     folder = folder or (context.find_root().obj if context else None)
     if folder is None:
@@ -89,11 +85,7 @@ def key_maps(folder: Path | None = None) -> KeyMaps:
 
 
 def architecture_named(name: str) -> Architecture:
-    """Returns an architecture.
-
-    Raises:
-        UsageError: none has this name.
-    """
+    """Returns an architecture; an unknown name is wrong usage."""
     known = key_maps().architectures
     if name not in known:
         hint = f"it is one of {', '.join(known)}"

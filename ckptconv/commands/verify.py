@@ -50,8 +50,6 @@ def command(
     html: Path | None,
     summary: Path | None,
     overwrite: bool,
-    jobs: int | None,
-    dask: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -70,10 +68,9 @@ def command(
     """
     *files, folder = places
     work = Proof(options_of(options), finite, ignore_unclaimed)
-    alone = {"junit": report, "html": html, "markdown": summary}
-    if files and (
-        outcomes := outcomes_of("verifying", work, files, folder, jobs=jobs, dask=dask, alone=alone)
-    ):
+    for_one = {"junit": report, "html": html, "markdown": summary}
+    outcomes = files and outcomes_of("verifying", work, files, folder, options, **for_one)
+    if outcomes:
         finish(outcomes, COLUMNS, as_json=as_json)
         return
     source = files[0] if files else None
