@@ -6,10 +6,14 @@ from typing import Any
 
 import click
 
+from ..maps.architecture import Relative
+from ..maps.schema import Named
 from .shared import console, echo_json, json_option, key_maps
 
 WORKS = ("detect", "convert", "verify", "export")
-"""What works with every relative. `run` does with those that are a pipeline of their own."""
+"""What works with every relative."""
+RUN = ("run",)
+"""What also works with those that are a pipeline of their own."""
 
 
 @click.command("architectures")
@@ -26,14 +30,15 @@ def command(*, as_json: bool) -> None:
         }
         for a in maps.architectures.values()
     ]
+    known: tuple[Relative, ...] = maps.typed(Named[Relative], "relatives")
     relatives: list[dict[str, Any]] = [
         {
-            "name": relative["name"],
-            "architecture": relative["architecture"],
-            "task": relative["task"],
-            "works": [*WORKS, *(["run"] if relative.get("run", True) else [])],
+            "name": relative.name,
+            "architecture": relative.architecture,
+            "task": relative.task,
+            "works": [*WORKS, *(() if maps.architectures[relative.architecture].single else RUN)],
         }
-        for relative in maps.read("relatives")["relatives"]
+        for relative in known
     ]
     if as_json:
         echo_json({"architectures": architectures, "relatives": relatives})
@@ -50,8 +55,8 @@ def command(*, as_json: bool) -> None:
             first, parts = ("", ""), ""
         table.add_section()
     console().print(table)
-    table = Table("relative", "architecture", "task", *WORKS, "run")
+    table = Table("relative", "architecture", "task", *WORKS, *RUN)
     for row in relatives:
-        yes = ["yes" if work in row["works"] else "no" for work in (*WORKS, "run")]
+        yes = ["yes" if work in row["works"] else "no" for work in (*WORKS, *RUN)]
         table.add_row(row["name"], row["architecture"], row["task"], *yes)
     console().print(table)

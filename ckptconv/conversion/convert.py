@@ -14,6 +14,7 @@ from ..detection.detect import detect, option_fact
 from ..errors import FileRefused, option
 from ..files import read_json
 from ..folder.weights import component_headers
+from ..maps.architecture import Component, KeyMaps
 from ..options import Choices, Options, checked
 from ..planning.adapters import read_adapter
 from ..planning.components import Donor
@@ -21,15 +22,6 @@ from ..planning.plan import Plan, build_plan
 from ..reading.source import open_header
 from ..version import __version__
 from .write import CONVERTED, Packaging, Report, write_folder
-
-DONORS = {
-    "vae": ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE"),
-    "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "image_normalizer": ("StableUnCLIPImageNormalizer",),
-    "depth_estimator": ("DPTForDepthEstimation",),
-}
-"""The components that a donor may give, and the classes that can stand there."""
 
 
 @checked
@@ -134,10 +126,15 @@ def plan_file(path: str | Path, options: Options) -> tuple[Plan, OriginalConfig 
         original = read_original_config(options.original_config, options.maps)
     decided = dict(original.facts) if original else {}
     decided |= {name: option_fact(name, value) for name, value in options.facts.items()}
+    detection = detect(header, maps=options.maps, decided=decided)
+    components = detection.architecture.components if detection.architecture else {}
     made = build_plan(
-        detect(header, maps=options.maps, decided=decided),
+        detection,
         options,
-        donors={name: _donor(name, place) for name, place in options.donors.items()},
+        donors={
+            name: _donor(components.get(name), name, place, options.maps)
+            for name, place in options.donors.items()
+        },
         adapters=[read_adapter(file) for file in options.lora],
     )
     _require_fit(made)
@@ -170,7 +167,7 @@ def _require_fit(made: Plan) -> None:
         )
 
 
-def _donor(name: str, place: Path) -> Donor:
+def _donor(component: Component | None, name: str, place: Path, maps: KeyMaps) -> Donor:
     """Reads a donor: a folder of one component, a whole diffusers folder, or a file.
 
     Raises:
@@ -190,9 +187,10 @@ def _donor(name: str, place: Path) -> Donor:
         )
     values = read_json(config)
     said = values.get("_class_name") or values.get("architectures")
-    if not any(said in (known, [known]) for known in DONORS[name]):
+    classes = (*maps.classes(component), *component.donors) if component else ()
+    if component and not any(said in (known, [known]) for known in classes):
         raise FileRefused(
-            f"{config}: is that of {said}, but a {name} is of {' or '.join(DONORS[name])}",
+            f"{config}: is that of {said}, but a {name} is of {' or '.join(classes)}",
             hint="give the folder of that component",
         )
     return Donor(component_headers(folder), config)

@@ -125,8 +125,7 @@ def export(
     started = time.monotonic()
     out, maps = Path(out), maps or bundled()
     dtype = None if dtype is None else cast_name(dtype)
-    names = {c.name for a in maps.architectures.values() for c in a.models}
-    saved = read_folder(folder, names)
+    saved = read_folder(folder, maps)
     check_destination(out, overwrite=overwrite, inputs=saved.files)
     way = restore(saved, maps)
     notes = _require_whole(way, saved)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..detection.detect import Detection, detect, judge
+from ..detection.detect import Detection, Keys, detect, judge
 from ..detection.facts import Fact
 from ..errors import NotACheckpoint
 from ..folder.read import ModelFolder
@@ -111,7 +111,7 @@ def _attempt(architecture: Architecture, folder: ModelFolder) -> _Attempt:
         for key, step in steps.items()
         for target in step.targets
     }
-    verdict = judge(architecture, tensors)
+    verdict = judge(architecture, Keys(tensors))
     made = tuple(steps.values())
     fit = (verdict.matches, _remembered(made, folder), len(made), -len(verdict.failing))
     return _Attempt(architecture, made, tuple(problems), tensors, fit)

@@ -10,7 +10,7 @@ its file:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..detection.spellings import present_name
 from ..errors import FileRefused
 from ..files import read_json
 from ..folder.names import CONFIG_FILES, DROPPED, INDEX, LAYOUT, RECORD
+from ..maps.architecture import KeyMaps
 from ..planning.step import ASIDE
 from ..reading.header import header_from_json, read_header
 from ..reading.tensor import Header, Tensor
@@ -26,14 +27,6 @@ from .weights import component_headers
 
 FLAT = "embeddings.token_embedding.weight"
 """In a text encoder: its names lack the segment `text_model.`."""
-
-SINGLE = {
-    "AutoencoderKL": "vae",
-    "CLIPTextModel": "text_encoder",
-    "CLIPTextModelWithProjection": "text_encoder",
-    "ControlNetModel": "controlnet",
-}
-"""By class, the component that a folder without `model_index.json` is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,22 +82,23 @@ class ModelFolder:
         return tuple(dict.fromkeys([*(header.path for header in headers), *aside]))
 
 
-def read_folder(path: str | Path, models: Iterable[str]) -> ModelFolder:
+def read_folder(path: str | Path, maps: KeyMaps) -> ModelFolder:
     """Reads a folder: its configurations and the headers of its weights.
 
     Args:
         path: the folder.
-        models: names of components whose weights are of interest.
+        maps: their components with weights are of interest.
 
     Raises:
         FileRefused: it is no folder, or holds no component.
     """
-    path, models = Path(path), frozenset(models)
+    path = Path(path)
     if not path.is_dir():
         what = "a file" if path.exists() else "missing"
         raise FileRefused(f"{path}: is {what}; needed a diffusers folder", hint="check the path")
     problems: list[str] = []
     index = _json(path / INDEX, problems) if (path / INDEX).exists() else None
+    models = {c.name for a in maps.architectures.values() for c in a.models}
     parts = {
         folder.name: _part(folder, weights=folder.name in models)
         for folder in sorted(path.iterdir())
@@ -113,7 +107,7 @@ def read_folder(path: str | Path, models: Iterable[str]) -> ModelFolder:
     for name in sorted(models - parts.keys()):  # a folder that lost its configuration
         if (path / name).is_dir():
             parts[name] = _part(path / name, weights=True)
-    single = "" if parts else _single(path)
+    single = "" if parts else _single(path, maps)
     for kind, name in CONFIG_FILES.items() if single else ():
         if (path / name).exists():
             part = single if kind == "model" else kind
@@ -137,11 +131,11 @@ def read_folder(path: str | Path, models: Iterable[str]) -> ModelFolder:
     return ModelFolder(path, index, parts, record or {}, layout, aside, tuple(problems), single)
 
 
-def _single(path: Path) -> str:
+def _single(path: Path, maps: KeyMaps) -> str:
     """Returns the name of the component that a folder is; empty if it is none that is known."""
     config = _json(path / CONFIG_FILES["model"], [])
     said = (config or {}).get("_class_name") or (config or {}).get("architectures")
-    return SINGLE.get(str(said[0] if isinstance(said, list) and said else said), "")
+    return maps.singles.get(str(said[0] if isinstance(said, list) and said else said), "")
 
 
 def _part(folder: Path, *, weights: bool, config: str | None = None) -> ComponentFolder:

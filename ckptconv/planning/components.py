@@ -113,7 +113,7 @@ def _bound(
     """Returns the map of a source for this header, or None if the source is not there."""
     prefix = source.prefix
     keys = [key[len(prefix) :] for key in header.tensors if key.startswith(prefix)]
-    if not keys or (source.when and source.when not in keys) or source.unless in keys:
+    if not keys or (source.has and source.has not in keys) or source.lacks in keys:
         return None
     if source.keymap == AS_IS:
         published = _layout(architecture, component)

@@ -110,8 +110,7 @@ def read_directory(file: BinaryIO, size: int) -> dict[str, Member]:
             entries, directory = archive.infolist(), archive.start_dir
     except (BadZipFile, NotImplementedError, UnicodeError, OverflowError, struct.error) as error:
         raise ValueError(f"its directory is damaged: {error}") from error
-    disks += [entry.volume for entry in entries]
-    if here != count or not set(disks) <= {0, _FULL_16}:
+    if any(disks) or here != count or not {entry.volume for entry in entries} <= {0, _FULL_16}:
         raise ValueError("it is one part of a split archive")
     if count not in (len(entries), _FULL_16):
         raise ValueError(f"its directory has {len(entries):,} entries, but claims {count:,}")

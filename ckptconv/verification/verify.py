@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..detection.spellings import EMA_OF
 from ..errors import FileRefused, MapError, option
 from ..folder.names import LAYOUT, RECORD
 from ..folder.read import ComponentFolder, ModelFolder, read_folder
+from ..maps.architecture import KeyMaps
 from ..options import Choices, Options, checked
 from ..planning.plan import Plan, build_plan
 from ..planning.step import ASIDE
@@ -30,7 +31,6 @@ from .checks.config import check_config, check_index, class_said, same
 from .checks.data import Bytes, check_data, check_finite
 from .checks.tokenizer import check_tokenizer
 from .checks.weights import check_weights
-from .classes import MODELS
 from .result import Check, Problem, Verification
 
 
@@ -63,7 +63,7 @@ def verify(
     """
     started = time.monotonic()
     options = Options.of(choices)
-    found = _read(folder, options)
+    found = read_folder(folder, options.maps)
     if path is None:
         return _verified(found, None, options, finite, False, progress, started)
     options, notes = _with_record(options, found.record)
@@ -82,7 +82,7 @@ def verify_report(
 ) -> Verification:
     """Verifies what a conversion has just written, by the plan that it ran."""
     source = _Source(Path(path), report.plan, report.original, [])
-    found, started = _read(report.out, options), time.monotonic()
+    found, started = read_folder(report.out, options.maps), time.monotonic()
     return _verified(found, source, options, False, ignore_unclaimed, progress, started)
 
 
@@ -94,11 +94,6 @@ class _Source:
     plan: Plan
     original: OriginalConfig | None
     notes: list[str]
-
-
-def _read(folder: str | Path, options: Options) -> ModelFolder:
-    architectures = options.maps.architectures.values()
-    return read_folder(folder, {c.name for a in architectures for c in a.models})
 
 
 def _verified(
@@ -126,7 +121,7 @@ def _verified(
             if plan and only is None and not folder.single:
                 index = model_index(plan, built) | _own_schedulers(folder, built)
                 checks.append(check_index(index, folder.index, folder.parts.keys()))
-            checks += _check_components(folder, plan, built, only)
+            checks += _check_components(folder, plan, built, options)
             running.result()
         except BaseException:
             read.cancelled = True
@@ -161,7 +156,7 @@ def _verified(
 def _own_schedulers(folder: ModelFolder, built: Mapping[str, Config]) -> dict[str, list[str]]:
     """Returns what the index should say of schedulers: which one steps is the folder's choice."""
     return {
-        name: [config.component.library, str(class_said(folder.parts[name].config or {}))]
+        name: [config.component.home, str(class_said(folder.parts[name].config or {}))]
         for name, config in built.items()
         if config.component.kind == "scheduler" and name in folder.parts
     }
@@ -235,10 +230,7 @@ def _built(made: Plan, original: OriginalConfig | None, checks: list[Check]) -> 
 
 
 def _check_components(
-    folder: ModelFolder,
-    made: Plan | None,
-    built: Mapping[str, Config],
-    only: Collection[str] | None,
+    folder: ModelFolder, made: Plan | None, built: Mapping[str, Config], options: Options
 ) -> Iterator[Check]:
     """Yields the checks that need no source, component by component."""
     for name, config in built.items():
@@ -250,15 +242,14 @@ def _check_components(
         else:
             yield check_config(config, part, ours=bool(folder.record))
             if component.kind == "model":
-                library, class_name = component.library, class_of(config)
-                yield check_weights(name, part, library, class_name)
+                yield check_weights(name, part, component.home, class_of(config))
     for name, part in folder.parts.items():
-        if name not in built and only is None and (part.tensors or part.problems):
-            yield from _check_unexpected(name, part, folder, made if built else None)
+        if name not in built and options.only is None and (part.tensors or part.problems):
+            yield from _check_unexpected(name, part, made if built else None, options.maps)
 
 
 def _check_unexpected(
-    name: str, part: ComponentFolder, folder: ModelFolder, made: Plan | None
+    name: str, part: ComponentFolder, made: Plan | None, maps: KeyMaps
 ) -> Iterator[Check]:
     """Yields the check of a model that the plan, if there is one, does not give."""
     said = class_said(part.config or {})
@@ -268,8 +259,8 @@ def _check_unexpected(
         if name in architecture.components:
             what = f"the file has none: say with {option(name)} where it comes from"
         yield Check(name, "data", (Problem(name, what),))
-    elif isinstance(said, str) and said in MODELS:
-        yield check_weights(name, part, MODELS[said], said)
+    elif isinstance(said, str) and (home := maps.model_classes.get(said)):
+        yield check_weights(name, part, home, said)
 
 
 def _record_problems(folder: ModelFolder, made: Plan, read: Bytes) -> list[Problem]:

@@ -21,10 +21,11 @@ import ckptconv
 from ckptconv.configs.config import Config, configs, model_index
 from ckptconv.detection.detect import Detection, detect
 from ckptconv.detection.facts import FEW, Fact, find_fact, values_of
-from ckptconv.errors import MapError
 from ckptconv.inference.generation import Settings, call_arguments, generate
 from ckptconv.inference.pipeline import load_pipeline
 from ckptconv.maps.architecture import bundled
+from ckptconv.maps.evidence import Witness
+from ckptconv.maps.schema import Fault, read
 from ckptconv.planning.plan import build_plan
 from ckptconv.reading.header import read_header
 from tests.conftest import made, shapes
@@ -99,7 +100,7 @@ def built_from(
     return plan.detection, built, model_index(plan, built)
 
 
-def one_fact(name: str, witnesses: list[Any]) -> Fact:
+def one_fact(name: str, witnesses: tuple[Witness, ...]) -> Fact:
     return find_fact(name, witnesses, made({}), "text-to-image")
 
 
@@ -321,8 +322,11 @@ def test_facts_that_contradict_each_other_are_reported() -> None:
 
 
 def test_a_default_answers_always_and_needs_a_reason() -> None:
-    found = one_fact("f", [{"key": "a", "value": 1}, {"default": 2, "because": "so"}])
-    assert found == Fact("f", 2, "structure", "so")
-    with pytest.raises(MapError) as caught:
-        one_fact("f", [{"default": 2}])
-    assert str(caught.value) == "fact 'f': malformed witness {'default': 2}: 'because'"
+    faults: list[Fault] = []
+    data = [{"has": "a", "value": 1}, {"value": 2, "because": "so"}]
+    assert one_fact("f", read(tuple[Witness, ...], data, (), faults)) == Fact(
+        "f", 2, "structure", "so"
+    )
+    assert not faults
+    read(tuple[Witness, ...], [{"value": 2}], (), faults)
+    assert list(map(str, faults)) == ["[0]: 'because' is missing"]

@@ -23,7 +23,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ckptconv.cli import main
-from ckptconv.maps.architecture import bundled
+from ckptconv.maps.architecture import Relative, bundled
+from ckptconv.maps.schema import Named
 from tests.architectures.test_oracle import UNETS
 from tests.support.reference import controlnet, text, unet, vae
 from tests.support.reference.files import TINY_FILES
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 README = Path(__file__).parents[2] / "README.md"
-RELATIVES = {relative["name"]: relative for relative in bundled().read("relatives")["relatives"]}
+RELATIVES = {relative.name: relative for relative in bundled().typed(Named[Relative], "relatives")}
 
 CLIP = partial(text.ClipText, text.TINY_CLIP)
 OPENCLIP = partial(text.OpenClipText, text.TINY_OPENCLIP)
@@ -180,7 +181,7 @@ def written(name: str, path: Path) -> None:
 def test_every_relative_is_walked_and_every_architecture_has_one() -> None:
     assert FILES.keys() == RELATIVES.keys()
     known = {(a.name, t.name) for a in bundled().architectures.values() for t in a.tasks}
-    named = {(r["architecture"], r["task"]) for r in RELATIVES.values()}
+    named = {(r.architecture, r.task) for r in RELATIVES.values()}
     assert named <= known
     assert {name for name, _ in named} == set(bundled().architectures)
     assert CONFIGS.keys() <= FILES.keys()
@@ -191,7 +192,7 @@ def test_what_the_table_promises_is_true(name: str, tmp_path: Path) -> None:
     relative, file, folder = RELATIVES[name], tmp_path / "model.safetensors", tmp_path / "out"
     written(name, file)
     found = json.loads(run("inspect", file, "--json").stdout)
-    assert (found["architecture"], found["task"]) == (relative["architecture"], relative["task"])
+    assert (found["architecture"], found["task"]) == (relative.architecture, relative.task)
     assert not found["unclaimed"]
     assert not found["problems"]
     run("convert", file, folder)
@@ -204,8 +205,8 @@ def test_what_the_table_promises_is_true(name: str, tmp_path: Path) -> None:
     back, source = load_file(tmp_path / "back.safetensors"), load_file(file)
     assert back.keys() == source.keys()
     assert all(torch.equal(back[key], source[key]) for key in source)
-    if relative.get("run", True):
-        makes_an_image(relative["task"], file, tmp_path)
+    if not bundled().architectures[relative.architecture].single:
+        makes_an_image(relative.task, file, tmp_path)
 
 
 STATISTICS = ("mean", "std")
@@ -251,8 +252,8 @@ def test_the_readme_shows_the_table() -> None:
     shown = {row[0]: row[1:] for row in rows}
     for name, relative in RELATIVES.items():
         architecture, task, runs = shown[name]
-        assert (architecture, task) == (relative["architecture"], relative["task"])
-        assert (runs == "yes") == relative.get("run", True)
+        assert (architecture, task) == (relative.architecture, relative.task)
+        assert (runs == "no") == bool(bundled().architectures[relative.architecture].single)
 
 
 def test_the_command_shows_the_table() -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from ...configs.config import PIPELINES, TORCH_NAMES, Config, class_of
+from ...configs.config import TORCH_NAMES, Config, class_of
 from ...folder.names import CONFIG_FILES
 from ...folder.read import ComponentFolder
-from ..classes import Unbuildable, defaults
+from ..classes import LIBRARIES, Unbuildable, defaults
 from ..result import Check, Problem
 
 NAMES = ("_class_name", "architectures", "image_processor_type", "feature_extractor_type")
@@ -72,7 +72,7 @@ def check_config(config: Config, part: ComponentFolder, *, ours: bool) -> Check:
     if said is not None and said != name and not other:
         problems.append(Problem(_class_entry(own), f"is {said!r}, expected {name}"))
     try:
-        known = defaults(component.library, str(said) if other else name)
+        known = defaults(component.home, str(said) if other else name)
     except Unbuildable as error:
         return Check(component.name, "config", (Problem(_class_entry(own), str(error)),))
     if other:
@@ -109,7 +109,7 @@ def check_index(
     problems, notes = [], []
     for name, want in expected.items():
         found = have.get(name, [None, None] if isinstance(want, list) else None)
-        if name == "_diffusers_version" or same(_plain(found), want):
+        if name == "_diffusers_version" or same(_plain(found, want), want):
             continue
         if want == [None, None] and isinstance(found, list) and len(found) == 2:
             if name in parts:
@@ -204,13 +204,14 @@ def _dtype_problems(
             yield Problem(entry, what)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, want: Any) -> Any:
     """Returns an entry of the index with the class under its usual name, in its usual place."""
     if not isinstance(value, list):
         return value
     plain = [RENAMED.get(item, item) if isinstance(item, str) else item for item in value]
-    homes = [PIPELINES[item] for item in plain if isinstance(item, str) and item in PIPELINES]
-    return [*homes[:1], *plain[len(homes[:1]) :]]
+    if isinstance(want, list) and plain[1:] == want[1:] and want[0] not in LIBRARIES:
+        return want  # diffusers offers the class in several places
+    return plain
 
 
 def _show(value: Any) -> str:
