@@ -35,8 +35,6 @@ from ..maps.holes import (
 from ..planning.plan import Plan
 from ..planning.step import Target
 
-__all__ = ["Config", "class_of", "configs", "find_class", "model_index"]
-
 LIBRARIES = ("diffusers", "transformers")
 """Classes come from nowhere else."""
 

@@ -19,8 +19,6 @@ from typing import Any
 from ..configs.config import LIBRARIES, find_class
 from ..libraries import quiet
 
-__all__ = ["LIBRARIES", "Expected", "Unbuildable", "defaults", "expected", "has_class"]
-
 MOST_LAYERS = 200
 """More of anything that a configuration counts would only take time and memory: the largest
 published count is 32."""
