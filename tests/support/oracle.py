@@ -76,8 +76,8 @@ def _(network: unet.UNet, folder: Path) -> None:
     extra: dict[str, Any] = {}
     if config.noise_levels:
         extra["class_labels"] = y = torch.tensor([20, 350])
-    elif config.adm_channels == unet.TINY_UNCLIP.adm_channels:  # an image embedding
-        extra["class_labels"] = y = torch.randn(2, config.adm_channels, dtype=torch.float64)
+    elif config == unet.TINY_UNCLIP:  # takes an image embedding where SDXL takes text and sizes
+        extra["class_labels"] = y = torch.randn(2, 2 * 96, dtype=torch.float64)
     elif config.adm_channels:
         y, extra["added_cond_kwargs"] = conditioning(config.adm_channels)
     if config.cond_proj_dim:

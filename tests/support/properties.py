@@ -84,8 +84,9 @@ class Properties:
         assert max(targets.values()) == 1
         assert plan.lossless
         assert {
-            step.sources[0].name: step.op.backward([t.shape for t in step.targets], None)
+            source.name: step.op.backward([t.shape for t in step.targets], source.shape)
             for step in plan.steps
+            for source in step.sources
         } == {key: tensor.shape for key, tensor in tensors.items()}
 
     def test_its_configurations_say_what_only_it_has(
