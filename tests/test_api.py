@@ -166,7 +166,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
             if getattr(other, name, None) is real:
                 monkeypatch.setattr(other, name, call)
 
-    count(reading, "_read_raw", lambda path: Path(path).name)
+    count(reading, "_read_raw", str)
     count(detecting, "detect", lambda *_: "judged")
     return counts
 

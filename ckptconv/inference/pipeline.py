@@ -44,19 +44,6 @@ OFFLOADS = {
 }
 """How weights wait in main memory for their turn on the GPU, and the method of diffusers."""
 
-OTHER_TASKS = {
-    "StableDiffusionPipeline": {
-        "image-to-image": "StableDiffusionImg2ImgPipeline",
-        "inpainting": "StableDiffusionInpaintPipeline",
-    },
-    "StableDiffusionXLPipeline": {
-        "image-to-image": "StableDiffusionXLImg2ImgPipeline",
-        "inpainting": "StableDiffusionXLInpaintPipeline",
-    },
-    "StableDiffusionXLImg2ImgPipeline": {"inpainting": "StableDiffusionXLInpaintPipeline"},
-}
-"""By the pipeline that weights are made for, what they can do as well."""
-
 EXACT_IN_FP16 = {"F16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 """Dtypes whose every value is a value of float16."""
 
@@ -169,9 +156,9 @@ def _class_for(own: str, task: str | None) -> tuple[type[DiffusionPipeline], str
     """Returns the class for a task, and the task, of weights that are made for the class `own`."""
     import diffusers
 
-    tasks = {t.pipeline: t.name for a in bundled().architectures.values() for t in a.tasks}
-    own_task = tasks.get(own, own)
-    classes = {own_task: own, **OTHER_TASKS.get(own, {})}
+    known = bundled().pipelines.get(own, Task(own, own))
+    own_task = known.name
+    classes = {own_task: own, **known.also}
     name = classes.get(task or own_task)
     if name is None:
         raise UsageError(

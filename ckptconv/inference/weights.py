@@ -51,7 +51,7 @@ def component_class(config: Config) -> Any:
         FileRefused: the library has no such class.
     """
     name, library = class_of(config), config.component.library
-    found = find_class(library, name)
+    found = find_class(config.component.home, name)
     if found is None:
         raise FileRefused(
             f"{config.component.name}: the configuration names the class {name}, which {library} "

@@ -194,11 +194,11 @@ def test_a_missing_depth_estimator_is_named_with_what_to_do(without: Path, tmp_p
     assert index["depth_estimator"] == [None, None]
     assert (
         "depth_estimator is not in the file, so model_index.json says null: "
-        "supply it with --depth-estimator FILE"
+        "supply it with depth_estimator=FILE"
     ) in report.warnings
     with pytest.raises(Incomplete, match=r"has no .*depth_estimator, which its pipeline") as caught:
         load_pipeline(without, device="cpu")
-    assert "--depth-estimator FILE" in caught.value.hint
+    assert "depth_estimator=FILE" in caught.value.hint
 
 
 def test_a_depth_estimator_of_any_layout_is_taken(

@@ -30,7 +30,7 @@ from ckptconv.reading.tensor import Header
 from ckptconv.reports.report import hashes
 from tests.conftest import Sample
 from tests.support.checkpoints import raw, rewritten
-from tests.support.pickles import check_laws, saved, zipped
+from tests.support.pickles import check_laws, torch_file, zipped
 
 DTYPES = {name: getattr(torch, own) for name, own in LIBRARY_NAMES.items()}
 """Torch's dtypes by the name that safetensors uses."""
@@ -55,7 +55,7 @@ def random(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 def read(content: object, path: Path, **options: Any) -> Header:
     """Reads what torch saves."""
-    path.write_bytes(saved(content, **options))
+    path.write_bytes(torch_file(content, **options))
     header = open_header(path)
     check_laws(header, path)
     return header
@@ -151,7 +151,7 @@ def test_a_lightning_checkpoint_with_a_callback_class_is_read(
     monkeypatch.setitem(sys.modules, home, module)
     state = {"monitor": "val/loss", "best_model_score": torch.tensor(0.5)}
     content = {"callbacks": {module.ModelCheckpoint: state}, "state_dict": LINEAR.state_dict()}
-    raw = saved(content)
+    raw = torch_file(content)
     monkeypatch.delitem(sys.modules, home)
     scratch.write_bytes(raw)
     assert b"ModelCheckpoint" in raw
@@ -280,7 +280,7 @@ def test_any_dict_of_tensors_comes_back(
 
 
 def test_a_file_of_a_release_before_byteorder_and_zip_padding_is_read(scratch: Path) -> None:
-    scratch.write_bytes(saved(MODEL))
+    scratch.write_bytes(torch_file(MODEL))
     with zipfile.ZipFile(scratch) as file:
         names = [n for n in file.namelist() if "/data" in n]
         scratch.write_bytes(zipped({n.replace("archive", "sd-v1-4"): file.read(n) for n in names}))
@@ -386,7 +386,7 @@ def test_only_zip_files_load_zipfile(pair: tuple[Path, Path]) -> None:
 
 def test_a_word_is_called_what_it_is(scratch: Path) -> None:
     content = {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": {"*": torch.ones(4)}}
-    scratch.write_bytes(saved(content))
+    scratch.write_bytes(torch_file(content))
     refusal = ckptconv.inspect(scratch).refusal
     assert refusal is not None
     assert "this is a textual inversion" in refusal.message

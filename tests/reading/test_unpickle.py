@@ -32,10 +32,10 @@ from tests.support.pickles import (
     number,
     numbers,
     pushed,
-    saved,
     table,
     tensor,
     text,
+    torch_file,
     touching,
     zipped,
 )
@@ -125,7 +125,7 @@ def test_names_are_listed_although_the_pickle_is_broken_before_them(scratch: Pat
 
 
 def test_a_saved_module_is_refused_by_the_names_of_its_classes(scratch: Path) -> None:
-    refusal = refused(saved(torch.nn.Linear(2, 2)), scratch)
+    refusal = refused(torch_file(torch.nn.Linear(2, 2)), scratch)
     assert isinstance(refusal, UnsafePickle)
     assert "'torch.nn.modules.linear.Linear'" in refusal.problems
     assert "save its state_dict" in refusal.hint
@@ -134,7 +134,8 @@ def test_a_saved_module_is_refused_by_the_names_of_its_classes(scratch: Path) ->
 def test_a_quantized_tensor_is_refused_by_the_name_of_its_function(scratch: Path) -> None:
     sparse = torch.ones(2, 2).to_sparse()
     assert (
-        "'torch._utils._rebuild_sparse_tensor'" in refused(saved({"a": sparse}), scratch).problems
+        "'torch._utils._rebuild_sparse_tensor'"
+        in refused(torch_file({"a": sparse}), scratch).problems
     )
 
 
@@ -225,6 +226,14 @@ def test_a_directory_of_many_gigabytes_takes_no_memory(zip64: bool, scratch: Pat
     scratch.unlink()
 
 
+@pytest.mark.parametrize("flags", [b"\0\x08", b"\0\0"])
+def test_a_folder_with_any_name_is_read(flags: bytes, scratch: Path) -> None:
+    content = zipped({"\u6a21/data.pkl": table(a=tensor()), "\u6a21/data/0": bytes(16)})
+    assert content.count(b"\0\x08\0\0") == 4  # UTF-8, in the headers and the entries
+    scratch.write_bytes(content.replace(b"\0\x08\0\0", flags + b"\0\0"))
+    assert list(open_header(scratch).tensors) == ["a"]
+
+
 def test_names_that_a_null_character_would_cut_stay_apart(scratch: Path) -> None:
     content = checkpoint(table(a=tensor()), _0=bytes(16), _10=bytes(16))
     scratch.write_bytes(content.replace(b"x/data/10", b"x/data/0\0"))
@@ -279,7 +288,7 @@ OTHERS = {
         "'x/byteorder' has 54 bytes, more than 16",
     ),
     "old format": (
-        saved({"a": torch.zeros(1)}, _use_new_zipfile_serialization=False),
+        torch_file({"a": torch.zeros(1)}, _use_new_zipfile_serialization=False),
         "a PyTorch pickle (.ckpt/.pt) in the format before release 1.6, or another pickle",
     ),
     "pickle": (pickle.dumps({"a": 1}, 4), "in the format before release 1.6, or another pickle"),
@@ -336,10 +345,10 @@ def check_any(content: bytes, path: Path) -> None:
 
 
 FUZZ = settings(max_examples=120, deadline=None, database=None)
-REAL = saved(
+REAL = torch_file(
     {"state_dict": {"a": torch.ones(2, 3), "b": torch.nn.Parameter(torch.ones(2))}, "n": 1}
 )
-KINDS = (WHOLE, REAL, saved({"a": torch.ones(2).bfloat16(), "b": {1, "x"}}, pickle_protocol=4))
+KINDS = (WHOLE, REAL, torch_file({"a": torch.ones(2).bfloat16(), "b": {1, "x"}}, pickle_protocol=4))
 
 
 @FUZZ

@@ -139,6 +139,7 @@ END = b"PK\x05\x06"
 FIELDS = {
     b"PK\x03\x04": {"mark": (0, 4), "method": (8, 2), "extra": (28, 2)},
     b"PK\x01\x02": {
+        "version": (6, 2),
         "flags": (8, 2),
         "method": (10, 2),
         "taken": (20, 4),
@@ -194,6 +195,7 @@ ZIPS: dict[str, tuple[bytes, str]] = {
     "last byte missing": (WHOLE[:-1], TRUNCATED),
     "byte more": (WHOLE + b"\0", TRUNCATED),
     "comment": (WHOLE[:-2] + b"\3\0abc", TRUNCATED),
+    "comment that is missing": (WHOLE[:-2] + b"\3\0", TRUNCATED),
     "another file before": (WHOLE[:4] + WHOLE, "expected at byte 0, but is at byte 4"),
     "two files": (WHOLE + WHOLE, f"expected at byte 0, but is at byte {len(WHOLE)}"),
     "packed": (
@@ -241,8 +243,14 @@ ZIPS: dict[str, tuple[bytes, str]] = {
         checkpoint(table(a=tensor()), _0=bytes(16), _1=bytes(16)).replace(b"data/1", b"data/0"),
         "several of its members are named 'x/data/0'",
     ),
+    "entries in another part": (end(here=1), "it is one part of a split archive"),
     "part of several": (end(disk=1), "it is one part of a split archive"),
     "member of another part": (entry(0, disk=1), "it is one part of a split archive"),
+    "format of the future": (entry(0, version=99), DAMAGED),
+    "name that is not UTF-8": (
+        entry(1, flags=0x800).replace(b"x/data/0", b"x/data/\xff"),
+        DAMAGED,
+    ),
     "more entries": (end(here=3, count=3), "its directory has 2 entries, but claims 3"),
     "directory elsewhere": (end(start=0), "expected at byte 0, but is at byte"),
     "directory of 2**32": (end(start=0, nbytes=2**32 - 1), DAMAGED),

@@ -18,7 +18,7 @@ from ckptconv.reading.tensor import Header
 MARK, STOP, REDUCE, EMPTY_DICT = b"(", b".", b"R", b"}"
 
 
-def saved(content: object, **options: Any) -> bytes:
+def torch_file(content: object, **options: Any) -> bytes:
     """Returns the file that torch makes of an object."""
     buffer = io.BytesIO()
     torch.save(content, buffer, **options)

@@ -17,13 +17,13 @@ import ckptconv
 from ckptconv.cli import main
 from ckptconv.files import read_json
 from ckptconv.maps.architecture import Architecture, bundled
+from ckptconv.maps.architecture import Relative as Row
+from ckptconv.maps.schema import Named
 from tests.support.oracle import compare, component
 from tests.support.reference import unet
 from tests.support.reference.files import Parts
 
-ROWS: dict[str, dict[str, Any]] = {
-    row["name"]: row for row in bundled().read("relatives")["relatives"]
-}
+ROWS = {row.name: row for row in bundled().typed(Named[Row], "relatives")}
 NOTHING = torch.zeros(0)
 """A tensor that marks a file by its name alone."""
 
@@ -55,11 +55,11 @@ class Relative:
 
     @property
     def architecture(self) -> Architecture:
-        return bundled().architectures[ROWS[self.row]["architecture"]]
+        return bundled().architectures[ROWS[self.row].architecture]
 
     @property
     def task_name(self) -> str:
-        return self.task or str(ROWS[self.row]["task"])
+        return self.task or ROWS[self.row].task
 
     @property
     def whole(self) -> bool:
@@ -68,7 +68,7 @@ class Relative:
 
     @property
     def runs(self) -> bool:
-        return not self.variant and bool(ROWS[self.row].get("run", True))
+        return not self.variant and not self.architecture.single
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns what the file holds."""
