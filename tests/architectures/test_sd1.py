@@ -12,7 +12,7 @@ import pytest
 
 import ckptconv
 from tests.support.markers import BUFFER, DDIM, PNDM, RESCALED, UNKNOWN, ZERO, V, check_v_prediction
-from tests.support.properties import Properties
+from tests.support.properties import PipelineProperties, PublishedConfigurations
 from tests.support.reference import controlnet, unet
 from tests.support.reference.files import unet_alone, whole
 from tests.support.relatives import NOTHING, Relative, assert_equal, round_trip
@@ -30,7 +30,7 @@ DISTILLED = "SD1 distilled with guidance (LCM)"
 GUIDED = {"unet.time_cond_proj_dim": 256}
 
 
-class TestProperties(Properties):
+class TestProperties(PipelineProperties):
     relatives = (
         Relative("Stable Diffusion 1.x", SD1),
         Relative(INPAINTING, whole("sd1", unet.TINY_SD1_INPAINT), slow=True),
@@ -49,6 +49,9 @@ class TestProperties(Properties):
         ),
         Relative("SD1 with a ControlNet in it", SD1 | CONTROLNET, slow=True),
     )
+
+
+class TestConfigurations(PublishedConfigurations):
     published = ("sd15", "sd15-inpainting")
 
 

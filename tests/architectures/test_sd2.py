@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.markers import DDIM, PLAIN, RESCALED, ZERO, V, check_v_prediction
-from tests.support.properties import Properties
+from tests.support.properties import PipelineProperties, PublishedConfigurations
 from tests.support.reference import unet
 from tests.support.reference.files import whole
 from tests.support.relatives import Relative
@@ -27,7 +27,7 @@ BASE = {FAT_BIAS: torch.linspace(-0.1, 0.1, 64)}
 EPSILON = {"scheduler.prediction_type": "epsilon"}
 
 
-class TestProperties(Properties):
+class TestProperties(PipelineProperties):
     relatives = (
         Relative(
             "Stable Diffusion 2.x (768-v)",
@@ -46,6 +46,9 @@ class TestProperties(Properties):
         ),
         Relative("SD2 inpainting", whole("sd2", replace(unet.TINY_SD2, in_channels=9)), slow=True),
     )
+
+
+class TestConfigurations(PublishedConfigurations):
     published = ("sd21", "sd21-base")
 
 

@@ -23,7 +23,7 @@ from ckptconv.planning.plan import build_plan
 from ckptconv.verification.checks.config import check_config
 from ckptconv.verification.classes import Unbuildable, expected
 from tests.conftest import made, shapes
-from tests.support.properties import Convert, Properties
+from tests.support.properties import Convert, PipelineProperties
 from tests.support.reference import dpt, unet
 from tests.support.reference.dpt import Dpt
 from tests.support.reference.files import TINY_FILES, unet_alone
@@ -100,7 +100,7 @@ NARROW = Relative(
 )
 
 
-class TestProperties(Properties):
+class TestProperties(PipelineProperties):
     relatives = (Relative("SD2 depth-to-image", TINY_FILES["sd2-depth"], slow=True), NARROW)
 
 

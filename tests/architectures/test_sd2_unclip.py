@@ -22,7 +22,7 @@ from ckptconv.inference.pipeline import load_pipeline
 from tests.support import stock
 from tests.support.oracle import loaded
 from tests.support.pipelines import asked
-from tests.support.properties import Properties
+from tests.support.properties import PipelineProperties, PublishedConfigurations
 from tests.support.published_relatives import header
 from tests.support.reference.files import TINY_FILES
 from tests.support.relatives import (
@@ -50,7 +50,7 @@ PARTS = {p: SMALL_L[p] for p in ("model.diffusion_model.", EMBEDDER, "noise_augm
 ONLY_L = Relative("SD2.1 unCLIP L", PARTS, variant="what only unCLIP has")
 
 
-class TestProperties(Properties):
+class TestProperties(PipelineProperties):
     relatives = (
         Relative("SD2.1 unCLIP L", SMALL_L, slow=True),
         Relative(
@@ -60,10 +60,13 @@ class TestProperties(Properties):
             slow=True,
         ),
     )
+
+
+class TestConfigurations(PublishedConfigurations):
     published = ("sd2-unclip-h", "sd2-unclip-l")
 
 
-@pytest.mark.parametrize("name", TestProperties.published)
+@pytest.mark.parametrize("name", TestConfigurations.published)
 def test_the_task_decides_the_prediction_and_keys_the_image_encoder(name: str) -> None:
     facts = detect(header(name)).facts
     assert facts["prediction_type"].source == "task"
@@ -72,7 +75,9 @@ def test_the_task_decides_the_prediction_and_keys_the_image_encoder(name: str) -
 
 @pytest.mark.slow
 def test_the_libraries_load_statistics_that_the_file_holds(sample: Sample, tmp_path: Path) -> None:
-    report = ckptconv.convert(sample("sd2-unclip", dtype="fp16"), tmp_path / "out")
+    report = ckptconv.convert(
+        sample("sd2-unclip", task="image-variation", dtype="fp16"), tmp_path / "out"
+    )
     architecture, task = report.plan.detection.require()
     with stock.listening() as complaints:
         models = {}
@@ -166,7 +171,7 @@ def test_without_statistics_the_folder_says_so_and_a_pipeline_how_to_supply_them
     report = ckptconv.convert(unclip.file, tmp_path / "out", configs_only=True)
     (warning,) = [text for text in report.warnings if text.startswith("image_normalizer")]
     assert warning.startswith("image_normalizer is not in the file, so model_index.json says null")
-    assert "--image-normalizer FILE (with OpenAI's encoder (L) it is ViT-L-14_stats.th" in warning
+    assert "image_normalizer=FILE (with OpenAI's encoder (L) it is ViT-L-14_stats.th" in warning
     index = read_json(tmp_path / "out" / "model_index.json")
     assert index["image_normalizer"] == [None, None]
     with pytest.raises(Incomplete, match="no image_normalizer, which its pipeline") as caught:

@@ -20,7 +20,7 @@ from tests.support.markers import (
     built_from,
     check_v_prediction,
 )
-from tests.support.properties import Properties
+from tests.support.properties import PipelineProperties, PublishedConfigurations
 from tests.support.reference import unet
 from tests.support.reference.files import numbered, whole
 from tests.support.relatives import NOTHING, Relative
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 SHALLOW = unet.SHALLOW_SDXL
 
 
-class TestProperties(Properties):
+class TestProperties(PipelineProperties):
     relatives = (
         Relative(
             "Stable Diffusion XL",
@@ -54,6 +54,9 @@ class TestProperties(Properties):
             slow=True,
         ),
     )
+
+
+class TestConfigurations(PublishedConfigurations):
     published = ("sdxl",)
 
 

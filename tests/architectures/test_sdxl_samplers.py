@@ -22,7 +22,7 @@ from ckptconv.inference.generation import Settings, call_arguments, generate
 from ckptconv.inference.pipeline import load_pipeline
 from tests.support.checkpoints import Raw, Value, raw, save
 from tests.support.markers import NOTHING, V, built_from, floats
-from tests.support.properties import Properties
+from tests.support.properties import PipelineProperties
 from tests.support.reference import unet
 from tests.support.reference.files import whole
 from tests.support.relatives import Relative
@@ -74,7 +74,7 @@ LATENTS = torch.tensor([0.1, -0.2, 0.3, 0.4]), torch.tensor([0.9, 1.1, 1.2, 0.8]
 SIGMAS = {"edm_vpred.sigma_max": torch.tensor(80.0), "edm_vpred.sigma_min": torch.tensor(0.002)}
 
 
-class TestProperties(Properties):
+class TestProperties(PipelineProperties):
     relatives = (
         Relative(
             "Playground v2.5",

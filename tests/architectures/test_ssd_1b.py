@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.markers import EULER, PLAIN, RESCALED, ZERO, V, check_v_prediction
-from tests.support.properties import Properties
+from tests.support.properties import PipelineProperties
 from tests.support.reference import unet
 from tests.support.reference.files import unet_alone, whole
 from tests.support.relatives import Relative
@@ -28,7 +28,7 @@ VEGA = replace(
 ONE_RESNET = {"unet.mid_block_type": "UNetMidBlock2D"}
 
 
-class TestProperties(Properties):
+class TestProperties(PipelineProperties):
     relatives = (
         Relative("Segmind SSD-1B", whole("sdxl", SSD1B), slow=True),
         Relative("Segmind SSD-1B", unet_alone(SSD1B), variant="UNet alone"),

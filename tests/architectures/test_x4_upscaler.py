@@ -12,7 +12,7 @@ from ckptconv.detection.detect import detect
 from ckptconv.errors import UsageError
 from ckptconv.inference.generation import Settings, check
 from tests.support.pipelines import asked
-from tests.support.properties import Properties
+from tests.support.properties import PipelineProperties, PublishedConfigurations
 from tests.support.published_relatives import header
 from tests.support.reference.files import TINY_FILES
 from tests.support.relatives import Relative
@@ -20,7 +20,7 @@ from tests.support.relatives import Relative
 UPSCALER: Any = diffusers.StableDiffusionUpscalePipeline
 
 
-class TestProperties(Properties):
+class TestProperties(PipelineProperties):
     relatives = (
         Relative(
             "SD2 x4 upscaler",
@@ -31,6 +31,9 @@ class TestProperties(Properties):
             },
         ),
     )
+
+
+class TestConfigurations(PublishedConfigurations):
     published = ("x4-upscaler",)
 
 

@@ -33,7 +33,7 @@ CASES = [
     if name in ("sd1", "sdxl-refiner", "sd2-unclip") or task != own.name
 ]
 """The tasks of one architecture, and those that weights can do besides; the tasks of all others are
-run in tests/architectures/test_table.py."""
+run in tests/architectures/."""
 NEEDS = {
     "text-to-image": (),
     "controlnet": ("image",),

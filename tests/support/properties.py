@@ -1,7 +1,9 @@
 """The properties that every relative has: a file of `tests/architectures` lists its relatives.
 
-    class TestProperties(Properties):
+    class TestProperties(PipelineProperties):
         relatives = (Relative("Stable Diffusion 1.x", whole("sd1", unet.TINY_SD1)), ...)
+
+    class TestConfigurations(PublishedConfigurations):
         published = ("sd15",)
 
 What the table of relatives promises is done as a user does it, with the commands.
@@ -30,29 +32,16 @@ from ckptconv.planning.plan import build_plan
 from tests.support import stock
 from tests.support.published_relatives import PUBLISHED, header, understood
 from tests.support.reference.files import TINY_FILES
-from tests.support.relatives import (
-    Converted,
-    Relative,
-    assert_equal,
-    exported,
-    run,
-    verified,
-)
+from tests.support.relatives import Converted, Relative, assert_equal, exported, run, verified
 
 Convert = Callable[[Relative], Converted]
 """The fixture `converted`, of tests/architectures/conftest.py."""
 
 
 class Properties:
-    """Tests of each relative.
-
-    Attributes:
-        relatives: what is tested.
-        published: names of the published folders whose configurations they are compared with.
-    """
+    """Tests of each of some relatives."""
 
     relatives: ClassVar[tuple[Relative, ...]]
-    published: ClassVar[tuple[str, ...]] = ()
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Gives each test the relatives that have its property."""
@@ -63,8 +52,6 @@ class Properties:
         }.items():
             if argument in metafunc.fixturenames:
                 metafunc.parametrize(argument, _cases(found))
-        if "folder_name" in metafunc.fixturenames:
-            metafunc.parametrize("folder_name", self.published)
 
     def test_it_is_detected_as_what_it_is(self, relative: Relative, converted: Convert) -> None:
         found = json.loads(run("inspect", converted(relative).file, "--json").stdout)
@@ -121,17 +108,20 @@ class Properties:
                     cls = stock.MODELS["text_encoder_2"]
                 stock.check_weights(stock.model(folder, cls), folder)
             else:
-                models = {
-                    c.name: stock.model(folder / c.name, stock.MODELS[c.name])
-                    for c in architecture.for_task(own).models
-                    if (folder / c.name).is_dir()
-                }
-                for name, module in models.items():
-                    stock.check_weights(module, folder / name)
+                # What the file lacks is null in the index: the caller says that it stays so.
+                models = dict.fromkeys(ckptconv.plan(converted(loadable).file).absent)
+                for component in architecture.for_task(own).models:
+                    if (name := component.name) not in models:
+                        models[name] = stock.model(folder / name, stock.MODELS[name])
+                        stock.check_weights(models[name], folder / name)
                 pipeline = stock.load(folder, **models)
                 assert type(pipeline).__name__ == own.pipeline
                 assert pipeline.unet.config.in_channels == own.channels
         assert complaints == []
+
+
+class PipelineProperties(Properties):
+    """Tests of relatives that are pipelines."""
 
     @pytest.mark.slow
     def test_it_makes_an_image(
@@ -139,7 +129,16 @@ class Properties:
     ) -> None:
         makes_an_image(runnable.task_name, converted(runnable).file, tmp_path)
 
-    def test_its_configurations_mean_what_the_published_ones_say(self, folder_name: str) -> None:
+
+class PublishedConfigurations:
+    """Compares configurations with those of some published folders."""
+
+    published: ClassVar[tuple[str, ...]]
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        metafunc.parametrize("folder_name", self.published)
+
+    def test_they_mean_what_the_published_ones_say(self, folder_name: str) -> None:
         plan = build_plan(detect(header(folder_name)))
         plan.require_complete()
         built = configs(plan)
@@ -150,9 +149,7 @@ class Properties:
         for part, values in PUBLISHED[folder_name].items():
             assert understood(part, ours[part]) == understood(part, values), part
 
-    def test_its_configurations_hold_no_value_that_their_class_does_not_know(
-        self, folder_name: str
-    ) -> None:
+    def test_they_hold_no_value_that_their_class_does_not_know(self, folder_name: str) -> None:
         import diffusers
 
         built = configs(build_plan(detect(header(folder_name))))
