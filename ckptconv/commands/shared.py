@@ -28,7 +28,12 @@ FILE = click.Path(path_type=Path)
 
 def joined(*options: Decorator) -> Decorator:
     """Returns one decorator that adds several options, in their order in the help."""
-    return lambda command: functools.reduce(lambda f, add: add(f), reversed(options), command)
+
+    def add_all(command: Callable[..., Any]) -> Callable[..., Any]:
+        """Adds the options to a command."""
+        return functools.reduce(lambda f, add: add(f), reversed(options), command)
+
+    return add_all
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
