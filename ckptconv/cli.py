@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from .errors import CkptconvError, UsageError, on_the_command_line
+from .libraries import quieten
 from .version import __version__
 
 COMMANDS = (
@@ -39,6 +40,7 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         signal.signal(signal.SIGTERM, _terminated)
+        quieten()
         if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
             sys.stdout.reconfigure(errors="surrogateescape")
         with on_the_command_line():

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import NoReturn
 
+from ..libraries import quieten
 from .work import Outcome, Pair, Work, attempt
 
 PATIENCE = 10.0
@@ -99,6 +100,7 @@ def _serve(connection: Connection, work: Work) -> None:
     """Runs in a worker: works on the files that it is sent, until the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _terminated)
+    quieten()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             pair = connection.recv()

@@ -10,7 +10,7 @@ import click
 from ..conversion.convert import convert
 from ..detection.detect import inspect
 from ..errors import OutputError
-from ..libraries import quiet
+from ..libraries import hide_progress_bars
 from ..planning.plan import build_plan
 from ..reports.report import inspection
 from ..sample import layout_of, write_sample
@@ -52,18 +52,18 @@ def command(folder: Path, *, arch: str) -> None:
 
 
 def _draw(model: Path, image: Path) -> Path:
+    hide_progress_bars()
     from diffusers import DiffusionPipeline
     from PIL import Image
 
-    with quiet():
-        pipeline = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
-            str(model), local_files_only=True
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        inputs = {"prompt": "a demonstration", "num_inference_steps": STEPS}
-        if "Img2Img" in type(pipeline).__name__:
-            inputs |= {"image": Image.new("RGB", (SIDE, SIDE), "gray"), "strength": 1.0}
-        else:
-            inputs |= {"height": SIDE, "width": SIDE}
-        pipeline(**inputs).images[0].save(image)
+    pipeline = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
+        str(model), local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    inputs = {"prompt": "a demonstration", "num_inference_steps": STEPS}
+    if "Img2Img" in type(pipeline).__name__:
+        inputs |= {"image": Image.new("RGB", (SIDE, SIDE), "gray"), "strength": 1.0}
+    else:
+        inputs |= {"height": SIDE, "width": SIDE}
+    pipeline(**inputs).images[0].save(image)
     return image

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from ...configs.config import LIBRARIES, TORCH_NAMES, Config, class_of
+from ...configs.config import TORCH_NAMES, Config, class_of
 from ...errors import option
 from ...folder.names import CONFIG_FILES, INDEX
 from ...folder.read import ComponentFolder
+from ...libraries import LIBRARIES
 from ..classes import Unbuildable, defaults
 from ..result import Check, Problem
 
