@@ -1,7 +1,7 @@
-"""May a file or folder be written here? And the one way to put it in place: whole, or not at all.
+"""Checks where files and folders may be written, and puts them in place whole or not at all.
 
-Whatever is made is built beside its destination, under a hidden name, and renamed at the end. An
-exception removes it again; a run that is killed leaves hidden names only.
+Everything is built beside its destination under a hidden name and renamed at the end. An exception
+removes it again; a run that is killed leaves nothing but hidden names.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from .errors import OutputError
+from .errors import OutputError, option, reason
 
 Kind = tuple[str, Callable[[Path], bool]]
-"""What may be replaced, in words, and whether something that exists is that."""
+"""What may be replaced: its name in messages, and a test of whether a path is that."""
 
 FILE: Kind = ("a regular file", Path.is_file)
 
 NAME = 50
-"""Characters of the destination's name in the hidden name, which must not become too long."""
+"""Characters of the destination's name that a hidden name keeps, so as not to become too long."""
 
 
 def check_destination(
@@ -36,15 +36,16 @@ def check_destination(
 
     Args:
         path: of the file or folder.
-        overwrite: whatever is there may be replaced if it is of the right kind. A link never is.
+        overwrite: whatever exists there may be replaced if it is of the right kind, except a link.
         append: text is to be added to a file, which need not exist; a link is followed.
         kind: what may be replaced.
-        inputs: files that are read. Neither they nor a folder that holds one may be changed.
+        inputs: files that are read; neither they nor a folder that holds one may be changed.
 
     Raises:
-        OutputError: its folder is missing, it exists and may not be replaced, or it has a name that
-            nothing can have.
+        OutputError: its folder is missing, it exists and may not be replaced, or its name is one
+            that no file can have.
     """
+    stays = f"so {option('overwrite', True)} does not remove it"
     try:
         if not path.parent.is_dir():
             raise OutputError(f"{path.parent}: no such folder", hint="make it first, with mkdir -p")
@@ -54,34 +55,26 @@ def check_destination(
             if path.is_dir():
                 raise OutputError(f"{path}: is a folder", hint="give the name of a file")
         elif not overwrite:
-            raise OutputError(
-                f"{path}: exists", hint="--overwrite replaces it; or choose another name"
-            )
+            hint = f"{option('overwrite', True)} replaces it; or choose another name"
+            raise OutputError(f"{path}: exists", hint=hint)
         elif path.is_symlink() or not kind[1](path):
             raise OutputError(
-                f"{path}: exists and is {_found(path)}; it is not {kind[0]}, so --overwrite does "
-                "not remove it",
+                f"{path}: exists and is {_found(path)}; it is not {kind[0]}, {stays}",
                 hint="remove it yourself, or choose another name",
             )
         for one in inputs:
             resolved = Path(one).resolve()
             if any(_same(path, each) for each in (resolved, *resolved.parents)):
-                what = f"holds the input {one}, so --overwrite does not remove it"
-                what = what if path.is_dir() else "is one of the files to read"
+                holds = f"holds the input {one}, {stays}"
+                what = holds if path.is_dir() else "is one of the files to read"
                 raise OutputError(f"{path}: {what}", hint="choose another name")
-    except (OSError, ValueError) as error:  # ValueError: the path holds a null character
-        why = getattr(error, "strerror", None) or error
-        raise OutputError(
-            f"{path}: cannot be looked at: {why}", hint="choose another place"
-        ) from error
+    except (OSError, ValueError) as error:
+        what = f"{path}: cannot be looked at: {reason(error)}"
+        raise OutputError(what, hint="choose another place") from error
 
 
 def check_room(path: Path, need: int, what: str) -> None:
-    """Checks that the disk has room for what is to be made (`what`, in words) at `path`.
-
-    Raises:
-        OutputError: it has not.
-    """
+    """Raises OutputError unless the disk of `path` has room for `need` bytes of `what`."""
     free = shutil.disk_usage(path.parent).free
     if need > free:
         raise OutputError(
@@ -98,16 +91,14 @@ def writing(
     try:
         yield
     except OSError as error:
-        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
-        raise OutputError(f"{path}: cannot be written: {why}", hint=hint) from error
+        raise OutputError(f"{path}: cannot be written: {reason(error)}", hint=hint) from error
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Gives a hidden name to write a file to, and renames it to `path` at the end.
+    """Yields a hidden name for a file to write, and renames it to `path` at the end.
 
-    Raises:
-        OutputError: the system cannot write it, or `path` came into being meanwhile.
+    OutputError if the system cannot write it, or another program made `path` meanwhile.
     """
     hidden = _hidden(path, "partial")
     with writing(path):
@@ -123,25 +114,20 @@ def new_file(path: Path) -> Iterator[Path]:
         finally:
             if hidden.is_dir():
                 shutil.rmtree(hidden, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    hidden.unlink()
+            with contextlib.suppress(OSError):
+                hidden.unlink()
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Gives an empty hidden folder to write to, and renames it to `path` at the end.
-
-    Raises:
-        OutputError: as `new_file`.
-    """
+    """Yields an empty hidden folder to fill, and renames it to `path` at the end, as `new_file`."""
     with new_file(path) as hidden:
         hidden.mkdir()
         yield hidden
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Puts a folder in the place of another, which comes back if that fails."""
+    """Replaces a folder by another; if that fails, the old one comes back."""
     old = _hidden(path, "old")
     try:
         path.rename(old)

@@ -20,8 +20,7 @@ BITS: dict[str, int] = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-"""Bits per element of every dtype of the safetensors format: `Dtype::bitsize` in
-`safetensors/src/tensor.rs` of safetensors 0.8."""
+"""Bits per element of every dtype: `Dtype::bitsize` in `src/tensor.rs` of safetensors 0.8."""
 
 FLOATS: frozenset[str] = frozenset(dtype for dtype in BITS if dtype.startswith(("F", "BF")))
 """The real floating-point dtypes: not the integers, BOOL or C64."""
@@ -54,35 +53,25 @@ _SYNONYMS = {
 
 
 def cast_name(dtype: object) -> str:
-    """Returns `fp16`, `bf16` or `fp32` for a dtype, however it is written.
-
-    Args:
-        dtype: a `torch.dtype`, or a name such as `fp16`, `float16`, `half` or `torch.float16`.
-
-    Raises:
-        UsageError: it is none of these.
+    """Returns `fp16`, `bf16` or `fp32` for a `torch.dtype` or its name; UsageError for any other.
 
     >>> cast_name("torch.float16"), cast_name("BF16"), cast_name("float32")
     ('fp16', 'bf16', 'fp32')
     """
     name = _SYNONYMS.get(str(dtype).lower().removeprefix("torch."))
     if name is None:
-        known = ", ".join(CASTS)
-        raise UsageError(f"dtype {str(dtype)!r} is unknown", hint=f"it is one of {known}")
+        hint = f"it is one of {', '.join(CASTS)}"
+        raise UsageError(f"dtype {str(dtype)!r} is unknown", hint=hint)
     return name
 
 
 def nbytes(count: int, dtype: str) -> int:
-    """Returns the bytes of a number of elements that lie back to back."""
+    """Returns how many bytes a number of elements take, back to back."""
     return count * BITS[dtype] // 8
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Returns torch's dtype for a name that safetensors uses.
-
-    Raises:
-        UsageError: this torch has none.
-    """
+    """Returns torch's dtype for a dtype of the format; UsageError if this torch has none."""
     import torch
 
     dtype = getattr(torch, LIBRARY_NAMES.get(name, ""), None)
@@ -92,11 +81,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """Returns NumPy's dtype, little-endian, for a name that safetensors uses.
-
-    Raises:
-        UsageError: NumPy and ml_dtypes have none.
-    """
+    """Returns NumPy's little-endian dtype for a dtype of the format; UsageError if none exists."""
     import ml_dtypes  # adds bfloat16 and the dtypes of 8 bits to NumPy
     import numpy as np
 

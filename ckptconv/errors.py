@@ -1,17 +1,5 @@
 """Every exception that ckptconv raises on purpose.
 
-CkptconvError                what a caller catches
-├── FileRefused              the input file cannot be used
-│   ├── HeaderError          it is not a well-formed safetensors file or PyTorch checkpoint
-│   ├── UnsafePickle         it is a PyTorch checkpoint that names code; none of it was run
-│   ├── NotACheckpoint       it is well-formed, but no architecture matches it
-│   ├── Ambiguous            several architectures match it (a fault of the key maps)
-│   └── Incomplete           keys are missing, unknown or of the wrong shape
-├── MapError                 a key map or an architecture file breaks a law of the format
-├── UsageError               the options contradict each other or the file
-├── OutputError              the destination cannot be written
-└── DeviceError              the device is not there, too small, or cannot do what was asked
-
 An error lists all problems that were found, not only the first, and carries a hint: the next
 thing to do. `str(error)` is the text that the command line prints.
 """
@@ -19,6 +7,7 @@ thing to do. `str(error)` is the text that the command line prints.
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 
@@ -37,18 +26,24 @@ class CkptconvError(Exception):
 
     def __str__(self) -> str:
         lines = [self.message, *(f"  - {problem}" for problem in self.problems[:SHOWN])]
-        lines = [printable(line) for line in lines]
         if len(self.problems) > SHOWN:
             lines.append(f"  ... and {len(self.problems) - SHOWN} more")
         if self.hint:
-            lines.append(f"hint: {printable(self.hint)}")
-        return "\n".join(lines)
+            lines.append(f"hint: {self.hint}")
+        return "\n".join(map(printable, lines))
+
+
+def reason(error: OSError | ValueError) -> str:
+    """Returns why the system refused, in words; a path with a null character is a ValueError."""
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        return "the disk is full"
+    return getattr(error, "strerror", None) or str(error)
 
 
 def printable(text: str) -> str:
-    r"""Returns a text in which nothing commands a terminal: names and metadata are a stranger's.
+    r"""Escapes what cannot be printed, so that names and metadata cannot command the terminal.
 
-    What cannot be printed is escaped, but for the bytes of names of files that are not UTF-8.
+    Bytes of file names that are not UTF-8 stay.
 
     >>> printable("weight\x1b[2J")
     'weight\\x1b[2J'
@@ -64,7 +59,7 @@ _command_line = ContextVar("_command_line", default=False)
 
 @contextlib.contextmanager
 def on_the_command_line() -> Iterator[None]:
-    """Lets messages name options as a shell spells them; elsewhere, as Python does."""
+    """Makes messages spell options as a shell does (`--dtype fp16`), not as Python does."""
     token = _command_line.set(True)
     try:
         yield
@@ -73,11 +68,9 @@ def on_the_command_line() -> Iterator[None]:
 
 
 def option(name: str, value: object = None) -> str:
-    """Returns an option as whoever reads the message writes it.
+    """Spells an option for whoever reads the message, on the command line or in Python.
 
-    Args:
-        name: as Python spells it, such as `ignore_unclaimed`.
-        value: True for a switch; a word in capitals stands for something to fill in.
+    The value is True for a switch; a word in capitals stands for something to fill in.
 
     >>> option("overwrite", True), option("dtype", "fp32"), option("vae", "FILE"), option("ema")
     ('overwrite=True', "dtype='fp32'", 'vae=FILE', 'ema')
@@ -86,8 +79,8 @@ def option(name: str, value: object = None) -> str:
     ('--overwrite', '--dtype fp32', '--vae FILE')
     """
     if _command_line.get():
-        words = [f"--{name.replace('_', '-')}", "" if value in (None, True) else str(value)]
-        return " ".join(filter(None, words))
+        switch = f"--{name.replace('_', '-')}"
+        return switch if value is None or value is True else f"{switch} {value}"
     if value is None:
         return name
     return f"{name}={value if str(value).isupper() or value is True else repr(value)}"

@@ -1,4 +1,4 @@
-"""Reads files: whole, in ranges of bytes that threads share, or says why not."""
+"""Reads files whole or in ranges of bytes, in several threads; writes ranges."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import mmap
 import os
 import stat
 import threading
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from .errors import FileRefused, HeaderError
+from .errors import FileRefused, HeaderError, reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Opens a file for reading, and gives it with its size in bytes.
+def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Opens a regular file, and yields it with its size in bytes.
 
-    Raises:
-        HeaderError: it is no regular file, or the system cannot read it, now or in the `with`.
+    HeaderError if it is not regular or cannot be read, now or inside the `with`.
     """
     try:
         found = path.stat()
@@ -32,30 +31,34 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
             what = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
             raise HeaderError(f"{path}: this is {what}", hint="give one .safetensors file")
         file = path.open("rb")
-    except (OSError, ValueError) as error:  # ValueError: the path holds a null character
-        refuse_unreadable(path, error)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
     with file:
         try:
             yield file, found.st_size
         except OSError as error:
-            refuse_unreadable(path, error)
+            raise _unreadable(path, error) from error
 
 
-def refuse_unreadable(path: Path, error: OSError | ValueError) -> NoReturn:
-    """Turns an error of the system into ours.
+def read_at(file: BinaryIO, start: int, nbytes: int) -> bytes:
+    """Returns a range of bytes of an open file; HeaderError if the file became shorter."""
+    file.seek(start)
+    data = file.read(nbytes)
+    if len(data) < nbytes:
+        raise _became_shorter(file.name)
+    return data
 
-    Raises:
-        HeaderError: always.
-    """
-    reason = getattr(error, "strerror", None) or error
-    hint = "check the spelling of the path, and that you may read the file"
-    raise HeaderError(f"{path}: the file cannot be read: {reason}", hint=hint) from error
+
+def read_range(path: Path, start: int, nbytes: int) -> bytes:
+    """Returns a range of bytes of a file; raises as `Files` does."""
+    with Files() as files:
+        return bytes(files.read(path, start, nbytes))
 
 
 class Files(contextlib.ExitStack):
     """Open files that threads share, since every access names its file and its offset.
 
-    All that is read raises FileRefused where a file became shorter or cannot be read any more.
+    Every method that reads raises FileRefused if the file became shorter or can no longer be read.
     """
 
     def __init__(self) -> None:
@@ -65,39 +68,37 @@ class Files(contextlib.ExitStack):
         self._lock = threading.Lock()
 
     def read(self, path: Path, start: int, nbytes: int) -> bytearray:
-        """Returns bytes of a file, from an offset on."""
+        """Returns a range of bytes."""
         data = bytearray(nbytes)
         self.read_into(path, start, data)
         return data
 
     def read_into(self, path: Path, start: int, into: bytearray | memoryview) -> None:
-        """Fills a buffer with the bytes of a file, from an offset on."""
+        """Fills a buffer with the bytes from an offset on."""
         left = memoryview(into)
         with _reading(path):
             file = self._file(path, "rb")
             while left:
                 if not (count := self._read_some(file, start, left)):
-                    _refuse_short(path)
+                    raise _became_shorter(path)
                 left, start = left[count:], start + count
 
     def mapped(self, path: Path, start: int, nbytes: int) -> memoryview:
-        """Returns bytes of a file in mapped memory, for one thread.
+        """Maps a range of bytes into memory, for one thread.
 
-        They outlive `self`, and a write to them never reaches the file.
+        The view outlives `self`, and a write to it never reaches the file.
         """
         with _reading(path):
             if path not in self._mapped:
                 number = self._file(path, "rb").fileno()
                 self._mapped[path] = mmap.mmap(number, 0, access=mmap.ACCESS_COPY)
         view = memoryview(self._mapped[path])[start : start + nbytes]
-        return view if len(view) == nbytes else _refuse_short(path)
+        if len(view) < nbytes:
+            raise _became_shorter(path)
+        return view
 
     def write(self, path: Path, start: int, data: bytes | bytearray | memoryview) -> None:
-        """Writes bytes to a file that exists, from an offset on.
-
-        Raises:
-            OSError: from the system.
-        """
+        """Writes bytes to an existing file from an offset on; raises OSError."""
         left, file = memoryview(data), self._file(path, "r+b")
         while left:
             count = self._write_some(file, start, left)
@@ -127,40 +128,20 @@ class Files(contextlib.ExitStack):
             return file.write(data) or 0
 
 
-def read_range(path: Path, start: int, nbytes: int) -> bytes:
-    """Returns bytes of a file, from an offset on.
-
-    Raises:
-        FileRefused: the file became shorter, or cannot be read any more.
-    """
-    with Files() as files:
-        return bytes(files.read(path, start, nbytes))
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the content of a JSON file that holds an object.
-
-    Raises:
-        FileRefused: it cannot be read, or is something else.
-    """
+    """Returns the content of a JSON file; FileRefused if it cannot be read or holds no object."""
     try:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise FileRefused(
-            f"{path}: cannot be read as JSON: {error}", hint="check the file"
-        ) from error
+        what = f"{path}: cannot be read as JSON: {error}"
+        raise FileRefused(what, hint="check the file") from error
     if not isinstance(values, dict):
         raise FileRefused(f"{path}: holds no JSON object", hint="check the file")
     return values
 
 
 class ByteCounter:
-    """Adds up bytes that threads read or write, and reports every new sum.
-
-    Attributes:
-        total: bytes there will be in all.
-        done: bytes so far.
-    """
+    """Counts the bytes that threads read or write, of a known total, and reports every new sum."""
 
     def __init__(self, total: int, report: Callable[[int, int], None]) -> None:
         self.total, self.done = total, 0
@@ -182,15 +163,19 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        why = getattr(error, "strerror", None) or error
         raise FileRefused(
-            f"{path}: the file cannot be read any more: {why}",
-            hint="another program removed it or changed its rights: put it back",
+            f"{path}: the file cannot be read any more: {reason(error)}",
+            hint="another program removed it or changed its permissions: put it back",
         ) from error
 
 
-def _refuse_short(path: Path) -> NoReturn:
-    raise FileRefused(
+def _unreadable(path: Path, error: OSError | ValueError) -> HeaderError:
+    hint = "check the spelling of the path, and that you may read the file"
+    return HeaderError(f"{path}: the file cannot be read: {reason(error)}", hint=hint)
+
+
+def _became_shorter(path: Path | str) -> HeaderError:
+    return HeaderError(
         f"{path}: the file became shorter while it was read",
         hint="another program is writing to it: wait until it is done",
     )

@@ -15,9 +15,7 @@ LOCK = threading.RLock()
 use, and threads that enter a ring of imports at different points see unfinished modules."""
 
 LIBRARIES = ("diffusers", "transformers")
-
-PIPELINES = {"StableUnCLIPImageNormalizer": "stable_diffusion"}
-"""Classes that not every diffusers offers at its top, and the package of pipelines that does."""
+"""Classes come from nowhere else."""
 
 RENAMED = {
     "CLIPFeatureExtractor": "CLIPImageProcessor",
@@ -54,14 +52,10 @@ def find_class(library: str, name: str) -> Any:
         name: of the class.
     """
     name = RENAMED.get(name, name)
-    homes = [library if library in LIBRARIES else f"diffusers.pipelines.{library}"]
-    if name in PIPELINES:
-        homes.append(f"diffusers.pipelines.{PIPELINES[name]}")
-    with LOCK:
-        for home in homes:
-            with contextlib.suppress(ImportError):
-                if isinstance(found := getattr(importlib.import_module(home), name, None), type):
-                    return found
+    home = library if library in LIBRARIES else f"diffusers.pipelines.{library}"
+    with LOCK, contextlib.suppress(ImportError):
+        found = getattr(importlib.import_module(home), name, None)
+        return found if isinstance(found, type) else None
     return None
 
 

@@ -1,7 +1,7 @@
 """What a caller may decide: one record, from Python or from the command line.
 
 The fields of `Options` are the keyword arguments of `plan`, `convert`, `verify` and
-`load_pipeline`; with their help texts, they are the options of the commands too.
+`load_pipeline`; together with their help texts, they make the options of the commands.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import inspect
 import math
 import re
+import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,12 @@ FACTS: Mapping[str, tuple[Any, ...]] = {
 """The facts that an option can decide, and their values."""
 
 DONORS = ("vae", "text_encoder", "text_encoder_2", "depth_estimator", "image_normalizer")
-"""The components that can come from elsewhere, each by an option of its name."""
+"""The components that can come from another file; each has an option of its name."""
 
 SYNONYMS = {"torch_dtype": "dtype"}
 """Keywords as diffusers spells them."""
 
-Place = str | Path
+AnyPath = str | Path
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -46,16 +47,16 @@ class Choices(TypedDict, total=False):
     torch_dtype: Any
     ema: bool
     only: str | Iterable[str] | None
-    vae: Place | None
-    text_encoder: Place | None
-    text_encoder_2: Place | None
-    depth_estimator: Place | None
-    image_normalizer: Place | None
+    vae: AnyPath | None
+    text_encoder: AnyPath | None
+    text_encoder_2: AnyPath | None
+    depth_estimator: AnyPath | None
+    image_normalizer: AnyPath | None
     prediction_type: str | None
     zero_terminal_snr: bool | None
     family: str | None
-    original_config: Place | None
-    lora: Place | Iterable[Place]
+    original_config: AnyPath | None
+    lora: AnyPath | Iterable[AnyPath]
     maps: KeyMaps | None
 
 
@@ -68,7 +69,7 @@ class AdapterFile:
 
 
 def adapter_file(text: str | Path | AdapterFile) -> AdapterFile:
-    """Returns what `FILE` or `FILE:SCALE` means. A file of this whole name is taken as it is.
+    """Reads `FILE` or `FILE:SCALE`; a file that has the whole text as its name is taken as such.
 
     Raises:
         UsageError: the scale is not finite.
@@ -78,9 +79,9 @@ def adapter_file(text: str | Path | AdapterFile) -> AdapterFile:
     """
     if isinstance(text, AdapterFile):
         return text
-    name, colon, number = str(text).rpartition(":")
+    name, _, number = str(text).rpartition(":")
     try:
-        if not colon or not name or Path(text).exists():
+        if not name or Path(text).exists():
             return AdapterFile(Path(text))
         scale = float(number)
     except (OSError, ValueError):  # a name that is too long, say; or a colon in the name
@@ -139,11 +140,10 @@ class Options:
             name = SYNONYMS.get(word, word)
             if name not in _READERS:
                 raise TypeError(_unknown(word, _READERS))
-            if value is None:
-                continue
-            if name in given and given[name] != _READERS[name](value):
-                raise TypeError(f"{word} and {name} are one option, and differ")
-            given[name] = _READERS[name](value)
+            if value is not None:
+                read = _READERS[name](value)
+                if given.setdefault(name, read) != read:
+                    raise TypeError(f"{word} and {name} are one option, and differ")
         return cls(**given)
 
     def as_words(self) -> dict[str, Any]:
@@ -152,50 +152,42 @@ class Options:
 
     @property
     def donors(self) -> dict[str, Path]:
-        """By component, where it is taken from."""
+        """The files or folders to take components from, by component."""
         return {name: place for name in DONORS if (place := getattr(self, name)) is not None}
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The facts that are decided, by name."""
+        """The facts that the caller decides, by name."""
         return {name: v for name in FACTS if (v := getattr(self, name)) is not None}
 
 
-HELP: Mapping[str, str] = dict(
-    re.findall(r"^    (\w+): (.+)$", inspect.getdoc(Options) or "", re.M)
-)
-"""What each option does, as the docstring of `Options` says."""
+_DESCRIBED = (inspect.getdoc(Options) or "").partition("Attributes:\n")[2].rstrip()
+
+HELP: Mapping[str, str] = dict(re.findall(r"^    (\w+): (.+)$", _DESCRIBED, re.M))
+"""What each option does, from the docstring of `Options`."""
 
 
-def _names(value: str | Iterable[str]) -> frozenset[str]:
-    return frozenset([value] if isinstance(value, str) else value)
+def _items(value: Any) -> Iterable[Any]:
+    return [value] if isinstance(value, str | Path | AdapterFile) else value
 
 
-def _adapter_files(value: Any) -> tuple[AdapterFile, ...]:
-    one = isinstance(value, str | Path | AdapterFile)
-    return tuple(adapter_file(each) for each in ([value] if one else value))
+def _fact(name: str, value: Any) -> Any:
+    if value not in FACTS[name]:
+        allowed = ", ".join(map(str, FACTS[name]))
+        raise UsageError(f"{name} cannot be {value!r}: it is one of {allowed}")
+    return value
 
 
-def _fact(name: str) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        if value not in FACTS[name]:
-            allowed = ", ".join(map(str, FACTS[name]))
-            raise UsageError(f"{name} cannot be {value!r}: it is one of {allowed}")
-        return value
-
-    return read
-
-
-_READERS: dict[str, Callable[[Any], Any]] = {
+_READERS: Mapping[str, Callable[[Any], Any]] = {
     "dtype": cast_name,
     "ema": bool,
-    "only": _names,
+    "only": lambda value: frozenset(_items(value)),
     **dict.fromkeys((*DONORS, "original_config"), Path),
-    **{name: _fact(name) for name in FACTS},
-    "lora": _adapter_files,
+    **{name: functools.partial(_fact, name) for name in FACTS},
+    "lora": lambda value: tuple(map(adapter_file, _items(value))),
     "maps": lambda value: value,
 }
-"""By field of `Options`, what turns a caller's value into the record's."""
+"""By field of `Options`, the function that turns a caller's value into the record's."""
 
 
 def _unknown(word: str, known: Collection[str]) -> str:
@@ -207,8 +199,8 @@ def _unknown(word: str, known: Collection[str]) -> str:
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """Decorates a function whose `**choices` are those of `Options`.
 
-    A keyword that nobody knows is a TypeError that names the nearest, and `help()` shows every
-    keyword with its default.
+    An unknown keyword is a TypeError that names the nearest one, and `help()` lists every keyword
+    with its default and its meaning.
     """
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -231,10 +223,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **words)
 
     call.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
-    described = inspect.getdoc(Options) or ""
-    lines = described.partition("Attributes:\n")[2].rstrip()
     call.__doc__ = (function.__doc__ or "").replace(
-        "        **choices: see `Options`.",
-        "".join(f"    {x}\n" for x in lines.split("\n")).rstrip(),
+        "        **choices: see `Options`.", textwrap.indent(_DESCRIBED, "    ")
     )
     return call

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float32]
 
-__all__ = ["Tensor", "layout_of", "write_sample"]
-
 Tensor = tuple[str, str, tuple[int, ...]]
 """Name, dtype and shape."""
 
@@ -37,6 +36,17 @@ NARROW = 128
 """Shorter axes are not widths (kernels, latents, positions): a small sample keeps them."""
 NOT_WIDTHS = {1000, 49408}
 """Nor are these: the steps of the noise schedule, and the vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """`sample.yaml`: how to shrink the published layout to a small model."""
+
+    divide: Mapping[str, int]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    exact: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    repeats: Mapping[str, int] = field(default_factory=dict)
+    spread: Mapping[str, float] = field(default_factory=dict)
 
 
 def layout_of(
@@ -68,18 +78,19 @@ def layout_of(
         raise UsageError(
             f"{architecture.name} has no task {task!r}", hint=f"its tasks are {', '.join(channels)}"
         )
-    spec = architecture.sample
+    spec = _spec(architecture)
     tensors = []
     for key, info in architecture.layout(task or "").tensors.items():
         shape, kind = info.shape, info.dtype
-        prefix = next((p for p in spec["shrink"] if key.startswith(p)), None)
+        prefix = next((p for p in spec.divide if key.startswith(p)), None)
         if prefix is not None and dtype and kind in FLOATS:
             kind = DTYPES[dtype]
         if not full:
-            if _is_beyond(key, spec["repeats"]):
+            if _is_beyond(key, spec.repeats):
                 continue
             if prefix is not None:
-                shape = tuple(_shrunk(n, spec["shrink"][prefix]) for n in shape)
+                exact = spec.exact.get(prefix, {})
+                shape = tuple(exact.get(n) or _shrunk(n, spec.divide[prefix]) for n in shape)
         if key in roots and task and (count := channels[task]):
             shape = (shape[0], count, *shape[2:])
         tensors.append((key, kind, shape))
@@ -114,17 +125,22 @@ def write_sample(
     Raises:
         OutputError: the file exists or cannot be written.
     """
+    spec = _spec(architecture)
     # Wide dtypes first, so that every tensor is aligned to its elements.
     ordered = sorted(tensors, key=lambda t: -BITS[t[1]])
-    beginning, infos = encode_header(ordered, architecture.sample["metadata"])
+    beginning, infos = encode_header(ordered, spec.metadata)
     total = max([len(beginning), *(info.end for info in infos.values())])
     check_destination(path, overwrite=overwrite)
     with new_file(path) as hidden, hidden.open("xb") as out:
         done = out.write(beginning)
-        for data in _values(ordered, seed, architecture.sample.get("spread", {})):
+        for data in _values(ordered, seed, spec.spread):
             done += out.write(data)
             progress(done, total)
     return total
+
+
+def _spec(architecture: Architecture) -> Sample:
+    return architecture.maps.typed(Sample, f"{architecture.name}/sample")
 
 
 def _is_beyond(key: str, repeats: Mapping[str, int]) -> bool:
@@ -136,11 +152,8 @@ def _is_beyond(key: str, repeats: Mapping[str, int]) -> bool:
     )
 
 
-def _shrunk(width: int, rule: Mapping[str, Any]) -> int:
-    exact = rule.get("exact", {})
-    if width in exact:
-        return int(exact[width])
-    return width if width < NARROW or width in NOT_WIDTHS else width // int(rule["divide"])
+def _shrunk(width: int, divisor: int) -> int:
+    return width if width < NARROW or width in NOT_WIDTHS else width // divisor
 
 
 def _values(tensors: list[Tensor], seed: int, spread: Mapping[str, float]) -> Iterator[bytes]:

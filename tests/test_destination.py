@@ -28,7 +28,7 @@ def test_a_file_may_be_replaced_on_demand_only(tmp_path: Path) -> None:
     with pytest.raises(OutputError) as caught:
         check_destination(path, overwrite=False)
     assert caught.value.message == f"{path}: exists"
-    assert caught.value.hint == "--overwrite replaces it; or choose another name"
+    assert caught.value.hint == "overwrite=True replaces it; or choose another name"
     check_destination(path, overwrite=True)
 
 
@@ -48,7 +48,7 @@ def test_nothing_but_a_regular_file_is_replaced(found: str, tmp_path: Path) -> N
         check_destination(path, overwrite=True)
     assert caught.value.message == (
         f"{path}: exists and is {found.strip()}; it is not a regular file, "
-        "so --overwrite does not remove it"
+        "so overwrite=True does not remove it"
     )
     assert caught.value.hint == "remove it yourself, or choose another name"
 
@@ -57,7 +57,7 @@ def test_the_caller_says_what_may_be_replaced(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_text("a poem")
     check_destination(path, overwrite=True, kind=("a poem", lambda _: True))
-    with pytest.raises(OutputError, match="is a file; it is not a novel, so --overwrite does not"):
+    with pytest.raises(OutputError, match="is a file; it is not a novel, so overwrite=True does"):
         check_destination(path, overwrite=True, kind=("a novel", lambda _: False))
 
 
@@ -73,7 +73,7 @@ def test_an_input_is_never_replaced_whatever_its_name(tmp_path: Path) -> None:
         assert caught.value.hint == "choose another name"
         if one.name == "hard":  # the folder may go, the other name stays
             continue
-        with pytest.raises(OutputError, match=f"holds the input {one}, so --overwrite does not"):
+        with pytest.raises(OutputError, match=f"holds the input {one}, so overwrite=True does not"):
             check_destination(
                 path.parent, overwrite=True, inputs=[one], kind=("a folder", Path.is_dir)
             )

@@ -16,6 +16,7 @@ import ckptconv
 from ckptconv.errors import FileRefused
 from ckptconv.files import ByteCounter, Files, read_range
 from ckptconv.folder.read import read_folder
+from ckptconv.maps.architecture import bundled
 from ckptconv.verification.checks.data import Bytes
 from tests.conftest import Folder
 from tests.support.checkpoints import raw_folder
@@ -177,7 +178,7 @@ def test_a_conversion_and_its_comparison_need_no_call_that_windows_lacks(
     ckptconv.convert(small, tmp_path / "out")
     assert raw_folder(tmp_path / "out") == wanted
     read = Bytes.of(
-        read_folder(tmp_path / "out", {"unet", "vae", "text_encoder"}),
+        read_folder(tmp_path / "out", bundled()),
         ckptconv.plan(small),
         finite=True,
     )

@@ -197,7 +197,7 @@ def test_a_file_that_is_there_is_replaced_on_demand_only(tmp_path: Path) -> None
     path.write_bytes(b"precious")
     with pytest.raises(OutputError, match="exists") as caught:
         write_sample(architecture, path, _few(architecture))
-    assert "--overwrite replaces it" in caught.value.hint
+    assert "overwrite=True replaces it" in caught.value.hint
     assert path.read_bytes() == b"precious"
     write_sample(architecture, path, _few(architecture), overwrite=True)
     assert read_header(path).size == path.stat().st_size

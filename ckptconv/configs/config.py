@@ -1,47 +1,39 @@
 """The configuration files of the converted folder.
 
-A configuration in `key_maps/` reads like the published file with holes. A value without a hole is
-*constant*; one that asks for a shape or a count is *measured* on the tensors that the plan gives;
-one that asks for a fact (`ckptconv.detection.facts`) is as sure as its witness. The holes are
-OmegaConf resolvers:
-
-    ${dim:KEY,AXIS}           length of an axis          ${heads:KEY,WIDTH}     first axis / WIDTH
-    ${dim_or_null:KEY,AXIS}   null if KEY is missing     ${count:CONTAINER}     its entries
-    ${dtype:KEY}              as torch names it          ${fact:NAME}           value of a fact
-    ${pick:NAME,{value:x}}    chosen by a fact
-    ${side:KEY,AXIS,PATCH}    edge of the square image whose patches, PATCH pixels wide (1 without
-                              it), and one class token have their positions along an axis; with a
-                              fourth argument: that, as assumed, where KEY is missing
-    ${values:KEY,PUBLISHED}   of a small tensor of the original file that is not converted: a list
-                              or one number, as PUBLISHED is, which is assumed where there is none
-    ${depth:BLOCK}            transformer blocks of each attention in a block: one number where all
-                              are alike, else a list; 1 where there is none
-    ${up_depths:}             the depths of `up_blocks`; null where they mirror `down_blocks`
-
-A KEY of the converted tensors is one of this component, or COMPONENT/KEY of another.
+A configuration in `key_maps/` reads like the published file with holes (`ckptconv.maps.holes`). A
+value without a hole is *constant*; one that asks for a shape or a count is *measured* on the
+tensors that the plan gives; one that asks for a fact is as sure as its witness. A key in a hole is
+one of this component's converted tensors, or COMPONENT/KEY of another's.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..detection.facts import values_of
+from ..detection.facts import hold, values_of
 from ..errors import FileRefused, MapError
 from ..files import read_json
-from ..libraries import PIPELINES
-from ..maps.architecture import Component
+from ..maps.architecture import CLASS_ENTRIES, Component, Entry, KeyMaps
+from ..maps.holes import (
+    Count,
+    Depth,
+    Dim,
+    Dtype,
+    FactValue,
+    Heads,
+    Hole,
+    Keyed,
+    Side,
+    UpDepths,
+    Values,
+)
 from ..planning.plan import Plan
 from ..planning.step import Target
-
-__all__ = ["Config", "class_of", "configs", "model_index"]
-
-CLASS_ENTRIES = ("_class_name", "architectures", "tokenizer_class", "image_processor_type")
-"""Where a configuration says which class it is for."""
 
 TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
@@ -85,9 +77,8 @@ def configs(
             values = read_json(donor.config)
             result[name] = Config(component, values, dict.fromkeys(values, "donor"))
             continue
-        measure = _Measure(plan, name)
         try:
-            values, origins = _filled(component, measure, architecture.maps.extended)
+            values, origins = _Measure(plan, component).filled(architecture.maps)
         except OddWidth as error:
             raise FileRefused(
                 f"{plan.detection.header.path}: the {name} is of no width that its heads fit",
@@ -108,21 +99,13 @@ def model_index(plan: Plan, built: Mapping[str, Config]) -> dict[str, Any]:
         "_class_name": task.pipeline,
         "_diffusers_version": _version("diffusers"),
     }
-    for name, value in architecture.index.items():
-        if isinstance(value, Mapping):  # the pipelines of the other tasks do not know it
-            facts = plan.detection.facts
-            wanted = value.get("facts", {})
-            if task.name not in value["tasks"] or any(facts[f].value != wanted[f] for f in wanted):
-                continue
-            value = value["value"]
-        index[name] = [None, None] if value is None else value
+    for name, entry in architecture.index.items():
+        value = entry.value if isinstance(entry, Entry) else entry
+        if value is entry or hold(entry.facts, plan.detection.facts):
+            index[name] = [None, None] if value is None else value
     for name, component in architecture.components.items():
         config = built.get(name)
-        if config:
-            found = class_of(config)
-            index[name] = [PIPELINES.get(found, component.library), found]
-        else:
-            index[name] = [None, None]
+        index[name] = [component.home, class_of(config)] if config else [None, None]
     return index
 
 
@@ -147,20 +130,69 @@ def _version(library: str) -> str:
     return importlib.metadata.version(library)
 
 
-class OddWidth(ValueError):
+class OddWidth(Exception):
     """A tensor of the file has a width from which nothing can be measured."""
 
 
 class _Measure:
-    """Answers the holes of one component's configuration, and notes what was asked."""
+    """Fills the holes of one component's configuration, and notes what was asked."""
 
-    def __init__(self, plan: Plan, component: str) -> None:
+    def __init__(self, plan: Plan, component: Component) -> None:
         self.plan = plan
-        self.tensors = plan.tensors(component)
+        self.component = component
+        self.tensors = plan.tensors(component.name)
         self.facts = plan.detection.facts
-        self.header = plan.detection.header
         self.asked: list[str] = []
-        self.odd: OddWidth | None = None  # OmegaConf does not pass on what a resolver raises
+
+    def filled(self, maps: KeyMaps) -> tuple[dict[str, Any], dict[str, str]]:
+        """Returns the values and their origins."""
+        fitting = (v for v in self.component.config if hold(v.facts, self.facts))
+        variant = next(fitting, None)
+        if variant is None:
+            known = ", ".join(f"{name} {fact.value}" for name, fact in self.facts.items())
+            raise MapError(
+                f"{self.component.name}: no configuration is for {known}",
+                hint="let the last of the list ask for no facts",
+            )
+        values, origins = {}, {}
+        for key, value in maps.values(variant).items():
+            self.asked.clear()
+            try:
+                values[key] = self.fill(value)
+            except (LookupError, ArithmeticError) as error:
+                raise MapError(
+                    f"{self.component.name}: {key} cannot be filled: {value}: {error}"
+                ) from error
+            origins[key] = self.asked[0] if self.asked else "constant"
+        return values, origins
+
+    def fill(self, value: Any) -> Any:
+        """Returns a value without holes, at any depth."""
+        if isinstance(value, list):
+            return [self.fill(item) for item in value]
+        if isinstance(value, Mapping):
+            return {key: self.fill(item) for key, item in value.items()}
+        if not isinstance(value, Hole):
+            return value
+        if isinstance(value, Keyed) and "*" in value.key:
+            holes = [replace(value, key=key) for key in self._each(value.key)]
+            holes[:-1] = [  # only the last level may take its depth from elsewhere
+                replace(hole, last="") if isinstance(hole, Depth) else hole for hole in holes[:-1]
+            ]
+            return [self.measured(hole) for hole in holes]
+        return self.measured(value)
+
+    @functools.singledispatchmethod
+    def measured(self, hole: Hole) -> Any:
+        """Returns what fills a hole without a `*`."""
+        raise NotImplementedError
+
+    def _each(self, pattern: str) -> list[str]:
+        """Returns the key for every number that may stand for the `*`, in order."""
+        before, _, after = pattern.partition("*")
+        inner = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}(?:\.|$)")
+        numbers = {int(found[1]) for key in self.tensors if (found := inner.match(key))}
+        return [f"{before}{n}{after}" for n in sorted(numbers)]
 
     def _find(self, key: str) -> Target | None:
         component, _, name = key.rpartition("/")
@@ -170,126 +202,74 @@ class _Measure:
         self.asked.append("measured")
         if slot := self._find(key):
             return slot
-        raise MapError(f"a configuration measures {key!r}, which is no converted key")
+        raise LookupError(f"it measures {key!r}, which is no converted key")
 
-    def dim(self, key: str, axis: int) -> int:
-        return self._slot(key).shape[axis]
+    @measured.register
+    def _dim(self, hole: Dim) -> Any:
+        if hole.otherwise is not ... and not self._find(hole.key):
+            self.asked.append("measured")
+            return hole.otherwise
+        return self._slot(hole.key).shape[hole.axis]
 
-    def dim_or_null(self, key: str, axis: int) -> int | None:
-        self.asked.append("measured")
-        return self.dim(key, axis) if self._find(key) else None
-
-    def heads(self, key: str, width: int) -> int:
-        rows = self._slot(key).shape[0]
+    @measured.register
+    def _heads(self, hole: Heads) -> int:
+        width = self.fill(hole.width)
+        rows = self._slot(hole.key).shape[0]
         if rows % width:
-            self.odd = OddWidth(f"{key} has {rows} rows, which are no heads of {width}")
-            raise self.odd
-        return rows // width
+            raise OddWidth(f"{hole.key} has {rows} rows, which are no heads of {width}")
+        return int(rows // width)
 
-    def side(self, key: str, axis: int, patch: int = 1, published: int | None = None) -> int:
-        if published is not None and not self._find(key):
+    @measured.register
+    def _side(self, hole: Side) -> int:
+        if hole.assumed is not None and not self._find(hole.key):
             self.asked.append("assumed")
-            return published
-        patches = self.dim(key, axis) - 1
+            return hole.assumed
+        patches = self._slot(hole.key).shape[hole.axis] - 1
         edge = math.isqrt(max(patches, 0))
         if not patches or edge * edge != patches:
-            raise ValueError(f"{key} has {patches} patches, which fill no square")
-        return edge * patch
+            raise LookupError(f"{hole.key} has {patches} patches, which fill no square")
+        return edge * int(self.fill(hole.patch))
 
-    def count(self, container: str) -> int:
-        self.asked.append("measured")
+    def _entries(self, container: str) -> int:
         start = container + "."
         return len({k[len(start) :].split(".")[0] for k in self.tensors if k.startswith(start)})
 
-    def depth(self, block: str) -> int | list[int]:
-        attentions = range(self.count(f"{block}.attentions"))
-        depths = [self.count(f"{block}.attentions.{n}.transformer_blocks") for n in attentions]
+    @measured.register
+    def _count(self, hole: Count) -> int:
+        self.asked.append("measured")
+        return self._entries(hole.key)
+
+    @measured.register
+    def _depth(self, hole: Depth) -> int | list[int]:
+        self.asked.append("measured")
+        attentions = range(self._entries(f"{hole.key}.attentions"))
+        if hole.last and not attentions:
+            return self._depth(Depth(hole.last))  # type: ignore[no-any-return]  # a dispatcher
+        blocks = [f"{hole.key}.attentions.{n}.transformer_blocks" for n in attentions]
+        depths = [self._entries(container) for container in blocks]
         return depths if len(set(depths)) > 1 else (depths or [1])[0]
 
-    def up_depths(self) -> list[int | list[int]] | None:
-        down = [self.depth(f"down_blocks.{n}") for n in range(self.count("down_blocks"))]
-        up = [self.depth(f"up_blocks.{n}") for n in range(self.count("up_blocks"))]
+    @measured.register
+    def _up_depths(self, _hole: UpDepths) -> list[int | list[int]] | None:
+        down, up = (self.fill(Depth(f"{way}_blocks.*")) for way in ("down", "up"))
         mirrored = up == down[::-1] and all(isinstance(depth, int) for depth in down)
         return None if mirrored else up
 
-    def dtype(self, key: str) -> str:
-        return TORCH_NAMES.get(self._slot(key).dtype, "float32")
+    @measured.register
+    def _dtype(self, hole: Dtype) -> str:
+        return TORCH_NAMES.get(self._slot(hole.key).dtype, "float32")
 
-    def fact(self, name: str) -> Any:
-        self.asked.append(self.facts[name].source)
-        return self.facts[name].value
+    @measured.register
+    def _fact(self, hole: FactValue) -> Any:
+        fact = self.facts[hole.name]
+        self.asked.append(fact.source)
+        return fact.value if hole.table is None else hole.table[fact.value]
 
-    def pick(self, name: str, choices: Mapping[Any, Any]) -> Any:
-        return choices[self.fact(name)]
-
-    def values(self, key: str, published: float | Sequence[float]) -> Any:
-        found = values_of(self.header, key)
-        if len(found) != (len(published) if isinstance(published, Sequence) else 1):
+    @measured.register
+    def _values(self, hole: Values) -> Any:
+        found, many = values_of(self.plan.detection.header, hole.key), hole.published
+        if len(found) != (len(many) if isinstance(many, list) else 1):
             self.asked.append("assumed")
-            return published
+            return many
         self.asked.append("measured")
-        return found if isinstance(published, Sequence) else found[0]
-
-
-_RESOLVERS = (
-    *("dim", "dim_or_null", "heads", "side", "count", "dtype"),
-    *("depth", "up_depths", "fact", "pick", "values"),
-)
-_measure: contextvars.ContextVar[_Measure] = contextvars.ContextVar("measure")
-
-
-@contextlib.contextmanager
-def _resolving(measure: _Measure) -> Iterator[None]:
-    """Lets OmegaConf's resolvers, which are global, answer from `measure`."""
-    from omegaconf import OmegaConf
-
-    def answer(name: str) -> Any:
-        return lambda *args: getattr(_measure.get(), name)(*args)
-
-    for name in _RESOLVERS:
-        if not OmegaConf.has_resolver(name):
-            OmegaConf.register_resolver(name, answer(name))
-    token = _measure.set(measure)
-    try:
-        yield
-    finally:
-        _measure.reset(token)
-
-
-def _filled(
-    component: Component, measure: _Measure, extended: Any
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Fills the holes; returns the values and their origins."""
-    with _resolving(measure):
-        raw = dict(component.config)
-        if "extends" in raw:  # which file to extend may depend on a fact
-            raw = extended({**raw, "extends": _fill(raw["extends"])})
-        values, origins = {}, {}
-        for key, value in raw.items():
-            measure.asked.clear()
-            values[key] = _fill(value)
-            origins[key] = measure.asked[0] if measure.asked else "constant"
-    return values, origins
-
-
-def _fill(value: Any) -> Any:
-    from omegaconf import DictConfig, ListConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    if isinstance(value, list):
-        return [_fill(item) for item in value]
-    if isinstance(value, Mapping):
-        return {key: _fill(item) for key, item in value.items()}
-    if not isinstance(value, str) or "${" not in value:
-        return value
-    try:
-        filled = OmegaConf.create({"value": value})["value"]
-    except OmegaConfBaseException as error:
-        if odd := _measure.get().odd:
-            raise odd from error
-        raise MapError(
-            f"a configuration has a hole that cannot be filled: {value}: {error}"
-        ) from error
-    return (
-        OmegaConf.to_container(filled) if isinstance(filled, (DictConfig, ListConfig)) else filled
-    )
+        return found if isinstance(many, list) else found[0]

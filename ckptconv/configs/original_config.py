@@ -14,11 +14,39 @@ from typing import Any
 from ..detection.facts import Fact
 from ..errors import FileRefused
 from ..maps.architecture import KeyMaps
+from ..maps.schema import Many, word
 from .config import Config
 
-__all__ = ["OriginalConfig", "read_original_config"]
-
 SOURCE = "original config"
+
+
+@dataclass(frozen=True, slots=True)
+class FactPath:
+    """Where the YAML tells a fact, and what its texts mean; the first of the paths counts."""
+
+    paths: Many[str] = field(metadata=word("path"))
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ValuePath:
+    """Where the YAML tells a value; the first of the paths counts.
+
+    `times` are the paths of an entry that multiplies each number of a list. `divides` is another
+    value of the component, each number of which the entry divides.
+    """
+
+    paths: Many[str] = field(metadata=word("path"))
+    times: Many[str] = ()
+    divides: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OriginalConfigFile:
+    """`original-config.yaml`: by name of a fact, or COMPONENT.NAME of a value, where it is told."""
+
+    facts: Mapping[str, Many[FactPath]]
+    values: Mapping[str, Many[ValuePath]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +56,12 @@ class OriginalConfig:
     Attributes:
         path: of the file.
         facts: by name.
-        values: the entries of `key_maps/original-config.yaml` that the file answers, with the
-            answer.
+        values: COMPONENT.NAME of each value that the file tells, where it does, and what it says.
     """
 
     path: Path
     facts: Mapping[str, Fact] = field(default_factory=dict)
-    values: tuple[tuple[Mapping[str, Any], Any], ...] = ()
+    values: tuple[tuple[str, ValuePath, Any], ...] = ()
 
     def overrides(self, built: Mapping[str, Config]) -> tuple[dict[str, dict[str, Any]], list[str]]:
         """Returns the values that win, by component, and a sentence for each disagreement.
@@ -44,14 +71,14 @@ class OriginalConfig:
         """
         wins: dict[str, dict[str, Any]] = {}
         notes = []
-        for line, said in self.values:
-            name, component = line["name"], line["component"]
+        for target, where, said in self.values:
+            component, _, name = target.partition(".")
             if component not in built:
                 continue
             values = dict(built[component].values) | wins.get(component, {})
             value = said
-            if "divides" in line:
-                value = [width // said for width in values[line["divides"]]]
+            if where.divides:
+                value = [width // said for width in values[where.divides]]
             if _same(values.get(name), value):
                 continue
             origin = built[component].origins.get(name, "not set")
@@ -64,7 +91,7 @@ class OriginalConfig:
 
 
 def read_original_config(path: Path, maps: KeyMaps) -> OriginalConfig:
-    """Reads an LDM or SGM yaml. Its interpolations are not followed.
+    """Reads an LDM or SGM yaml, with the interpolations that lead to other entries of it.
 
     Raises:
         FileRefused: it is not such a file, or an entry that is read has no sensible value.
@@ -78,7 +105,8 @@ def read_original_config(path: Path, maps: KeyMaps) -> OriginalConfig:
         loaded = OmegaConf.load(path)
         if not isinstance(loaded, DictConfig):
             raise FileRefused(f"{path}: is not a YAML mapping", hint=hint)
-        tree = OmegaConf.to_container(loaded, resolve=False)
+        tree = _without_calls(OmegaConf.to_container(loaded, resolve=False))
+        params = _at(OmegaConf.create(tree), "model.params")
     except (
         OSError,
         ValueError,
@@ -87,21 +115,19 @@ def read_original_config(path: Path, maps: KeyMaps) -> OriginalConfig:
         RecursionError,
     ) as error:
         raise FileRefused(f"{path}: cannot be read as YAML: {error}", hint=hint) from error
-    params = _at(tree, "model.params")
-    if not isinstance(params, dict):
+    if not isinstance(params, DictConfig):
         raise FileRefused(f"{path}: has no entry model.params", hint=hint)
-    known = maps.read("original-config")
+    known = maps.typed(OriginalConfigFile, "original-config")
     facts = {}
-    for line in known["facts"]:
-        said = _first(params, line["path"])
-        if isinstance(said, str) and said in line["values"]:
-            name, value = line["fact"], line["values"][said]
-            facts[name] = Fact(name, value, SOURCE, f"{path.name} says {said}")
+    for name, where in ((name, each) for name, many in known.facts.items() for each in many):
+        said = _first(params, where.paths)
+        if isinstance(said, str) and said in where.values:
+            facts[name] = Fact(name, where.values[said], SOURCE, f"{path.name} says {said}")
     values, problems = [], []
-    for line in known["values"]:
+    for target, line in ((name, each) for name, many in known.values.items() for each in many):
         try:
             if (said := _answer(params, line)) is not None:
-                values.append((line, said))
+                values.append((target, line, said))
         except ValueError as error:
             problems.append(str(error))
     if problems:
@@ -109,23 +135,39 @@ def read_original_config(path: Path, maps: KeyMaps) -> OriginalConfig:
     return OriginalConfig(path, facts, tuple(values))
 
 
-def _answer(params: Any, line: Mapping[str, Any]) -> Any:
+def _answer(params: Any, where: ValuePath) -> Any:
     """Returns a number or a list of numbers; None if the file does not say."""
-    said, factor = (_first(params, line.get(part, ())) for part in ("path", "times"))
-    if said is None or (isinstance(said, str) and "${" in said):
+    said, factor = _first(params, where.paths), _first(params, where.times)
+    if said is None:
         return None
-    numbers = said if isinstance(said, list) and "divides" not in line else [said]
+    numbers = said if isinstance(said, list) and not where.divides else [said]
     if not numbers or not all(map(_is_size, [*numbers, *([factor] if factor else [])])):
-        raise ValueError(f"{line['path'][0]}: {said!r} where positive numbers were expected")
-    if "times" not in line:
+        raise ValueError(f"{where.paths[0]}: {said!r} where positive numbers were expected")
+    if not where.times:
         return said
     return [factor * n for n in numbers] if factor else None
 
 
+def _without_calls(tree: Any) -> Any:
+    """Leaves out what asks a resolver: those are whatever this process has registered."""
+    if isinstance(tree, dict):
+        return {key: _without_calls(item) for key, item in tree.items()}
+    if isinstance(tree, list):
+        return [_without_calls(item) for item in tree]
+    return None if isinstance(tree, str) and "${" in tree and ":" in tree else tree
+
+
 def _at(tree: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
+    """Returns an entry; None if it is missing, or leads to one that is."""
+    from omegaconf import DictConfig, ListConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        for part in dotted.split("."):
+            tree = tree.get(part) if isinstance(tree, DictConfig) else None
+        return [*tree] if isinstance(tree, ListConfig) else tree
+    except (OmegaConfBaseException, RecursionError):
+        return None
 
 
 def _first(params: Any, paths: Iterable[str]) -> Any:

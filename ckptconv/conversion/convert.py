@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from ..configs.config import Config, configs
 from ..configs.original_config import OriginalConfig, read_original_config
@@ -14,22 +14,12 @@ from ..detection.detect import detect, option_fact
 from ..errors import FileRefused, option
 from ..files import read_json
 from ..folder.weights import component_headers
+from ..maps.architecture import Architecture
 from ..options import Choices, Options, checked
-from ..planning.adapters import read_adapter
 from ..planning.components import Donor
 from ..planning.plan import Plan, build_plan
 from ..reading.source import open_header
-from ..version import __version__
 from .write import CONVERTED, Packaging, Report, write_folder
-
-DONORS = {
-    "vae": ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "ConsistencyDecoderVAE"),
-    "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "image_normalizer": ("StableUnCLIPImageNormalizer",),
-    "depth_estimator": ("DPTForDepthEstimation",),
-}
-"""The components that a donor may give, and the classes that can stand there."""
 
 
 @checked
@@ -78,52 +68,29 @@ def convert(
         UsageError: the choices contradict each other or the file.
         OutputError: the destination exists or cannot be written.
     """
-    return convert_file(
-        path,
-        Path(out),
-        Options.of(choices),
-        Packaging.of(variant, max_shard_size, configs_only=configs_only),
-        overwrite=overwrite,
-        ignore_unclaimed=ignore_unclaimed,
-        progress=progress,
-    )
+    out, options = Path(out), Options.of(choices)
+    packaging = Packaging.of(variant, max_shard_size, configs_only=configs_only)
+    plan, original = plan_file(path, options)
+    check_destination(out, overwrite=overwrite, kind=CONVERTED, inputs=plan.files)
+    plan.require_complete(ignore_unclaimed=ignore_unclaimed)
+    configs, notes = configured(plan, original)
+    report = write_folder(plan, configs, out, packaging, options.only, progress)
+    absent = [
+        f"{name} is not in the file, so model_index.json says null: "
+        f"supply it with {option_for(plan, name)}"
+        for name in plan.absent
+    ]
+    warnings = (*plan.detection.notes, *plan.notes, *notes, *absent, *report.warnings)
+    return replace(report, warnings=warnings)
 
 
-def convert_file(
-    path: str | Path,
-    out: Path,
-    options: Options,
-    packaging: Packaging,
-    *,
-    overwrite: bool,
-    ignore_unclaimed: bool,
-    progress: Callable[[int, int], None],
-) -> Report:
-    """Converts a checkpoint, as `convert` does."""
-    made, original = plan_file(path, options)
-    check_destination(out, overwrite=overwrite, kind=CONVERTED, inputs=made.files)
-    made.require_complete(ignore_unclaimed=ignore_unclaimed)
-    built, notes = configured(made, original)
-    report = write_folder(
-        made,
-        built,
-        out,
-        record=_record(made, built),
-        packaging=packaging,
-        only=options.only,
-        progress=progress,
-    )
-    warnings = (*made.detection.notes, *made.notes, *notes, *_absences(made), *report.warnings)
-    return replace(report, warnings=warnings, original=original)
-
-
-def configured(made: Plan, original: OriginalConfig | None) -> tuple[dict[str, Config], list[str]]:
+def configured(plan: Plan, original: OriginalConfig | None) -> tuple[dict[str, Config], list[str]]:
     """Returns the configurations, and what the original configuration changed in them."""
-    built = configs(made)
+    measured = configs(plan)
     if not original:
-        return built, []
-    overrides, notes = original.overrides(built)
-    return configs(made, overrides), notes
+        return measured, []
+    overrides, notes = original.overrides(measured)
+    return configs(plan, overrides), notes
 
 
 def plan_file(
@@ -140,55 +107,53 @@ def plan_file(
     decided = dict(original.facts) if original else {}
     decided |= {name: option_fact(name, value) for name, value in options.facts.items()}
     detection = detect(header, maps=options.maps, decided=decided)
+    architecture, _ = detection.require()
     if without:
-        only = detection.require()[0].components if options.only is None else options.only
+        only = architecture.components if options.only is None else options.only
         options = replace(options, only=frozenset(only) - set(without))
-    made = build_plan(
+    donors = {name: _donor(architecture, name, place) for name, place in options.donors.items()}
+    plan = build_plan(
         detection,
         options,
-        donors={name: _donor(name, place) for name, place in options.donors.items()},
-        adapters=[read_adapter(file) for file in options.lora],
+        donors=donors,
     )
-    _require_fit(made)
-    return made, original
+    _require_fit(plan)
+    return plan, original
 
 
-def _require_fit(made: Plan) -> None:
-    """Checks that what comes from elsewhere has the width of the component that it is joined to.
+def option_for(plan: Plan, name: str) -> str:
+    """Returns the option that gives a component which the file lacks, and what it may be given."""
+    supply = plan.detection.require()[0].components[name].supply
+    return option(name, "FILE") + (f" ({supply})" if supply else "")
 
-    Raises:
-        FileRefused: they have not.
-    """
+
+def _require_fit(plan: Plan) -> None:
+    """Refuses a donor of another width than that of the component that it is joined to."""
     problems = []
-    for component in made.detection.require()[0].models:
+    for component in plan.detection.require()[0].models:
         for key, other in component.fits.items():
             neighbour, _, its = other.partition("/")
-            if made.donors.keys().isdisjoint({component.name, neighbour}):
-                continue
-            one, two = made.tensors(component.name).get(key), made.tensors(neighbour).get(its)
-            if one and two and one.shape[-1:] != two.shape[:1]:
+            one, two = plan.tensors(component.name).get(key), plan.tensors(neighbour).get(its)
+            given = not plan.donors.keys().isdisjoint({component.name, neighbour})
+            if given and one and two and one.shape[-1:] != two.shape[:1]:
                 problems.append(
                     f"{component.name}: {key} has shape {list(one.shape)}, which does not fit "
                     f"{list(two.shape)}, the shape of {other}"
                 )
     if problems:
         raise FileRefused(
-            f"{made.detection.header.path}: its components do not fit together",
+            f"{plan.detection.header.path}: its components do not fit together",
             problems=problems,
             hint="give components of the same model",
         )
 
 
-def _donor(name: str, place: Path) -> Donor:
-    """Reads a donor: a folder of one component, a whole diffusers folder, or a file.
-
-    Raises:
-        FileRefused: it is none of these, or of another component.
-    """
+def _donor(architecture: Architecture, name: str, place: Path) -> Donor:
+    """Reads a donor: a folder of one component, a whole diffusers folder, or a file."""
     try:
         is_folder = place.is_dir()
     except OSError:
-        is_folder = False  # a name that is too long, say: the reader tells
+        is_folder = False  # its name is too long, say: the reader reports that
     if not is_folder:
         return Donor((open_header(place),))
     folder = place / name if (place / name).is_dir() else place
@@ -198,54 +163,12 @@ def _donor(name: str, place: Path) -> Donor:
             f"{folder}: holds no config.json", hint="give the folder of one diffusers component"
         )
     values = read_json(config)
-    said = values.get("_class_name") or values.get("architectures")
-    if not any(said in (known, [known]) for known in DONORS[name]):
+    found = values.get("_class_name") or values.get("architectures")
+    component = architecture.components.get(name)  # where there is none, the plan says so
+    classes = (*architecture.maps.classes(component), *component.donors) if component else ()
+    if component and not any(found in (known, [known]) for known in classes):
         raise FileRefused(
-            f"{config}: is that of {said}, but a {name} is of {' or '.join(DONORS[name])}",
+            f"{config}: is that of {found}, but a {name} is of {' or '.join(classes)}",
             hint="give the folder of that component",
         )
     return Donor(component_headers(folder), config)
-
-
-def _absences(made: Plan) -> list[str]:
-    return [
-        f"{name} is not in the file, so model_index.json says null: "
-        f"supply it with {option_for(made, name)}"
-        for name in made.absent
-    ]
-
-
-def option_for(made: Plan, name: str) -> str:
-    """Returns the option that gives a component which the file lacks, and what it may be given."""
-    supply = made.detection.require()[0].components[name].supply
-    return option(name, "FILE") + (f" ({supply})" if supply else "")
-
-
-def _record(made: Plan, built: dict[str, Config]) -> dict[str, Any]:
-    """Returns what `ckptconv/source.json` says: enough to tell where the folder comes from."""
-    architecture, task = made.detection.require()
-    header = made.detection.header
-    return {
-        "adapters": [{"name": a.header.path.name, "scale": a.scale} for a in made.adapters],
-        "architecture": architecture.name,
-        "assumed": {
-            f"{name}.{key}": config.values[key]
-            for name, config in built.items()
-            for key, origin in config.origins.items()
-            if origin == "assumed"
-        },
-        "ckptconv_version": __version__,
-        "donors": {name: str(d.headers[0].path.name) for name, d in made.donors.items()},
-        "dropped": {s.sources[0].name: s.reason for s in made.steps if s.reason},
-        "facts": {
-            f.name: {"detail": f.detail, "source": f.source, "value": f.value}
-            for f in made.detection.facts.values()
-        },
-        "source": {
-            "metadata": dict(header.metadata),
-            "name": header.path.name,
-            "size": header.size,
-        },
-        "task": task.name,
-        "unclaimed": list(made.unclaimed),
-    }

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from ..configs.config import Config, model_index, versioned
-from ..configs.original_config import OriginalConfig
 from ..configs.tokenizer import tokenizer_files
 from ..destination import Kind, check_room, new_folder
 from ..dtypes import nbytes
 from ..errors import UsageError
 from ..files import ByteCounter
 from ..folder.names import CONFIG_FILES, DROPPED, INDEX, LAYOUT, RECORD
+from ..folder.record import record_of
 from ..planning.plan import Plan
 from ..planning.step import ASIDE, Target
 from ..reading.tensor import Header
@@ -51,9 +51,7 @@ class Packaging:
     ) -> Packaging:
         """Returns the packaging that the keywords of diffusers' `save_pretrained` mean.
 
-        Raises:
-            UsageError: the variant is not a word that diffusers and transformers find in a file
-                name, or the size is none.
+        A variant must be a word that diffusers and transformers find in the name of a file.
         """
         if not re.fullmatch(r"[A-Za-z0-9_-]*", variant or ""):
             raise UsageError(
@@ -74,7 +72,6 @@ class Report:
         files: sizes in bytes by path relative to the folder.
         warnings: what the user should know.
         seconds: from the first byte to the last.
-        original: the yaml that the model was trained with, if it was given.
     """
 
     out: Path
@@ -83,18 +80,34 @@ class Report:
     files: Mapping[str, int]
     warnings: tuple[str, ...]
     seconds: float
-    original: OriginalConfig | None = None
 
     def __repr__(self) -> str:
         total = sum(self.files.values())
         return f"<Report on {self.out}: {len(self.files)} files, {total:,} bytes>"
 
+    def as_data(self) -> dict[str, Any]:
+        """Returns plain data, for JSON."""
+        detection = self.plan.detection
+        architecture, task = detection.require()
+        return {
+            "out": str(self.out),
+            "architecture": architecture.name,
+            "task": task.name,
+            "pipeline": task.pipeline,
+            "lossless": self.plan.lossless,
+            "facts": {
+                name: {"value": f.value, "source": f.source} for name, f in detection.facts.items()
+            },
+            "missing": list(self.plan.absent),
+            "unclaimed": list(self.plan.unclaimed),
+            "files": dict(self.files),
+            "warnings": list(self.warnings),
+            "seconds": round(self.seconds, 3),
+        }
+
 
 def parse_size(size: str | int) -> int:
-    """Returns the bytes that a size such as `5GB` or `500MiB` means.
-
-    Raises:
-        UsageError: it is not a size.
+    """Returns the bytes that a size means.
 
     >>> parse_size("5GB"), parse_size("1 MiB")
     (5000000000, 1048576)
@@ -110,24 +123,13 @@ def parse_size(size: str | int) -> int:
 
 def write_folder(
     plan: Plan,
-    built: Mapping[str, Config],
+    configs: Mapping[str, Config],
     out: Path,
-    *,
-    record: Mapping[str, Any],
     packaging: Packaging,
-    only: frozenset[str] | None = None,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    only: frozenset[str] | None,
+    progress: Callable[[int, int], None],
 ) -> Report:
-    """Runs a plan.
-
-    Args:
-        plan: complete (`Plan.require_complete`).
-        built: the configurations, by component.
-        out: the folder to make; the one that is there is replaced.
-        record: what `ckptconv/source.json` says of the source.
-        packaging: how the weights are divided among files.
-        only: the components to write; None for all, and then `model_index.json` as well.
-        progress: is called with bytes written and bytes in all, from one thread at a time.
+    """Runs a plan that is complete; all of it, with `model_index.json`, where `only` is None.
 
     Raises:
         OutputError: the disk is too small, or cannot be written.
@@ -139,40 +141,46 @@ def write_folder(
     with new_folder(out) as partial:
         files: list[tuple[str, WeightFile]] = []
         texts: dict[str, str] = {}
-        for name, config in built.items():
+        for name, config in configs.items():
             if only is not None and name not in only:
                 continue
             folder = "" if single else f"{name}/"
-            texts |= {f"{folder}{file}": text for file, text in _config_files(config).items()}
+            written = _config_files(config)
             if config.component.kind == "model" and packaging.weights:
                 targets = list(plan.tensors(name).values())
                 stem = partial / folder / config.component.weights
-                made, index = _weight_files(stem, targets, packaging, metadata)
-                files += [(name, file) for file in made]
-                texts |= {f"{folder}{file}": text for file, text in index.items()}
+                weights, index = _weight_files(stem, targets, packaging, metadata)
+                files += [(name, file) for file in weights]
+                written |= index
+            texts |= {f"{folder}{file}": text for file, text in written.items()}
         kept = plan.tensors(ASIDE)
         if kept and packaging.weights:
             aside = lay_out(partial / ASIDE / DROPPED, kept.values(), {"format": "pt"})
             files.append((ASIDE, aside))
-        texts[f"{ASIDE}/{RECORD}"] = _json(record)
+        texts[f"{ASIDE}/{RECORD}"] = _json(record_of(plan, configs))
         texts[f"{ASIDE}/{LAYOUT}"] = layout_text(header)
         if only is None and not single:  # the last to be written, since a folder with it loads
-            texts[INDEX] = _json(model_index(plan, built))
-        need = sum(file.size for _, file in files) + sum(len(t.encode()) for t in texts.values())
-        check_room(out, need, "the folder")
-        for path in [*(partial / name for name in texts), *(file.path for _, file in files)]:
+            texts[INDEX] = _json(model_index(plan, configs))
+        contents = {partial / name: text.encode() for name, text in texts.items()}
+        sizes = {path: len(content) for path, content in contents.items()}
+        sizes |= {file.path: file.size for _, file in files}
+        check_room(out, sum(sizes.values()), "the folder")
+        for path in sizes:
             path.parent.mkdir(exist_ok=True)
-        done = ByteCounter(need, progress)
+        done = ByteCounter(sum(sizes.values()), progress)
         places = {(name, key): t for name, file in files for key, t in file.tensors.items()}
         steps = [s for s in plan.steps if any((t.component, t.key) in places for t in s.targets)]
         warnings = write([file for _, file in files], transfers(steps, places), done.add)
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
+        for path, content in contents.items():
+            path.write_bytes(content)
         done.finish()
-        sizes = {file.path.relative_to(partial).as_posix(): file.size for _, file in files}
-    sizes |= {name: len(text.encode()) for name, text in texts.items()}
     return Report(
-        out, plan, built, dict(sorted(sizes.items())), tuple(warnings), time.monotonic() - started
+        out,
+        plan,
+        configs,
+        dict(sorted((path.relative_to(partial).as_posix(), n) for path, n in sizes.items())),
+        tuple(warnings),
+        time.monotonic() - started,
     )
 
 
@@ -198,21 +206,17 @@ def _weight_files(
         shards[-1].append(target)
         room -= sizes[target.key]
     variant = f".{packaging.variant}" if packaging.variant else ""
-    if len(shards) == 1:
-        file = stem.with_name(f"{stem.name}{variant}.safetensors")
-        return [lay_out(file, targets, metadata)], {}
     files = []
     for n, shard in enumerate(shards, 1):
-        name = f"{stem.name}{variant}-{n:05}-of-{len(shards):05}.safetensors"
-        files.append(lay_out(stem.with_name(name), shard, metadata))
-    index = {
-        "metadata": {"total_size": sum(sizes.values())},
-        "weight_map": {
-            target.key: file.path.name
-            for file, shard in zip(files, shards, strict=True)
-            for target in shard
-        },
+        number = f"-{n:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        path = stem.with_name(f"{stem.name}{variant}{number}.safetensors")
+        files.append(lay_out(path, shard, metadata))
+    if len(files) == 1:
+        return files, {}
+    where = {
+        target.key: f.path.name for f, shard in zip(files, shards, strict=True) for target in shard
     }
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
     return files, {f"{stem.name}.safetensors.index{variant}.json": _json(index)}
 
 
@@ -224,7 +228,7 @@ def _config_files(config: Config) -> dict[str, str]:
 
 
 def layout_text(header: Header) -> str:
-    """Returns a header in the form of `key_maps/*/layout.json`: one tensor a line, no offsets."""
+    """Returns a header as `key_maps/*/layout.json` has it: one tensor a line, no offsets."""
     lines = (
         f"  {json.dumps(tensor.name)}: {json.dumps([tensor.dtype, tensor.shape])}"
         for tensor in header.tensors.values()
@@ -234,5 +238,5 @@ def layout_text(header: Header) -> str:
 
 
 def _json(values: Mapping[str, Any]) -> str:
-    """Writes JSON as diffusers does: sorted, two spaces, a line feed at the end."""
+    """Returns JSON as diffusers writes it: sorted, two spaces, a line feed at the end."""
     return json.dumps(values, indent=2, sort_keys=True) + "\n"

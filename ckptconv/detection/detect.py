@@ -14,24 +14,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Ambiguous, NotACheckpoint
-from ..maps.architecture import UNET_ROOT, Architecture, Condition, KeyMaps, Task, bundled
+from ..maps.architecture import UNET_ROOT, Architecture, KeyMaps, Task, bundled
+from ..maps.evidence import Condition, Has, Indices, Lacks, Rank
+from ..maps.schema import word
 from ..reading.source import open_header
 from ..reading.tensor import Header, Tensor
-from .facts import Fact, find_fact, hints
+from .facts import Fact, Hints, find_fact, first_match, notes_of
 from .spellings import in_original_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Detection", "Line", "Verdict", "detect", "inspect", "judge", "option_fact"]
-
 CONV_OUT = "out.2.weight"
 """Its last, which a ControlNet, the copy of the first half of a UNet, does not have."""
+
+INDEX = re.compile(r"0|[1-9][0-9]{0,4}")
+"""A number that stands for a `*`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One condition, put to a file."""
+    """One condition, and whether it holds for a file."""
 
     text: str
     holds: bool
@@ -117,6 +120,15 @@ class Detection:
         return tuple(line.text for v in self.verdicts if v.architecture == name for line in v.lines)
 
 
+@dataclass(frozen=True, slots=True)
+class ForeignFormat:
+    """One entry of `foreign.yaml`: what a file is that has a key of these patterns, and a hint."""
+
+    keys: tuple[str, ...] = field(metadata=word("has"))
+    what: str
+    hint: str
+
+
 def inspect(path: str | Path, *, maps: KeyMaps | None = None) -> Detection:
     """Says what a file is, from its header alone (and a look at a few values).
 
@@ -137,7 +149,7 @@ def detect(
     maps: KeyMaps | None = None,
     decided: Mapping[str, Fact] | None = None,
 ) -> Detection:
-    """Puts a header to every architecture.
+    """Compares a header with every architecture.
 
     Args:
         header: of the file.
@@ -149,7 +161,8 @@ def detect(
     """
     maps = maps or bundled()
     given, header = header, in_original_names(header, maps)
-    verdicts = tuple(judge(a, header.tensors) for a in maps.architectures.values())
+    keys = Keys(header.tensors)
+    verdicts = tuple(judge(a, keys) for a in maps.architectures.values())
     matching = [v for v in verdicts if v.matches]
     if len(matching) > 1:
         raise Ambiguous(
@@ -183,7 +196,11 @@ def detect(
             *header.notes,
             *_disagreements(header, architecture, maps),
             *filter(None, overruled),
-            *(() if architecture.single else hints(header, facts, maps.read("shared/hints"))),
+            *(
+                ()
+                if architecture.single
+                else notes_of(header, facts, maps.typed(Hints, "shared/hints"))
+            ),
         ),
     )
 
@@ -193,22 +210,40 @@ def option_fact(name: str, value: Any) -> Fact:
     return Fact(name, value, "option", "set by an option")
 
 
-def judge(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Verdict:
+class Keys:
+    """The keys of a file; what several architectures ask of them is looked up once."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self._indices: dict[str, tuple[int, ...]] = {}
+
+    def indices(self, pattern: str) -> tuple[int, ...]:
+        """Returns, in order, the numbers that stand for the `*` in the keys."""
+        if pattern not in self._indices:
+            before, after = pattern.split("*")
+            middles = (
+                key[len(before) : -len(after) or None]
+                for key in self.tensors
+                if key.startswith(before) and key.endswith(after)
+            )
+            found = sorted(int(m) for m in middles if INDEX.fullmatch(m))
+            self._indices[pattern] = tuple(found)
+        return self._indices[pattern]
+
+
+def judge(architecture: Architecture, keys: Keys) -> Verdict:
     """Tries the prefixes that the network may have, and keeps the one that fits best."""
-    verdicts, conditions = [], architecture.conditions
+    verdicts, network = [], _network(architecture)
     for prefix in architecture.prefixes:
-        task, line = _task(architecture, prefix, tensors)
-        lines = [
-            line,
-            *(_test(each, prefix, tensors, _network(architecture)) for each in conditions),
-        ]
+        task, line = _task(architecture, prefix, keys.tensors)
+        lines = [line, *(_test(c, prefix, keys, network) for c in architecture.conditions)]
         if architecture.single:
-            lines.append(_alone(prefix, tensors))
+            lines.append(_alone(prefix, keys.tensors))
         verdicts.append(Verdict(architecture.name, prefix, tuple(lines), task))
     # Where there is no network, conditions that ask for less than there is hold for no reason.
     return max(
         verdicts,
-        key=lambda v: (v.prefix + architecture.root in tensors, sum(x.holds for x in v.lines)),
+        key=lambda v: (v.prefix + architecture.root in keys.tensors, sum(x.holds for x in v.lines)),
     )
 
 
@@ -256,38 +291,32 @@ def _network(architecture: Architecture) -> str:
     """Returns what people call the network that tells an architecture."""
     if architecture.root == UNET_ROOT:
         return "UNet"
-    name = architecture.rooted.name
-    return "VAE" if name == "vae" else name.replace("_", " ")
+    return "VAE" if architecture.single == "vae" else architecture.single.replace("_", " ")
 
 
-def _test(condition: Condition, prefix: str, tensors: Mapping[str, Tensor], network: str) -> Line:
-    key, because = condition.key, f" ({condition.because})" if condition.because else ""
+def _test(condition: Condition, prefix: str, keys: Keys, network: str) -> Line:
+    key = condition.key
+    because = f" ({condition.because})" if condition.because else ""
     found: Any
-    if condition.kind in ("has", "lacks"):
-        found = "has" if prefix + key in tensors else "lacks"
-        needed = f", needed {'the key' if condition.kind == 'has' else 'none'}"
-        holds = found == condition.kind
-        return Line(f"the {network} {found} {key}{because if holds else needed}", holds)
-    if condition.kind == "rank":
-        info = tensors.get(prefix + key)
-        found = len(info.shape) if info else None
-        said = f"{key} has rank {found}" if info else f"{key} is missing"
-    else:
-        found = tuple(_indices(prefix + key, tensors))
-        said = f"{key}: * is {', '.join(map(str, found)) or 'nothing'}"
-    if found == condition.expected:
-        return Line(said + because, True)
-    expected = condition.expected
-    needed = ", ".join(map(str, expected)) if isinstance(expected, tuple) else str(expected)
-    needed = needed or "nothing"
-    return Line(f"{said}, needed {needed}{because}", False)
-
-
-def _indices(pattern: str, keys: Mapping[str, Tensor]) -> Iterator[int]:
-    """Yields, in order, the numbers that stand for the `*` in the keys."""
-    before, after = pattern.split("*")
-    found = re.compile(re.escape(before) + r"(0|[1-9]\d{0,4})" + re.escape(after))
-    yield from sorted(int(m[1]) for key in keys if (m := found.fullmatch(key)))
+    match condition:
+        case Has() | Lacks():
+            there = prefix + key in keys.tensors
+            text = f"the {network} {'has' if there else 'lacks'} {key}"
+            if there == isinstance(condition, Has):
+                return Line(text + because, True)
+            return Line(f"{text}, needed {'none' if there else 'the key'}", False)
+        case Rank(expected=expected):
+            info = keys.tensors.get(prefix + key)
+            found = len(info.shape) if info else None
+            text = f"{key} has rank {found}" if info else f"{key} is missing"
+            needed = str(expected)
+        case Indices(expected=expected):
+            found = keys.indices(prefix + key)
+            text = f"{key}: * is {', '.join(map(str, found)) or 'nothing'}"
+            needed = ", ".join(map(str, expected)) or "nothing"
+    if found == expected:
+        return Line(text + because, True)
+    return Line(f"{text}, needed {needed}{because}", False)
 
 
 def _refusal(
@@ -307,12 +336,12 @@ def _refusal(
     nearest = min(whole, key=lambda verdict: len(verdict.failing))
     ends = [(v.prefix + UNET_ROOT, v.prefix + CONV_OUT) for v in whole]
     if not any(first in header.tensors and last in header.tensors for first, last in ends):
-        for entry in maps.read("foreign")["foreign"]:
-            if key := next((k for k in given.tensors if _is_like(k, entry)), None):
+        for entry in maps.typed(tuple[ForeignFormat, ...], "foreign"):
+            if key := first_match(given.tensors, entry.keys):
                 return NotACheckpoint(
-                    f"{header.path}: this is {entry['what']}",
+                    f"{header.path}: this is {entry.what}",
                     problems=[f"it holds the key {key!r}"],
-                    hint=entry["hint"],
+                    hint=entry.hint,
                 )
         some = ", ".join(list(given.tensors)[:3])
         return NotACheckpoint(
@@ -324,14 +353,6 @@ def _refusal(
         f"{header.path}: no known architecture matches; the nearest is {nearest.architecture}",
         problems=[line.text for line in nearest.failing],
         hint="`ckptconv inspect --verdicts FILE` shows what every architecture says of the file",
-    )
-
-
-def _is_like(key: str, entry: Mapping[str, Any]) -> bool:
-    return (
-        key in entry.get("keys", ())
-        or key.startswith(tuple(entry.get("starts", ())))
-        or key.endswith(tuple(entry.get("ends", ())))
     )
 
 

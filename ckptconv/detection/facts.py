@@ -1,19 +1,7 @@
 """What names and shapes cannot tell, such as the prediction type, and which witness decided.
 
-The witnesses of a fact stand in `arch.yaml`, in order; the first that has an answer decides. Each
-is a mapping with one of the words below, and the answer: `value` (if the test holds), `otherwise`
-(if it does not; without it the next witness is asked).
-
-    {metadata: NAME, values: {text: value}}   an entry of the header's metadata
-    {key: NAME, value: v}                     a marker tensor
-    {task: [NAME, ...], value: v}             the task that the input channels tell
-    {last_of: NAME, below: x, value: v}       the last value of a tensor
-    {spread_of: NAME, above: x, value: v}     the standard deviation of a small tensor
-    {size_of: NAME, values: {number: value}}  the length of a vector: a published width
-    {default: v, because: sentence}           what holds where nothing above says otherwise
-    {assume: v, because: sentence}            no evidence at all; must be last
-
-Some files tell more of their training in passing, by what they are called: `hints` finds it.
+The witnesses of a fact are listed in `arch.yaml`; the first that has an answer decides. Some files
+tell more of their training in passing, by what they are called: `notes_of` finds it.
 """
 
 from __future__ import annotations
@@ -21,15 +9,26 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import MapError
 from ..files import read_range
+from ..maps.evidence import (
+    Assumed,
+    Default,
+    Facts,
+    InMetadata,
+    LastValue,
+    Marker,
+    OfTask,
+    PublishedSize,
+    SpreadOfValues,
+    Witness,
+)
+from ..maps.schema import word
 from ..reading.tensor import Header
-
-__all__ = ["Fact", "find_fact", "hints", "values_of"]
 
 FEW = 4096
 """Elements that a witness may read at most: it looks, it does not load."""
@@ -56,26 +55,39 @@ class Fact:
     detail: str
 
 
-def find_fact(name: str, witnesses: Sequence[Mapping[str, Any]], header: Header, task: str) -> Fact:
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """What a report notes of a file that looks like another: if a phrase, key or fact says so."""
+
+    text: str = field(metadata=word("hint"))
+    words: tuple[str, ...] = ()
+    keys: tuple[str, ...] = field(default=(), metadata=word("has"))
+    facts: Facts = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """`shared/hints.yaml`: the hints, and the entries of the metadata that they look into."""
+
+    metadata: tuple[str, ...]
+    hints: tuple[Hint, ...]
+
+
+def find_fact(name: str, witnesses: Iterable[Witness], header: Header, task: str) -> Fact:
     """Asks the witnesses in order and returns the first answer.
 
     Raises:
-        MapError: a witness is malformed, or none of them has an answer.
+        MapError: none of them has an answer.
     """
     for witness in witnesses:
-        words = [w for w in _WITNESSES if w in witness] if isinstance(witness, Mapping) else []
-        if len(words) != 1:
-            raise MapError(
-                f"fact {name!r}: not a witness: {witness}",
-                hint=f"a witness has exactly one of the words {', '.join(_WITNESSES)}",
-            )
-        try:
-            fact = _WITNESSES[words[0]](name, witness, header, task)
-        except (KeyError, TypeError) as error:
-            raise MapError(f"fact {name!r}: malformed witness {witness}: {error}") from error
-        if fact:
-            return fact
+        if found := _answer(witness, header, task):
+            return Fact(name, *found)
     raise MapError(f"fact {name!r}: no witness has an answer", hint="end the list with 'assume'")
+
+
+def hold(wanted: Facts, facts: Mapping[str, Fact]) -> bool:
+    """Tells whether every fact has one of the values that are wanted of it."""
+    return all(name in facts and facts[name].value in wanted[name] for name in wanted)
 
 
 def values_of(header: Header, key: str) -> list[float]:
@@ -94,100 +106,83 @@ def values_of(header: Header, key: str) -> list[float]:
     return [_shortest(value) for value in values] if single else values
 
 
-def hints(header: Header, facts: Mapping[str, Fact], known: Mapping[str, Any]) -> Iterator[str]:
+def notes_of(header: Header, facts: Mapping[str, Fact], known: Hints) -> Iterator[str]:
     """Yields what the name of a file, its metadata, a key or the facts together hint at.
 
     Args:
         header: of the file.
         facts: that were decided, by name.
-        known: `metadata` names the entries to look into; each of `hints` has `words` (phrases),
-            `ends` (of keys) or `facts` (values that hold together), and what it `says`.
+        known: the hints.
     """
     texts = {f"the name {header.path.name}": header.path.name}
-    texts |= {f"the metadata {k}": header.metadata.get(k, "") for k in known["metadata"]}
+    texts |= {f"the metadata {k}": header.metadata.get(k, "") for k in known.metadata}
     spoken = {where: f" {' '.join(WORD.findall(text))} ".lower() for where, text in texts.items()}
-    for hint in known["hints"]:
+    for hint in known.hints:
         found = (
             f"{where} says {phrase!r}"
-            for phrase in hint.get("words", ())
+            for phrase in hint.words
             for where, text in spoken.items()
             if f" {phrase} " in text
         )
-        ends = tuple(hint.get("ends", ()))
-        keys = (f"the file holds the key {k}" for k in header.tensors if ends and k.endswith(ends))
-        wanted = hint.get("facts", {})
-        held = [f"{n} is {f.value}" for n, f in facts.items() if wanted.get(n) == f.value]
-        together = " and ".join(held) if wanted and len(held) == len(wanted) else None
-        if evidence := next(found, None) or next(keys, None) or together:
-            yield f"{evidence}: {hint['says']}"
+        key = first_match(header.tensors, hint.keys)
+        together = " and ".join(f"{n} is {f.value}" for n, f in facts.items() if n in hint.facts)
+        if evidence := (
+            next(found, None)
+            or (f"the file holds the key {key}" if key else "")
+            or (together if hold(hint.facts, facts) else "")
+        ):
+            yield f"{evidence}: {hint.text}"
 
 
-def _metadata(name: str, witness: Mapping[str, Any], header: Header, _task: str) -> Fact | None:
-    key = witness["metadata"]
-    text = header.metadata.get(key)
-    if text not in witness["values"]:
-        return None
-    return Fact(name, witness["values"][text], "metadata", f"the metadata says {key} = {text}")
+def first_match(keys: Iterable[str], patterns: Iterable[str]) -> str | None:
+    """Returns the first key that a pattern matches: `*` at either end stands for any text."""
+    whole = {pattern for pattern in patterns if "*" not in pattern}
+    starts = tuple(p.removesuffix("*") for p in patterns if p.endswith("*"))
+    ends = tuple(p.removeprefix("*") for p in patterns if p.startswith("*"))
+    found = (k for k in keys if k in whole or k.startswith(starts) or k.endswith(ends))
+    return next(found, None) if patterns else None
 
 
-def _key(name: str, witness: Mapping[str, Any], header: Header, _task: str) -> Fact | None:
-    if witness["key"] not in header.tensors:
-        return None
-    return Fact(name, witness["value"], "marker", f"the file holds the key {witness['key']}")
-
-
-def _task(name: str, witness: Mapping[str, Any], _header: Header, task: str) -> Fact | None:
-    if task not in witness["task"]:
-        return None
-    because = witness.get("because", f"the task is {task}")
-    return Fact(name, witness["value"], "task", f"{task}: {because}")
-
-
-def _last_of(name: str, witness: Mapping[str, Any], header: Header, _task: str) -> Fact | None:
-    key = witness["last_of"]
-    values = _few_values(header, key)
-    if not values:
-        return None
-    return _judged(
-        name, witness, values[-1] < witness["below"], f"{key} ends with {values[-1]:.3g}"
-    )
-
-
-def _spread_of(name: str, witness: Mapping[str, Any], header: Header, _task: str) -> Fact | None:
-    key = witness["spread_of"]
-    values = _few_values(header, key)
-    if not values:
-        return None
-    mean = sum(values) / len(values)
-    spread = math.hypot(*(v - mean for v in values)) / math.sqrt(len(values))
-    side = "above" if spread > witness["above"] else "not above"
-    detail = f"the values of {key} spread by {spread:.3g}, {side} {witness['above']}"
-    return _judged(name, witness, spread > witness["above"], detail)
-
-
-def _size_of(name: str, witness: Mapping[str, Any], header: Header, _task: str) -> Fact | None:
-    key = witness["size_of"]
-    info = header.tensors.get(key)
-    if not info or info.numel not in witness["values"]:
-        return None
-    detail = f"{key} has {info.numel:,} elements, as published"
-    return Fact(name, witness["values"][info.numel], "structure", detail)
-
-
-def _default(name: str, witness: Mapping[str, Any], _header: Header, _task: str) -> Fact:
-    return Fact(name, witness["default"], "structure", witness["because"])
-
-
-def _assume(name: str, witness: Mapping[str, Any], _header: Header, _task: str) -> Fact:
-    return Fact(name, witness["assume"], "assumed", witness["because"])
-
-
-def _judged(name: str, witness: Mapping[str, Any], holds: bool, detail: str) -> Fact | None:
-    if holds:
-        return Fact(name, witness["value"], "values", detail)
-    if "otherwise" in witness:
-        return Fact(name, witness["otherwise"], "values", detail)
+def _answer(witness: Witness, header: Header, task: str) -> tuple[Any, str, str] | None:
+    """Returns the value, the source and the detail of a fact; None if the witness cannot tell."""
+    match witness:
+        case InMetadata(name, values):
+            if (text := header.metadata.get(name)) is not None and text in values:
+                return values[text], "metadata", f"the metadata says {name} = {text}"
+        case Marker(key, value):
+            if key in header.tensors:
+                return value, "marker", f"the file holds the key {key}"
+        case OfTask(tasks, value, because):
+            if task in tasks:
+                return value, "task", f"{task}: {because or f'the task is {task}'}"
+        case LastValue(key, below):
+            if numbers := _few_values(header, key):
+                detail = f"{key} ends with {numbers[-1]:.3g}"
+                return _judged(witness, numbers[-1] < below, detail)
+        case SpreadOfValues(key, above):
+            if numbers := _few_values(header, key):
+                mean = sum(numbers) / len(numbers)
+                spread = math.hypot(*(n - mean for n in numbers)) / math.sqrt(len(numbers))
+                side = "above" if spread > above else "not above"
+                detail = f"the values of {key} spread by {spread:.3g}, {side} {above}"
+                return _judged(witness, spread > above, detail)
+        case PublishedSize(key, published):
+            info = header.tensors.get(key)
+            if info and info.numel in published:
+                detail = f"{key} has {info.numel:,} elements, as published"
+                return published[info.numel], "structure", detail
+        case Default(value, because):
+            return value, "structure", because
+        case Assumed(value, because):
+            return value, "assumed", because
     return None
+
+
+def _judged(
+    witness: LastValue | SpreadOfValues, holds: bool, detail: str
+) -> tuple[Any, str, str] | None:
+    value = witness.value if holds else witness.otherwise
+    return None if value is None else (value, "values", detail)
 
 
 def _shortest(value: float) -> float:
@@ -212,15 +207,3 @@ def _few_values(header: Header, key: str) -> list[float]:
     letter = {"F64": "d", "F32": "f", "BF16": "f", "F16": "e"}.get(info.dtype)
     values = list(struct.unpack(f"<{info.numel}{letter}", data)) if letter else []
     return values if all(map(math.isfinite, values)) else []
-
-
-_WITNESSES: dict[str, Callable[[str, Mapping[str, Any], Header, str], Fact | None]] = {
-    "metadata": _metadata,
-    "key": _key,
-    "task": _task,
-    "last_of": _last_of,
-    "spread_of": _spread_of,
-    "size_of": _size_of,
-    "default": _default,
-    "assume": _assume,
-}

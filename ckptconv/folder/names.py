@@ -3,6 +3,9 @@
 INDEX = "model_index.json"
 RECORD = "source.json"
 DROPPED = "dropped.safetensors"
+LAYOUT = "layout.json"
+"""The header of the source, as in `key_maps/*/layout.json`, for the way back."""
+
 CONFIG_FILES = {
     "model": "config.json",
     "scheduler": "scheduler_config.json",
@@ -10,5 +13,3 @@ CONFIG_FILES = {
     "tokenizer": "tokenizer_config.json",
 }
 """By kind of the component, the file that configures it."""
-LAYOUT = "layout.json"
-"""The header of the source, in the form of `key_maps/*/layout.json`: for the way back."""

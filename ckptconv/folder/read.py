@@ -1,52 +1,42 @@
 """A diffusers folder as it lies on the disk, whoever wrote it.
 
-Libraries changed the names of some tensors over the years and still read the older ones. Here
-every tensor is known by the name that `ckptconv convert` writes, and keeps the one that it has in
-its file:
+Libraries renamed some tensors over the years and still read the older names. Here every tensor is
+known by the name that `ckptconv convert` writes, and keeps the one that it has in its file:
 
-    embeddings.*, encoder.*, ...        -> text_model.*     (transformers 5 saves a text encoder so)
+    embeddings.*, encoder.*, ...        -> text_model.*     (a text encoder saved by transformers 5)
     mid_block.attentions.0.query.weight -> ...to_q.weight   (the VAE of diffusers before 0.17)
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..detection.spellings import present_name
 from ..errors import FileRefused
 from ..files import read_json
-from ..folder.names import CONFIG_FILES, DROPPED, INDEX, LAYOUT, RECORD
+from ..maps.architecture import KeyMaps
 from ..planning.step import ASIDE
 from ..reading.header import header_from_json, read_header
 from ..reading.tensor import Header, Tensor
+from .names import CONFIG_FILES, DROPPED, INDEX, LAYOUT, RECORD
+from .record import Record, read_record
 from .weights import component_headers
 
 FLAT = "embeddings.token_embedding.weight"
 """In a text encoder: its names lack the segment `text_model.`."""
 
-SINGLE = {
-    "AutoencoderKL": "vae",
-    "CLIPTextModel": "text_encoder",
-    "CLIPTextModelWithProjection": "text_encoder",
-    "ControlNetModel": "controlnet",
-}
-"""By class, the component that a folder without `model_index.json` is."""
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True, slots=True)
 class ComponentFolder:
-    """One component of a folder.
+    """One component of a folder: what can be read of it, and, as sentences, what cannot.
 
-    Attributes:
-        folder: its path.
-        config: content of its configuration; None if it cannot be read.
-        tensors: by the name that the tensor has today. Empty for tokenizers and schedulers.
-        problems: what cannot be read, as sentences.
-        unread: further weight files, which a library reads only if told to.
-        headers: of the weight files that are read.
+    Tensors go by their names of today; `unread` are weight files of other variants, which a library
+    reads on request only.
     """
 
     folder: Path
@@ -59,15 +49,13 @@ class ComponentFolder:
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A diffusers folder.
+    """A diffusers folder: its components by name, and what ckptconv left beside them.
 
     Attributes:
-        path: the folder.
-        index: content of `model_index.json`; None without that file.
-        parts: the components, by name.
-        record: what ckptconv noted of the source (`ckptconv/source.json`); empty without it.
-        layout: the header of the source, as ckptconv noted it; None without it.
-        aside: the tensors that ckptconv kept aside, by name.
+        index: content of `model_index.json`.
+        record: of the conversion, such as its options.
+        layout: the header of the source.
+        aside: the tensors of the source that belong to no component.
         problems: what cannot be read outside the components.
         single: name of the component whose files lie in the folder itself; empty for a whole model.
     """
@@ -75,7 +63,7 @@ class ModelFolder:
     path: Path
     index: Mapping[str, Any] | None
     parts: Mapping[str, ComponentFolder]
-    record: Mapping[str, Any]
+    record: Record | None
     layout: Header | None
     aside: Mapping[str, Tensor]
     problems: tuple[str, ...] = ()
@@ -89,74 +77,62 @@ class ModelFolder:
         return tuple(dict.fromkeys([*(header.path for header in headers), *aside]))
 
 
-def read_folder(path: str | Path, models: Iterable[str]) -> ModelFolder:
+def read_folder(path: str | Path, maps: KeyMaps) -> ModelFolder:
     """Reads a folder: its configurations and the headers of its weights.
 
-    Args:
-        path: the folder.
-        models: names of components whose weights are of interest.
-
-    Raises:
-        FileRefused: it is no folder, or holds no component.
+    Only a folder without any component is refused; lesser faults become its `problems`.
     """
-    path, models = Path(path), frozenset(models)
+    path = Path(path)
     if not path.is_dir():
         what = "a file" if path.exists() else "missing"
         raise FileRefused(f"{path}: is {what}; needed a diffusers folder", hint="check the path")
     problems: list[str] = []
-    index = _json(path / INDEX, problems) if (path / INDEX).exists() else None
-    parts = {
-        folder.name: _part(folder, weights=folder.name in models)
-        for folder in sorted(path.iterdir())
-        if folder.is_dir() and any((folder / name).exists() for name in CONFIG_FILES.values())
-    }
-    for name in sorted(models - parts.keys()):  # a folder that lost its configuration
-        if (path / name).is_dir():
-            parts[name] = _part(path / name, weights=True)
-    single = "" if parts else _single(path)
-    for kind, name in CONFIG_FILES.items() if single else ():
-        if (path / name).exists():
-            part = single if kind == "model" else kind
-            parts[part] = _part(path, weights=kind == "model", config=name)
+    models = {c.name for a in maps.architectures.values() for c in a.models}
+    parts, single = {}, ""
+    for folder in sorted(each for each in path.iterdir() if each.is_dir()):
+        names = [name for name in CONFIG_FILES.values() if (folder / name).exists()]
+        is_model = folder.name in models  # one that lost its configuration, too
+        if names or is_model:
+            parts[folder.name] = _component(folder, names[0] if names else "", weights=is_model)
+    if not parts and (single := _single(path, maps)):
+        for kind, name in CONFIG_FILES.items():
+            if (path / name).exists():
+                is_model = kind == "model"
+                parts[single if is_model else kind] = _component(path, name, weights=is_model)
     if not parts:
         raise FileRefused(
             f"{path}: holds no component of a diffusers model: no subfolder has a config.json",
             hint="give the folder that holds model_index.json, or that of one component",
         )
-    aside: Mapping[str, Tensor] = {}
-    layout = record = None
-    try:
-        if (path / ASIDE / DROPPED).exists():
-            aside = read_header(path / ASIDE / DROPPED).tensors
-        if (path / ASIDE / LAYOUT).exists():
-            layout = header_from_json(path / ASIDE / LAYOUT)
-    except FileRefused as error:
-        problems += _sentences(error)
-    if (path / ASIDE / RECORD).exists():
-        record = _json(path / ASIDE / RECORD, problems)
-    return ModelFolder(path, index, parts, record or {}, layout, aside, tuple(problems), single)
+    aside = _read_if_there(read_header, path / ASIDE / DROPPED, problems)
+    return ModelFolder(
+        path,
+        _read_if_there(read_json, path / INDEX, problems),
+        parts,
+        _read_if_there(read_record, path / ASIDE / RECORD, problems),
+        _read_if_there(header_from_json, path / ASIDE / LAYOUT, problems),
+        aside.tensors if aside else {},
+        tuple(problems),
+        single,
+    )
 
 
-def _single(path: Path) -> str:
+def _single(path: Path, maps: KeyMaps) -> str:
     """Returns the name of the component that a folder is; empty if it is none that is known."""
-    config = _json(path / CONFIG_FILES["model"], [])
-    said = (config or {}).get("_class_name") or (config or {}).get("architectures")
-    return SINGLE.get(str(said[0] if isinstance(said, list) and said else said), "")
+    config = _read_if_there(read_json, path / CONFIG_FILES["model"], []) or {}
+    said = config.get("_class_name") or config.get("architectures")
+    return maps.singles.get(str(said[0] if isinstance(said, list) and said else said), "")
 
 
-def _part(folder: Path, *, weights: bool, config: str | None = None) -> ComponentFolder:
-    """Reads a component; `config` names its configuration where the folder holds several."""
+def _component(folder: Path, config: str, *, weights: bool) -> ComponentFolder:
+    """Reads a component, and the headers of its weights if they are of interest."""
     problems: list[str] = []
-    names = [n for n in CONFIG_FILES.values() if (folder / n).exists() and config in (None, n)]
-    values = _json(folder / names[0], problems) if names else None
-    if not names:
+    values = _read_if_there(read_json, folder / config, problems) if config else None
+    if not config:
         problems.append(f"{folder}: holds no {CONFIG_FILES['model']}")
-    if not weights:
+    headers = (_read(component_headers, folder, problems) or ()) if weights else ()
+    if not headers:
         return ComponentFolder(folder, values, problems=tuple(problems))
-    try:
-        headers = component_headers(folder)
-    except FileRefused as error:
-        return ComponentFolder(folder, values, problems=(*problems, *_sentences(error)))
     stored: dict[str, Tensor] = {}
     for header in headers:
         twice = stored.keys() & header.tensors.keys()
@@ -180,13 +156,16 @@ def current_name(key: str, stored: Container[str]) -> str:
     return present_name(key)
 
 
-def _json(path: Path, problems: list[str]) -> Mapping[str, Any] | None:
+def _read(reader: Callable[[Path], Content], path: Path, problems: list[str]) -> Content | None:
+    """Returns what a reader makes of a file; None, with the reasons in `problems`, if it cannot."""
     try:
-        return read_json(path)
+        return reader(path)
     except FileRefused as error:
-        problems += _sentences(error)
+        problems += [error.message, *error.problems]
         return None
 
 
-def _sentences(error: FileRefused) -> list[str]:
-    return [error.message, *error.problems]
+def _read_if_there(
+    reader: Callable[[Path], Content], path: Path, problems: list[str]
+) -> Content | None:
+    return _read(reader, path, problems) if path.exists() else None

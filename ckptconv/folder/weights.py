@@ -15,23 +15,19 @@ STEMS = ("diffusion_pytorch_model", "model")
 def component_headers(folder: Path) -> tuple[Header, ...]:
     """Returns the headers of a component's weight files: one, or one per shard.
 
-    A file without variant is preferred; otherwise the only variant there is.
+    Files without a variant are preferred to those of the only variant there is.
 
     Raises:
         FileRefused: there are no weights in the safetensors format, several variants, or a shard
-            is missing.
-        HeaderError: a file is not well-formed.
+            is missing or malformed.
     """
-    plain = [folder / f"{stem}.safetensors" for stem in STEMS]
-    plain += [folder / f"{stem}.safetensors.index.json" for stem in STEMS]
-    variants = sorted(p for stem in STEMS for p in folder.glob(f"{stem}.safetensors.index.*.json"))
-    if not variants:
-        variants = sorted(
-            p for s in STEMS for p in folder.glob(f"{s}.*.safetensors") if "-of-" not in p.name
-        )
-    found = [path for path in plain if path.is_file()] or variants
+    plain = [folder / f"{stem}.safetensors{end}" for end in ("", ".index.json") for stem in STEMS]
+    found = [path for path in plain if path.is_file()]
+    for pattern in ("{}.safetensors.index.*.json", "{}.*.safetensors"):
+        variants = (path for stem in STEMS for path in folder.glob(pattern.format(stem)))
+        found = found or sorted(path for path in variants if "-of-" not in path.name)
     if not found:
-        pickles = [p.name for p in folder.glob("*.bin")] if folder.is_dir() else []
+        pickles = [path.name for path in folder.glob("*.bin")] if folder.is_dir() else []
         what = f"its weights are pickles ({pickles[0]})" if pickles else "it holds no weights"
         raise FileRefused(
             f"{folder}: {what}; needed a .safetensors file",
@@ -41,9 +37,7 @@ def component_headers(folder: Path) -> tuple[Header, ...]:
         )
     if len(found) > 1:
         raise FileRefused(
-            f"{folder}: holds several sets of weights: {', '.join(p.name for p in found)}",
+            f"{folder}: holds several sets of weights: {', '.join(path.name for path in found)}",
             hint="leave one of them in the folder",
         )
-    if found[0].suffix == ".safetensors":
-        return (read_header(found[0]),)
-    return read_shards(found[0])
+    return read_shards(found[0]) if found[0].suffix == ".json" else (read_header(found[0]),)

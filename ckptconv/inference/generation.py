@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..destination import check_destination, new_file
 from ..errors import DeviceError, FileRefused, UsageError, option
+from ..maps.architecture import bundled
 from ..version import __version__
 from .device import less_memory, memory_errors
 
@@ -49,12 +50,6 @@ KEYWORDS = {
 
 NEEDED = ("image", "mask")
 """Settings that a task needs if it takes them."""
-
-ENLARGES = {"StableDiffusionUpscalePipeline": 4}
-"""Pipelines whose result is larger than the image, and how many times."""
-
-LOOKS = ("StableUnCLIPImg2ImgPipeline",)
-"""Pipelines that look at the image and do not paint on it: the result has a size of its own."""
 
 RESCALE = 0.7
 """Guidance rescale for a model of zero terminal SNR: https://arxiv.org/abs/2305.08891, 3.4."""
@@ -134,7 +129,7 @@ def check(cls: type[DiffusionPipeline], task: str, settings: Settings) -> None:
             problems.append(f"{word} does not fit: {cls.__name__} takes none")
         if value is None and keyword in takes and name in NEEDED:
             problems.append(f"{word} is missing: {task} needs it")
-    step = 8 * ENLARGES.get(cls.__name__, 1)
+    step = 8 * (_scale(cls.__name__) or 1)
     if any(n % step for n in settings.size or ()):
         problems.append(f"{option('size')} does not divide by {step}, as {task} needs it")
     if "strength" in takes:
@@ -201,17 +196,23 @@ def call_arguments(
     if settings.guidance_rescale is None and "guidance_rescale" in takes:
         zero_snr = pipe.scheduler.config.get("rescale_betas_zero_snr")
         arguments["guidance_rescale"] = RESCALE if zero_snr else 0.0
-    size, name = settings.size, type(pipe).__name__
-    if name in LOOKS:
+    size, times = settings.size, _scale(type(pipe).__name__)
+    if times is None:  # the pipeline looks at the image and does not paint on it
         arguments |= {KEYWORDS[name]: image for name, image in images.items()}
     elif "image" in images:
-        image, times = images["image"], ENLARGES.get(name, 1)
+        image = images["image"]
         own = (max(8, image.width // 8 * 8), max(8, image.height // 8 * 8))
         size = (size[0] // times, size[1] // times) if size else own
         arguments |= {KEYWORDS[name]: image.resize(size) for name, image in images.items()}
     if size and "height" in takes:
         arguments["width"], arguments["height"] = size
     return arguments
+
+
+def _scale(pipeline: str) -> int | None:
+    """Returns how much larger the result of a pipeline is than the image it paints on."""
+    task = bundled().pipelines.get(pipeline)
+    return task.scale if task else 1
 
 
 def generate(pipe: Pipeline, arguments: Mapping[str, Any], seed: int) -> Image.Image:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from ..dtypes import CASTS, torch_dtype
 from ..errors import DeviceError, FileRefused, UsageError
 from ..libraries import find_class
-from ..maps.architecture import bundled
+from ..maps.architecture import Task, bundled
 from ..options import Choices, Options, checked
 from .device import (
     check_dtype,
@@ -41,19 +41,6 @@ OFFLOADS = {
     "sequential": "enable_sequential_cpu_offload",
 }
 """How weights wait in main memory for their turn on the GPU, and the method of diffusers."""
-
-OTHER_TASKS = {
-    "StableDiffusionPipeline": {
-        "image-to-image": "StableDiffusionImg2ImgPipeline",
-        "inpainting": "StableDiffusionInpaintPipeline",
-    },
-    "StableDiffusionXLPipeline": {
-        "image-to-image": "StableDiffusionXLImg2ImgPipeline",
-        "inpainting": "StableDiffusionXLInpaintPipeline",
-    },
-    "StableDiffusionXLImg2ImgPipeline": {"inpainting": "StableDiffusionXLInpaintPipeline"},
-}
-"""By the pipeline that weights are made for, what they can do as well."""
 
 log = logging.getLogger(__name__)
 
@@ -147,9 +134,8 @@ def pipeline_class(model: Model, task: str | None = None) -> tuple[type[Diffusio
         UsageError: the weights cannot do the task.
     """
     own = str(model.index.get("_class_name"))
-    tasks = {t.pipeline: t.name for a in bundled().architectures.values() for t in a.tasks}
-    own_task = tasks.get(own, own)
-    classes = {own_task: own, **OTHER_TASKS.get(own, {})}
+    known = bundled().pipelines.get(own, Task(own, own))
+    own_task, classes = known.name, {known.name: own, **known.also}
     name = classes.get(task or own_task)
     if name is None:
         raise UsageError(

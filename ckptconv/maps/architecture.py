@@ -1,43 +1,29 @@
-"""The known architectures, read from `key_maps/`.
+"""The known architectures, as `key_maps/` describes them.
 
 An architecture is a folder: `arch.yaml` says how to know it, what it is made of and what its
-configurations are; `layout.json` is the header of a published file. What leaves this room are
-frozen dataclasses and plain containers; the holes of a configuration are filled in
-`ckptconv.configs.config`.
+configurations are; `layout.json` is the header of a published file.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
+from typing import Any, Literal
 
 from ..errors import MapError
 from ..reading.header import header_from_json
 from ..reading.tensor import Header
-from .keymap import KeyMap
+from . import schema
+from .evidence import Condition, Facts, Witness
+from .holes import FactValue, with_holes
+from .keymap import KeyMap, MapFile
+from .schema import GIVEN, Fault, Many, Named, word
+from .yaml_files import HINT, Folders, laid_over
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-
-__all__ = [
-    "Architecture",
-    "Component",
-    "Condition",
-    "KeyMaps",
-    "Source",
-    "Task",
-    "bundled",
-]
-
-CONDITIONS: dict[str, Any] = {"has": type(None), "lacks": type(None), "rank": int, "indices": tuple}
-"""The kinds of conditions, and what their `is` or `are` must be."""
-
-KINDS = ("model", "tokenizer", "scheduler", "processor")
-"""The kinds of components; a processor prepares images for a model."""
+CLASS_ENTRIES = ("_class_name", "architectures", "tokenizer_class", "image_processor_type")
+"""Where a configuration says which class it is for."""
 
 UNET_ROOT = "input_blocks.0.0.weight"
 """The first convolution of a UNet, [model channels, input channels, 3, 3]: where it is, a network
@@ -45,65 +31,71 @@ in the original layout begins, and its input channels tell the task."""
 
 
 @dataclass(frozen=True, slots=True)
-class Condition:
-    """One line of `detect`, about the keys of the UNet without their prefix.
+class Task:
+    """What a file can do, as docs/key-maps.md describes it; `key` is the word `has`."""
 
-    Attributes:
-        kind: `has` or `lacks` the key; `rank` of the tensor; `indices` that stand for the `*`.
-        key: the key, with one `*` for `indices`.
-        expected: the rank or the indices; None for `has` and `lacks`.
-        because: what the condition tells, for the reader of a report.
-    """
-
-    kind: str
-    key: str
-    expected: int | tuple[int, ...] | None = None
-    because: str = ""
+    name: str = field(metadata=GIVEN)
+    pipeline: str
+    channels: int | None = None
+    key: str = field(default="", metadata=word("has"))
+    also: Mapping[str, str] = field(default_factory=dict)
+    scale: int | None = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A place where a component may be found: the prefix of its keys, and the map to use.
-
-    Attributes:
-        prefix: of the original keys, with the dot at its end.
-        keymap: name of the map.
-        when: a key, without prefix, that must be there; empty for none.
-        unless: a key, without prefix, that must not be there; empty for none.
-    """
+    """A place where a component may be found, if it has one key and lacks another (or "")."""
 
     prefix: str
-    keymap: str
-    when: str = ""
-    unless: str = ""
+    keymap: str = field(metadata=word("map"))
+    has: str = ""
+    lacks: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A configuration with its holes, laid over the file `extends`, for files of certain facts."""
+
+    values: Mapping[str, Any] = field(metadata=GIVEN)
+    extends: str = ""
+    facts: Facts = field(default_factory=dict)
+
+    @classmethod
+    def from_data(cls, data: Any, path: schema.Path, faults: list[Fault]) -> Variant:
+        """Reads the two words that are no entries of the configuration, and its holes."""
+        if not isinstance(data, Mapping):
+            faults.append(Fault(path, f"found {data!r}, needed a mapping"))
+            return cls({})
+        extends = schema.read(str, data.get("extends", ""), (*path, "extends"), faults)
+        facts = schema.read(Facts, data.get("facts", {}), (*path, "facts"), faults)
+        own = {key: value for key, value in data.items() if key not in ("extends", "facts")}
+        return cls(with_holes(own, path, faults), extends, facts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Component:
-    """One folder of the converted model.
+    """One folder of the converted model, as docs/key-maps.md describes it."""
 
-    Attributes:
-        name: of the folder, as in `model_index.json`.
-        kind: `model`, `tokenizer` or `scheduler`.
-        library: `diffusers` or `transformers`.
-        sources: where a model's weights may be, in order of preference.
-        config: the configuration with its holes, as `ckptconv.configs.config` fills it.
-        tasks: names of the tasks whose pipelines have it; empty for all.
-        layout: the header of its tensors, where `layout.json` has none, since most files lack it.
-        supply: where it may be taken from, if a file has none; for people.
-        fits: by key of one of its tensors, `COMPONENT/KEY` of another's: the last axis of the one
-            is as long as the first of the other, which a donor may not know.
-    """
-
-    name: str
-    kind: str
-    library: str
-    sources: tuple[Source, ...]
-    config: Mapping[str, Any]
-    tasks: tuple[str, ...] = ()
+    name: str = field(metadata=GIVEN)
+    library: Literal["diffusers", "transformers"]
+    kind: Literal["model", "tokenizer", "scheduler", "processor"] = "model"
+    package: str = ""
+    sources: tuple[Source, ...] = ()
+    config: Many[Variant] = ()
+    tasks: Many[str] = ()
+    donors: Many[str] = ()
     layout: str = ""
     supply: str = ""
     fits: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if bool(self.sources) != (self.kind == "model"):
+            raise ValueError("a model needs 'sources', and nothing else has them")
+
+    @property
+    def home(self) -> str:
+        """Where its class is, as `model_index.json` says it."""
+        return self.package or self.library
 
     @property
     def weights(self) -> str:
@@ -112,70 +104,92 @@ class Component:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """What a file can do.
+class Entry:
+    """A further entry of `model_index.json` that is written only if facts hold."""
 
-    Attributes:
-        name: of the task.
-        pipeline: the class that does it: a pipeline's, or that of a component which stands alone.
-        channels: input channels of the network, the second axis of its root; None for any.
-        key: a key, with its prefix, that the file must hold; empty for none.
-    """
-
-    name: str
-    pipeline: str
-    channels: int | None = None
-    key: str = ""
+    facts: Facts
+    value: Any
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
+class Content:
+    """The part of `arch.yaml` that is read of the architecture that a file has."""
+
+    components: Mapping[str, Component]
+    facts: Mapping[str, tuple[Witness, ...]] = field(default_factory=dict)
+    index: Mapping[str, Entry | bool | int | float | str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Relative:
+    """One entry of `relatives.yaml`: a model that people hold, and what it is taken for."""
+
+    name: str = field(metadata=GIVEN)
+    architecture: str
+    task: str
+
+
+@dataclass(frozen=True, eq=False)
 class Architecture:
-    """One folder of `key_maps/`.
+    """One folder of `key_maps/`; what takes more than recognising it is read when it is asked for.
 
     Attributes:
         name: of the folder.
+        maps: where its files are read from.
         title: for people.
-        aliases: how the metadata of a file names it: the text begins so.
         conditions: all hold for a file of this architecture, and not for one of another.
         tasks: the first that fits a file is its task; those that need a key are asked before.
-        facts: for each fact that names and shapes cannot tell, the witnesses in order.
-        components: by name, in the order of `model_index.json`.
-        index: further entries of `model_index.json`.
-        sample: how to shrink the published layout to a small model, for `ckptconv.sample`.
-        maps: where its maps are read from.
+        aliases: how the metadata of a file names it: the text begins so.
         single: the component that a file of this architecture is, so that its folder holds that
             component's files itself and no `model_index.json`; empty for a whole model.
         root: the key, without prefix, at which the network that tells architectures apart begins.
+        prefixes: what may stand before the keys of that network, in order of preference.
+        task: whose components it has; None for those of all tasks.
     """
 
-    name: str
+    name: str = field(metadata=GIVEN)
+    maps: KeyMaps = field(repr=False, metadata=GIVEN)
     title: str
-    aliases: tuple[str, ...]
-    conditions: tuple[Condition, ...]
-    tasks: tuple[Task, ...]
-    facts: Mapping[str, tuple[Mapping[str, Any], ...]]
-    components: Mapping[str, Component]
-    index: Mapping[str, Any]
-    sample: Mapping[str, Any]
-    maps: KeyMaps = field(repr=False)
+    conditions: tuple[Condition, ...] = field(metadata=word("detect"))
+    tasks: Named[Task]
+    aliases: tuple[str, ...] = ()
     single: str = ""
     root: str = UNET_ROOT
+    prefixes: Many[str] = field(default=("model.diffusion_model.", ""), metadata=word("prefix"))
+    task: Task | None = field(default=None, metadata=GIVEN)
+
+    def __repr__(self) -> str:
+        return f"<Architecture {self.name}: {self.title}>"
+
+    @functools.cached_property
+    def components(self) -> Mapping[str, Component]:
+        """By name, in the order of `model_index.json`."""
+        every = self.maps.content(self.name).components
+        if self.task is None:
+            return every
+        task = self.task.name
+        return {name: c for name, c in every.items() if not c.tasks or task in c.tasks}
+
+    @property
+    def facts(self) -> Mapping[str, tuple[Witness, ...]]:
+        """For each fact that names and shapes cannot tell, the witnesses in order."""
+        return self.maps.content(self.name).facts
+
+    @property
+    def index(self) -> Mapping[str, Any]:
+        """Further entries of `model_index.json`, some of them an `Entry`."""
+        return self.maps.content(self.name).index
 
     @property
     def rooted(self) -> Component:
         """The component that tells architectures apart."""
         return self.components[self.single or "unet"]
 
-    @property
-    def prefixes(self) -> tuple[str, ...]:
-        """What may stand before the keys of that component, in order of preference."""
-        return tuple(dict.fromkeys(source.prefix for source in self.rooted.sources))
-
     def for_task(self, task: Task) -> Architecture:
         """Returns the architecture with the components that a task's pipeline has."""
-        return _for_task(self, task)
+        return _for_task(self, task.name)
 
-    @property
+    @functools.cached_property
     def models(self) -> tuple[Component, ...]:
         """The components that have weights."""
         return tuple(c for c in self.components.values() if c.kind == "model")
@@ -194,12 +208,16 @@ class Architecture:
         return header
 
 
-class KeyMaps:
-    """The folders that architectures and maps are read from; the first that has a file wins."""
+class KeyMaps(Folders):
+    """The folders that architectures and maps are read from.
+
+    All methods raise a MapError if a file is missing or malformed; all of its faults are listed.
+    """
 
     def __init__(self, folders: Iterable[Path]) -> None:
         """Takes the folders in order; nothing is read yet."""
-        self.folders = tuple(folders)
+        super().__init__(folders)
+        self._contents: dict[str, Content] = {}
         self._keymaps: dict[str, KeyMap] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -207,121 +225,100 @@ class KeyMaps:
         own = tuple(path for path in self.folders if path not in bundled().folders)
         return _with_bundled, (own,)
 
-    def find(self, name: str) -> Path:
-        """Returns the path of a file, given relative to a folder.
-
-        Raises:
-            MapError: no folder has it.
-        """
-        for folder in self.folders:
-            if (path := folder / name).is_file():
-                return path
-        looked = ", ".join(str(folder) for folder in self.folders)
-        raise MapError(f"{name}: no such file in {looked}", hint="check the spelling of the name")
-
-    def read(self, name: str) -> dict[str, Any]:
-        """Returns the content of a YAML file, its holes unfilled.
-
-        Raises:
-            MapError: the file is missing or is not a YAML mapping.
-        """
-        path = self.find(f"{name}.yaml")
-        try:
-            data = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a safe loader)
-        except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
-            raise MapError(f"{path}: not a YAML file: {error}") from error
-        if not isinstance(data, dict):
-            raise MapError(f"{path}: needs a mapping at the top")
-        return data
-
-    def extended(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns `data` laid over the file that its entry `extends` names, if it has one.
-
-        Mappings are joined key by key; anything else is replaced.
-
-        Raises:
-            MapError: a file is missing or malformed, or extends itself.
-        """
-        return self._extended(data, ())
-
-    def _extended(self, data: Mapping[str, Any], within: tuple[str, ...]) -> dict[str, Any]:
-        own = {key: value for key, value in data.items() if key != "extends"}
-        if "extends" not in data:
-            return own
-        name = str(data["extends"])
-        if name in within:
-            raise MapError(f"{name}: extends itself: {' -> '.join((*within, name))}")
-        return _laid_over(self._extended(self.read(name), (*within, name)), own)
-
-    def keymap(self, name: str) -> KeyMap:
-        """Returns a map by its path without suffix, such as `shared/maps/vae`.
-
-        Raises:
-            MapError: it is missing, malformed or breaks a law.
-        """
-        if name not in self._keymaps:
-            data = self.extended(self.read(name))
-            self._keymaps[name] = KeyMap.from_dict(str(self.find(f"{name}.yaml")), data)
-        return self._keymaps[name]
-
     @functools.cached_property
     def architectures(self) -> dict[str, Architecture]:
         """Every architecture by name, in alphabetical order."""
-        names = {path.parent.name for folder in self.folders for path in folder.glob("*/arch.yaml")}
-        return {name: self._architecture(name) for name in sorted(names)}
-
-    def _architecture(self, name: str) -> Architecture:
-        where = f"{name}/arch"
-        data = self.extended(self.read(where))
         try:
-            single = data.get("single", "")
-            if (single or "unet") not in data["components"]:
-                raise ValueError(
-                    f"there is no component {single or 'unet'!r}, which tells architectures apart"
+            return {name: self._recognised(name) for name in self._names()}
+        except MapError:
+            self.check_architectures()
+            raise
+
+    def _names(self) -> list[str]:
+        paths = (path for folder in self.folders for path in folder.glob("*/arch.yaml"))
+        return sorted({path.parent.name for path in paths})
+
+    def check_architectures(self) -> None:
+        """Reads every `arch.yaml` as a whole."""
+        found = []
+        for name in self._names():
+            for read in (self._recognised, self.content):
+                try:
+                    read(name)
+                except MapError as error:
+                    found.append(error)
+        if len(found) == 1:
+            raise found[0]
+        if found:
+            problems = dict.fromkeys(p for e in found for p in e.problems or [e.message])
+            raise MapError("the key maps are malformed", problems=list(problems), hint=HINT)
+
+    def _recognised(self, name: str) -> Architecture:
+        """Reads what it takes to recognise an architecture."""
+        file = f"{name}/arch"
+        data = self.merged(file, lambda word: word not in schema.words(Content))
+        return self.typed(Architecture, file, data, name=name, maps=self)
+
+    def content(self, name: str) -> Content:
+        """Returns what an architecture is made of."""
+        if name not in self._contents:
+            file = f"{name}/arch"
+            data = self.merged(file, lambda word: word == "single" or word in schema.words(Content))
+            single = "unet"
+            if isinstance(data, dict):
+                single = data.pop("single", single)
+                data["facts"] = self.extended(data.get("facts", {}))
+                if isinstance(parts := data.get("components"), dict):
+                    data["components"] = {part: self.extended(c) for part, c in parts.items()}
+            content = self.typed(Content, file, data)
+            if single not in content.components:
+                fault = Fault(
+                    ("components",), f"there is no {single!r}, which tells architectures apart"
                 )
-            return Architecture(
-                name=name,
-                title=data["title"],
-                aliases=tuple(data["aliases"]),
-                conditions=tuple(_condition(line) for line in data["detect"]),
-                tasks=tuple(_tasks(data["tasks"])),
-                facts={k: tuple(v) for k, v in self.extended(data["facts"]).items()},
-                components={n: _component(n, part) for n, part in data["components"].items()},
-                index=data["index"],
-                sample=data["sample"],
-                maps=self,
-                single=single,
-                root=data.get("root", UNET_ROOT),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise MapError(
-                f"{self.find(f'{where}.yaml')}: malformed: {type(error).__name__}: {error}",
-                hint="docs/key-maps.md describes every section of arch.yaml",
-            ) from error
+                raise self.malformed(file, [fault])
+            self._contents[name] = content
+        return self._contents[name]
 
+    def keymap(self, name: str) -> KeyMap:
+        """Returns a map by its path without suffix, such as `shared/maps/vae`."""
+        if name not in self._keymaps:
+            path = str(self.find(f"{name}.yaml"))
+            self._keymaps[name] = KeyMap.from_file(path, self.typed(MapFile, name))
+        return self._keymaps[name]
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads plain data, in C where PyYAML has it, and refuses a key that is written twice.
+    def values(self, variant: Variant) -> dict[str, Any]:
+        """Returns the values of a configuration with their holes, with those that it extends."""
+        base = self.typed(Variant, variant.extends).values if variant.extends else {}
+        return laid_over(base, variant.values)
 
-    OmegaConf would do the same; it takes 150 ms longer for all of our files, which `inspect` feels.
-    """
+    def classes(self, component: Component) -> tuple[str, ...]:
+        """Returns the classes that a component may be of, as its configurations name them."""
+        found: list[Any] = []
+        for variant in component.config:
+            values = self.values(variant)
+            said = next((values[entry] for entry in CLASS_ENTRIES if entry in values), None)
+            for name in said if isinstance(said, list) else [said]:
+                found += (name.table or {}).values() if isinstance(name, FactValue) else [name]
+        return tuple(dict.fromkeys(str(name) for name in found if name))
 
+    @functools.cached_property
+    def model_classes(self) -> dict[str, str]:
+        """The classes with weights that the architectures are made of, and where they are."""
+        models = (c for a in self.architectures.values() for c in a.models)
+        return {name: c.home for c in models for name in self.classes(c)}
 
-def _mapping(loader: Any, node: yaml.MappingNode) -> dict[Any, Any]:
-    pairs = [
-        (loader.construct_object(k, True), loader.construct_object(v, True)) for k, v in node.value
-    ]
-    names = [key for key, _ in pairs]
-    if bad := [name for name in names if not isinstance(name, str | int)]:
-        problem = f"{bad[0]!r} is no name"
-    elif len(found := dict(pairs)) < len(pairs):
-        problem = f"{next(n for n in names if names.count(n) > 1)!r} is written twice"
-    else:
-        return found
-    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    @functools.cached_property
+    def pipelines(self) -> dict[str, Task]:
+        """The tasks by the class that does them, of which the first architecture's counts."""
+        tasks = [task for a in self.architectures.values() for task in a.tasks]
+        return {task.pipeline: task for task in reversed(tasks)}
 
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+    @functools.cached_property
+    def singles(self) -> dict[str, str]:
+        """By class, the component that a folder without `model_index.json` is."""
+        return {
+            t.pipeline: a.single for a in self.architectures.values() if a.single for t in a.tasks
+        }
 
 
 @functools.cache
@@ -341,57 +338,6 @@ _layout = functools.cache(header_from_json)
 
 
 @functools.cache
-def _for_task(architecture: Architecture, task: Task) -> Architecture:
-    kept = {n: c for n, c in architecture.components.items() if not c.tasks or task.name in c.tasks}
-    all_kept = len(kept) == len(architecture.components)
-    return architecture if all_kept else replace(architecture, components=kept)
-
-
-def _laid_over(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    joined = dict(base)
-    for key, value in own.items():
-        below = joined.get(key)
-        if isinstance(below, dict) and isinstance(value, dict):
-            joined[key] = _laid_over(below, value)
-        else:
-            joined[key] = value
-    return joined
-
-
-def _condition(line: Mapping[str, Any]) -> Condition:
-    kinds = CONDITIONS.keys() & line.keys()
-    if len(kinds) != 1 or line.keys() - CONDITIONS.keys() - {"is", "are", "because"}:
-        raise ValueError(f"not a condition: {dict(line)}")
-    kind = kinds.pop()
-    expected = line.get("is", line.get("are"))
-    if isinstance(expected, list):
-        expected = tuple(expected)
-    if not isinstance(expected, CONDITIONS[kind]) or line[kind].count("*") != (kind == "indices"):
-        raise ValueError(
-            "'has' and 'lacks' stand alone, 'rank' needs 'is' and a number, 'indices' needs one "
-            f"'*' in its key, 'are' and a list: {dict(line)}"
-        )
-    return Condition(kind, line[kind], expected, line.get("because", ""))
-
-
-def _tasks(data: Mapping[Any, Any]) -> Iterator[Task]:
-    """Yields the tasks: by the number of input channels, one or a list; `any` for any number."""
-    for channels, entries in data.items():
-        for entry in entries if isinstance(entries, list) else [entries]:
-            number = None if channels == "any" else int(channels)
-            yield Task(entry["name"], entry["pipeline"], number, entry.get("key", ""))
-
-
-def _component(name: str, part: Mapping[str, Any]) -> Component:
-    sources = tuple(
-        Source(s["prefix"], s["map"], s.get("when", ""), s.get("unless", ""))
-        for s in part.get("sources", ())
-    )
-    kind = part.get("kind", "model")
-    if kind not in KINDS:
-        raise ValueError(f"component {name!r}: kind {kind!r} is not one of {', '.join(KINDS)}")
-    if bool(sources) != (kind == "model"):
-        raise ValueError(f"component {name!r}: a model needs sources, and nothing else has them")
-    tasks = tuple(part.get("tasks", ()))
-    more = part.get("layout", ""), part.get("supply", ""), part.get("fits", {})
-    return Component(name, kind, part["library"], sources, part["config"], tasks, *more)
+def _for_task(architecture: Architecture, task: str) -> Architecture:
+    (found,) = (t for t in architecture.tasks if t.name == task)
+    return replace(architecture, task=found)

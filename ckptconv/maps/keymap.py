@@ -15,33 +15,106 @@ Laws, checked when a map is built:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import MapError
+from . import schema
 from .ops import DROP, OPS, RENAME, Op
+from .schema import GIVEN, Fault
 
-__all__ = ["LAST", "REASONS", "KeyMap", "Match", "Origin", "Rule"]
+Segments = tuple[str, ...]
 
 LAST = "-1"
 """A segment of a `drop` pattern: the highest index that the file holds in this place. A `*` of
 another rule in the same place then means all the others."""
 
-REASONS = {
-    "training": "needed by training only",
-    "derived": "computed from the configuration",
-    "unused": "not used by the pipeline",
-}
-"""Why a key may be dropped."""
-
-SECTIONS = {"kinds": dict, "blocks": dict, "drop": dict, "optional": list, "repeats": list}
-"""The sections of a map's file, and whether each is a table or a list."""
+Reason = Literal["training", "derived", "unused"]
+"""Why a key may be dropped: needed by training only, computed from the configuration, or not used
+by the pipeline."""
 
 SPLITS = "split_rows"
 """The operation that has several targets; every other has one."""
 
-Pattern = tuple[str, ...]
+
+class Pattern(tuple[str, ...]):
+    """The segments of a dotted name; `*` stands for one."""
+
+    __slots__ = ()
+
+    @classmethod
+    def from_data(cls, data: Any, path: schema.Path, faults: list[Fault]) -> Pattern:
+        """Reads a dotted name."""
+        if not isinstance(data, str) or not all(data.split(".")):
+            faults.append(Fault(path, f"needs a dotted name (a number in quotes), found {data!r}"))
+            return cls()
+        return cls(data.split("."))
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The right-hand side of a line: a kind or an operation, none for a rename, and its targets."""
+
+    word: str = field(metadata=GIVEN)
+    targets: tuple[Pattern, ...] = field(metadata=GIVEN)
+
+    @classmethod
+    def from_data(cls, data: Any, path: schema.Path, faults: list[Fault]) -> Line:
+        """Reads a name, or a mapping of one kind or operation."""
+        word, names = "", data
+        if isinstance(data, Mapping) and len(data) == 1:
+            ((word, names),) = data.items()
+            many = word == SPLITS
+            if many != isinstance(names, list) or (many and len(names) < 2):
+                needed = "several names" if many else "one name"
+                faults.append(Fault(path, f"{word} needs {needed}, found {names!r}"))
+                return cls(word, ())
+        elif not isinstance(data, str):
+            text = f"needs a name or {{kind or operation: name}}, found {data!r}"
+            faults.append(Fault(path, text))
+            return cls(word, ())
+        names = names if isinstance(names, list) else [names]
+        return cls(str(word), tuple(Pattern.from_data(name, path, faults) for name in names))
+
+
+@dataclass(frozen=True, slots=True)
+class MapFile:
+    """The content of a map's file, as docs/key-maps.md describes it."""
+
+    kinds: Mapping[str, Mapping[Pattern, Line]] = field(default_factory=dict)
+    blocks: Mapping[Pattern, Line] = field(default_factory=dict)
+    drop: Mapping[Pattern, Reason] = field(default_factory=dict)
+    optional: tuple[Pattern, ...] = ()
+    repeats: tuple[str, ...] = ()
+
+    def rules(self, faults: list[Fault]) -> Iterator[Rule]:
+        """Yields every line, with the lines of its kind written out."""
+        words = ["", *(name for name in OPS if name not in (DROP.name, RENAME.name))]
+        for kind in self.kinds.keys() & OPS.keys():
+            faults.append(Fault(("kinds", kind), "has the name of an operation"))
+        for section, kinds in (
+            *((table, {}) for table in self.kinds.values()),
+            (self.blocks, self.kinds),
+        ):
+            for source, line in section.items():
+                if line.word not in (*words, *kinds):
+                    known = schema.nearest(line.word, [*kinds, *words[1:]])
+                    text = f"{line.word!r} is neither a kind of this map nor an operation{known}"
+                    faults.append(Fault((".".join(source),), text))
+        if faults:
+            return
+        for source, line in self.blocks.items():
+            if line.word not in self.kinds:
+                yield _rule(source, line)
+                continue
+            (place,) = line.targets
+            for rule in itertools.starmap(_rule, self.kinds[line.word].items()):
+                targets = tuple(place + target for target in rule.targets)
+                yield dataclasses.replace(rule, source=source + rule.source, targets=targets)
+        for source, reason in self.drop.items():
+            yield Rule(source, (), DROP, reason=reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +126,11 @@ class Rule:
         targets: the patterns on the diffusers side; several for `split_rows`, none for `drop`.
         op: the operation.
         exact: the pattern covers one whole key; otherwise all that lies below it as well.
-        reason: why the key is dropped, one of REASONS; empty if it is not.
+        reason: why the key is dropped; empty if it is not.
     """
 
-    source: Pattern
-    targets: tuple[Pattern, ...]
+    source: Segments
+    targets: tuple[Segments, ...]
     op: Op = RENAME
     exact: bool = False
     reason: str = ""
@@ -94,7 +167,7 @@ class _Tree:
     def __init__(self) -> None:
         self.root = _Node()
 
-    def add(self, pattern: Pattern, rule: Rule, part: int = 0) -> Rule | None:
+    def add(self, pattern: Segments, rule: Rule, part: int = 0) -> Rule | None:
         """Adds a pattern of a rule and returns a rule that it overlaps, or None."""
         overlap = next(_overlaps(self.root, pattern, rule.exact), None)
         node = self.root
@@ -103,14 +176,14 @@ class _Tree:
         node.rule = (rule, part)
         return overlap
 
-    def find(self, key: Pattern) -> tuple[Rule, int, Pattern] | None:
+    def find(self, key: Segments) -> tuple[Rule, int, Segments] | None:
         """Returns (rule, number of the pattern in it, segments that the stars stand for)."""
         if any("*" in segment for segment in key):
             return None  # no published key has one, and it would pass for that of a pattern
         return _find(self.root, key, ())
 
 
-def _overlaps(node: _Node, pattern: Pattern, exact: bool) -> Iterator[Rule]:
+def _overlaps(node: _Node, pattern: Segments, exact: bool) -> Iterator[Rule]:
     if node.rule and (not pattern or not node.rule[0].exact):
         yield node.rule[0]
     if pattern:
@@ -130,7 +203,7 @@ def _meet(one: str, other: str) -> bool:
     return one == other or "*" in (one, other)
 
 
-def _find(node: _Node, key: Pattern, stars: Pattern) -> tuple[Rule, int, Pattern] | None:
+def _find(node: _Node, key: Segments, stars: Segments) -> tuple[Rule, int, Segments] | None:
     if node.rule and (not key or not node.rule[0].exact):
         return (*node.rule, stars + key)
     if not key:
@@ -143,7 +216,7 @@ def _find(node: _Node, key: Pattern, stars: Pattern) -> tuple[Rule, int, Pattern
     return found
 
 
-def _fill(pattern: Pattern, carried: Pattern) -> str:
+def _fill(pattern: Segments, carried: Segments) -> str:
     """Writes the carried segments in place of the stars, and what is left of them at the end."""
     rest = iter(carried)
     return ".".join([*(next(rest) if s == "*" else s for s in pattern), *rest])
@@ -199,39 +272,17 @@ class KeyMap:
             raise MapError(f"{name}: the key map breaks a law", problems=problems)
 
     @classmethod
-    def from_dict(cls, name: str, data: Mapping[str, Any]) -> KeyMap:
-        """Builds a map from the content of its YAML file.
+    def from_file(cls, name: str, file: MapFile) -> KeyMap:
+        """Builds a map from the content of its file.
 
         Raises:
-            MapError: a part of the file is unknown or malformed, or a law is broken.
+            MapError: a line has a word that there is not, or a law is broken.
         """
-        sections, problems = _sections(data)
-        kinds = sections["kinds"]
-        for kind, table in kinds.items():
-            if kind in OPS:
-                problems.append(f"kind {kind!r} has the name of an operation")
-            if not isinstance(table, dict):
-                problems.append(f"kind {kind!r} needs a table, found {table!r}")
-        rules: list[Rule] = []
-        lines = [*sections["blocks"].items()] if not problems else []
-        for source, target in lines:
-            try:
-                rules += _expand(source, target, kinds)
-            except ValueError as error:
-                problems.append(f"{source}: {error}")
-        for source, reason in sections["drop"].items():
-            try:
-                rules.append(_dropped(source, reason))
-            except ValueError as error:
-                problems.append(f"{source}: {error}")
-        for pattern in (*sections["optional"], *sections["repeats"]):
-            try:
-                _pattern(pattern)
-            except ValueError as error:
-                problems.append(str(error))
-        if problems:
-            raise MapError(f"{name}: the key map is malformed", problems=problems)
-        return cls(name, rules, optional=sections["optional"], repeats=sections["repeats"])
+        faults: list[Fault] = []
+        rules = tuple(file.rules(faults))
+        if faults:
+            raise MapError(f"{name}: the key map is malformed", problems=list(map(str, faults)))
+        return cls(name, rules, optional=map(".".join, file.optional), repeats=file.repeats)
 
     def bound(self, keys: Iterable[str]) -> KeyMap:
         """Returns the map for a file that holds `keys`: every `-1` is the index it stands for."""
@@ -315,57 +366,5 @@ def _last_is_placed(rule: Rule) -> bool:
     return rule.op is DROP and "*" not in before and rule.source.count(LAST) == 1
 
 
-def _sections(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Returns every section of a map's file, empty where it has none, and what is wrong."""
-    sections: dict[str, Any] = {part: needed() for part, needed in SECTIONS.items()}
-    problems = []
-    for part, content in data.items():
-        if part not in SECTIONS:
-            problems.append(f"unknown section {part!r}")
-        elif isinstance(content, SECTIONS[part]):
-            sections[part] = content
-        elif content is not None:
-            needed = "table" if SECTIONS[part] is dict else "list"
-            problems.append(f"section {part!r} needs a {needed}, found {content!r}")
-    return sections, problems
-
-
-def _pattern(text: object) -> Pattern:
-    if not isinstance(text, str) or not all(text.split(".")):
-        raise ValueError(f"needs a dotted name (a number in quotes), found {text!r}")
-    return tuple(text.split("."))
-
-
-def _dropped(source: object, reason: object) -> Rule:
-    if not isinstance(reason, str) or reason not in REASONS:
-        raise ValueError(f"reason {reason!r} is not one of {', '.join(REASONS)}")
-    return Rule(_pattern(source), (), DROP, reason=reason)
-
-
-def _expand(
-    source: object, target: object, kinds: Mapping[str, Mapping[str, Any]]
-) -> Iterator[Rule]:
-    """Writes out one line of `blocks` or of a kind's table."""
-    pattern = _pattern(source)
-    if isinstance(target, str):
-        yield Rule(pattern, (_pattern(target),))
-        return
-    if not isinstance(target, Mapping) or len(target) != 1:
-        raise ValueError(f"needs a name or {{kind or operation: name}}, found {target!r}")
-    ((word, names),) = target.items()
-    if word in kinds:
-        place = _pattern(names)
-        for sub_source, sub_target in kinds[word].items():
-            for rule in _expand(sub_source, sub_target, {}):
-                yield dataclasses.replace(
-                    rule,
-                    source=pattern + rule.source,
-                    targets=tuple(place + target for target in rule.targets),
-                )
-    elif word in OPS and word != DROP.name:
-        parts = names if isinstance(names, list) else [names]
-        if (len(parts) > 1) != (word == SPLITS):
-            raise ValueError(f"{word} needs {'several names' if word == SPLITS else 'one name'}")
-        yield Rule(pattern, tuple(_pattern(part) for part in parts), OPS[word], exact=True)
-    else:
-        raise ValueError(f"{word!r} is neither a kind of this map nor an operation")
+def _rule(source: Segments, line: Line) -> Rule:
+    return Rule(source, line.targets, OPS[line.word or RENAME.name], exact=bool(line.word))

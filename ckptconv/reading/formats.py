@@ -6,15 +6,9 @@ from typing import NamedTuple
 
 
 class OtherFormat(NamedTuple):
-    """A format that is not safetensors.
+    """A format that is not safetensors, and what the owner of such a file can do."""
 
-    Attributes:
-        starts: how its files begin, with text in lower case.
-        what: its name.
-        hint: what the owner of such a file can do.
-    """
-
-    starts: tuple[bytes, ...]
+    starts: tuple[bytes, ...]  # text in lower case
     what: str
     hint: str
 

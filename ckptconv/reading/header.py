@@ -6,10 +6,10 @@ tensor's name to its dtype, shape and `data_offsets`, which count from the end o
 entry `__metadata__` maps str to str. Source: https://github.com/huggingface/safetensors, README.md
 ("Format") and `safetensors/src/tensor.rs` (`read_metadata`, `validate`).
 
-Refused here although the safetensors library 0.8 accepts it: a repeated name of a tensor or key of
-the metadata, a field that the format does not define, an entry that is a list, `__metadata__` that
-is null, white space before the first brace, and sizes from 2**63 on in a tensor without elements.
-Whatever the library refuses is refused here as well.
+Whatever the safetensors library 0.8 refuses is refused here, and also: a repeated name of a tensor
+or key of the metadata, a field that the format does not define, an entry that is a list,
+`__metadata__` that is null, white space before the first brace, and sizes of 2**63 and more in a
+tensor without elements.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..dtypes import BITS
 from ..errors import HeaderError
-from ..files import opened, refuse_unreadable
+from ..files import open_regular, read_at
 from .formats import other_format
 from .strict_json import Repeated, is_unicode, show, strict_loads
-from .tensor import Header, Tensor
+from .tensor import Header, Tensor, are_sizes, in_file_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -45,15 +45,8 @@ _DAMAGED = (
 def read_header(path: str | Path) -> Header:
     """Reads and checks the header of a safetensors file, and none of its data.
 
-    The header is read only once its length agrees with the size of the file and with the limit of
-    the format.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The header. Its tensors cover the file from `data_start` to `size` without hole or overlap,
-        and each one has as many bytes as its dtype and shape need.
+    Its tensors cover the file from `data_start` to `size` without hole or overlap, and each one has
+    as many bytes as its dtype and shape need.
 
     Raises:
         HeaderError: if the file cannot be read or is not a whole, well-formed safetensors file.
@@ -84,26 +77,18 @@ def read_header(path: str | Path) -> Header:
 
 
 def header_from_json(path: str | Path) -> Header:
-    """Reads a header that was saved without its file, such as those that ckptconv bundles.
+    """Reads a header that was saved without its file; HeaderError if it cannot be read.
 
-    Args:
-        path: a JSON file `{"metadata": {key: value}, "tensors": {name: [dtype, [shape]]}}`.
-
-    Returns:
-        The header that a file of these tensors back to back, in the order listed, would have, but
-        with offsets in bytes from the beginning of the data: `data_start` is 0.
-
-    Raises:
-        HeaderError: if the file cannot be read or does not have this form.
+    The JSON is `{"metadata": {key: value}, "tensors": {name: [dtype, [shape]]}}`. The tensors lie
+    back to back in the order listed, and their offsets count from the first of them.
     """
     path = Path(path)
     problems: list[str] = []
+    with open_regular(path) as (file, _):
+        document = _parse(path, file.read())
     try:
-        document = _parse(path, path.read_bytes())
         metadata = _check_metadata(document["metadata"], problems)
         tensors = _lay_out(path, ((n, *entry) for n, entry in document["tensors"].items()), 0)
-    except OSError as error:
-        refuse_unreadable(path, error)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         problems.append(f"{type(error).__name__}: {error}")
     if problems:
@@ -120,19 +105,11 @@ def encode_header(
     metadata: Mapping[str, str],
     path: Path = Path(),
 ) -> tuple[bytes, dict[str, Tensor]]:
-    """Makes the beginning of a safetensors file: all bytes before the data.
+    """Returns the bytes of a safetensors file before its data, and its tensors by name.
 
-    The data must follow back to back in the order of `tensors`. It begins at a multiple of 8 bytes.
+    The data must follow back to back in the order of `tensors`, from a multiple of 8 bytes on.
     Readers that map the file want each tensor aligned to its elements: give those of wider dtypes
-    first, as the safetensors library does.
-
-    Args:
-        tensors: name, dtype (a key of `BITS`) and shape of each tensor.
-        metadata: the entry `__metadata__`; the file has none where this is empty.
-        path: the file to be written.
-
-    Returns:
-        The bytes, and what they say of each tensor, by name, with offsets in the file.
+    first, as the safetensors library does. `path` is the file to be written.
 
     Raises:
         ValueError: if a name is repeated, reserved or not valid Unicode, a dtype is unknown, a
@@ -152,62 +129,59 @@ def encode_header(
 
 def _read_raw(path: Path) -> tuple[bytes, int]:
     """Returns the bytes of the header, not yet parsed, and the size of the file."""
-    with opened(path) as (file, size):
+    with open_regular(path) as (file, size):
         length = _check_length(path, file.read(64), size)
-        file.seek(_LENGTH_BYTES)
-        raw = file.read(length)
-    if len(raw) < length:
-        raise HeaderError(f"{path}: the file became shorter while it was read", hint=_DOWNLOAD)
-    return raw, size
+        return read_at(file, _LENGTH_BYTES, length), size
 
 
 def _check_length(path: Path, beginning: bytes, size: int) -> int:
-    """Returns the length of the header in bytes, given the first bytes of the file."""
-    if size == 0:
-        raise HeaderError(f"{path}: the file is empty (0 bytes)", hint=_DOWNLOAD)
+    """Returns the length of the header, if it agrees with the format and the size of the file."""
     length = int.from_bytes(beginning[:_LENGTH_BYTES], "little")
     header = beginning[_LENGTH_BYTES:]
     odd = length > _MAX_HEADER or not header.startswith(b"{")
     if odd and (other := other_format(beginning)):  # a real length may begin like another format
         message = f"{path}: this is {other.what}, not a safetensors file"
         raise HeaderError(message, hint=other.hint)
-    if not header:
-        raise HeaderError(
-            f"{path}: the file is truncated: it has {size} bytes, but a safetensors file begins "
-            f"with {_LENGTH_BYTES} bytes for the length of its header, then the header",
-            hint=_DOWNLOAD,
-        )
-    if length > _MAX_HEADER:
-        raise HeaderError(
-            f"{path}: this is not a safetensors file: the length of its header would be "
+    missing = _LENGTH_BYTES + length - size
+    for wrong, message in (
+        (size == 0, "the file is empty (0 bytes)"),
+        (
+            not header,
+            f"the file is truncated: it has {size} bytes, but a safetensors file begins with "
+            f"{_LENGTH_BYTES} bytes for the length of its header, then the header",
+        ),
+        (
+            length > _MAX_HEADER,
+            "this is not a safetensors file: the length of its header would be "
             f"{length:,} bytes, but the format allows at most {_MAX_HEADER:,}",
-            hint=_DOWNLOAD,
-        )
-    if not header.startswith(b"{"):
-        raise HeaderError(
-            f"{path}: this is not a safetensors file: its header begins with {header[:8]!r}, "
-            "but a header begins with '{'",
-            hint=_DOWNLOAD,
-        )
-    if _LENGTH_BYTES + length > size:
-        raise HeaderError(
-            f"{path}: the file is truncated: its header takes {length:,} bytes, but "
-            f"{_LENGTH_BYTES + length - size:,} of them are missing",
-            hint=_DOWNLOAD,
-        )
+        ),
+        (
+            not header.startswith(b"{"),
+            f"this is not a safetensors file: its header begins with {header[:8]!r}, but a header "
+            "begins with '{'",
+        ),
+        (
+            missing > 0,
+            f"the file is truncated: its header takes {length:,} bytes, but {missing:,} of them "
+            "are missing",
+        ),
+    ):
+        if wrong:
+            raise HeaderError(f"{path}: {message}", hint=_DOWNLOAD)
     return length
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
-    """Returns the JSON object that `raw` is; inner objects that repeat keys are `Repeated`."""
+    """Parses a JSON object; inner objects that repeat keys are `Repeated`."""
     try:
         document = strict_loads(raw)
-    except UnicodeDecodeError as error:
-        raise HeaderError(f"{path}: the header is not UTF-8: {error}", hint=_DAMAGED) from error
-    except RecursionError as error:
-        raise HeaderError(f"{path}: the JSON is nested too deeply", hint=_DAMAGED) from error
-    except ValueError as error:
-        raise HeaderError(f"{path}: the header is not JSON: {error}", hint=_DAMAGED) from error
+    except (RecursionError, ValueError) as error:
+        faults = {
+            RecursionError: "the JSON is nested too deeply",
+            UnicodeDecodeError: f"the header is not UTF-8: {error}",
+        }
+        fault = faults.get(type(error), f"the header is not JSON: {error}")
+        raise HeaderError(f"{path}: {fault}", hint=_DAMAGED) from error
     if isinstance(document, Repeated):
         problems = [f"{show(key)} occurs more than once" for key in document.keys]
         raise HeaderError(f"{path}: the header repeats keys", problems=problems, hint=_DAMAGED)
@@ -217,7 +191,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
 
 
 def _check_metadata(value: object, problems: list[str]) -> dict[str, str]:
-    """Returns the metadata; adds what is wrong with it to `problems`."""
+    """Returns the metadata, and adds what is wrong with it to `problems`."""
     if isinstance(value, Repeated):
         problems += [f"{_METADATA} repeats the key {show(key)}" for key in value.keys]
         return {}
@@ -235,14 +209,14 @@ def _check_metadata(value: object, problems: list[str]) -> dict[str, str]:
 def _check_tensors(
     path: Path, entries: dict[str, Any], data_start: int, problems: list[str]
 ) -> dict[str, Tensor]:
-    """Returns the valid tensors in the order of the data; adds the others to `problems`."""
+    """Returns the valid tensors in the order of the data, and adds the others to `problems`."""
     tensors = {}
     for name, entry in entries.items():
         try:
             tensors[name] = _check_entry(path, name, entry, data_start)
         except ValueError as error:
             problems.append(f"tensor {show(name)}: {error}")
-    return dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
+    return in_file_order(tensors)
 
 
 def _check_entry(path: Path, name: str, entry: object, data_start: int) -> Tensor:
@@ -253,11 +227,10 @@ def _check_entry(path: Path, name: str, entry: object, data_start: int) -> Tenso
     if not isinstance(entry, dict):
         raise ValueError(f"the entry is {show(entry)}, not an object")
     if entry.keys() != _FIELDS:
-        fields = show(sorted(entry))
-        raise ValueError(f"the fields are {fields}, not {sorted(_FIELDS)}")
+        raise ValueError(f"the fields are {show(sorted(entry))}, not {sorted(_FIELDS)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     nbytes = nbytes_of(dtype, shape)
-    if not isinstance(offsets, list) or len(offsets) != 2 or not _are_sizes(offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not are_sizes(*offsets):
         raise ValueError(f"data_offsets are {show(offsets)}, not two integers from 0 to 2**63 - 1")
     start, end = offsets
     if end - start != nbytes:
@@ -269,7 +242,7 @@ def _check_entry(path: Path, name: str, entry: object, data_start: int) -> Tenso
 
 
 def _check_layout(tensors: Mapping[str, Tensor], data_start: int, problems: list[str]) -> int:
-    """Returns the offset where the last tensor ends; adds holes and overlaps to `problems`."""
+    """Returns the offset where the last tensor ends, and adds holes and overlaps to `problems`."""
     end, last = data_start, ""
     for name, info in tensors.items():
         if info.start > end:
@@ -286,26 +259,22 @@ def _check_layout(tensors: Mapping[str, Tensor], data_start: int, problems: list
 def _lay_out(
     path: Path, tensors: Iterable[tuple[str, str, Sequence[int]]], start: int
 ) -> dict[str, Tensor]:
-    """Returns the tensors with offsets back to back from `start` on; ValueError if one is bad."""
-    laid_out: dict[str, Tensor] = {}
+    """Places tensors back to back from an offset on; ValueError if one of them is not valid."""
+    placed: dict[str, Tensor] = {}
     for name, dtype, shape in tensors:
-        if name in laid_out or name == _METADATA:
+        if name in placed or name == _METADATA:
             raise ValueError(f"tensor {show(name)}: the name is taken")
         end = start + nbytes_of(dtype, shape)
-        laid_out[name] = Tensor(path, name, dtype, tuple(shape), start, end)
+        placed[name] = Tensor(path, name, dtype, tuple(shape), start, end)
         start = end
-    return laid_out
+    return placed
 
 
 def nbytes_of(dtype: object, shape: object) -> int:
-    """Returns the bytes that a tensor needs.
-
-    Raises:
-        ValueError: the dtype is unknown, or the shape is not valid.
-    """
+    """Returns how many bytes a tensor needs; ValueError if its dtype or shape is not valid."""
     if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"{show(dtype)} is not a dtype of the format, such as F16 or F32")
-    if not isinstance(shape, list | tuple) or not _are_sizes(shape):
+    if not isinstance(shape, list | tuple) or not are_sizes(*shape):
         raise ValueError(f"the shape {show(shape)} is not a list of integers from 0 to 2**63 - 1")
     bits = BITS[dtype]
     for size in shape:
@@ -315,8 +284,3 @@ def nbytes_of(dtype: object, shape: object) -> int:
     if bits % 8:
         raise ValueError(f"{dtype} of shape {show(shape)} is {bits} bits, not whole bytes")
     return bits // 8
-
-
-def _are_sizes(values: Sequence[object]) -> bool:
-    """Whether all are integers from 0 to 2**63 - 1; bool does not count as one."""
-    return all(type(value) is int and 0 <= value < 2**63 for value in values)

@@ -4,7 +4,7 @@ Since release 1.6, `torch.save` writes a zip file. Its member `data.pkl` is a pi
 object, in which a tensor refers to a storage and has a dtype, a shape and strides. The elements of
 each storage are a member of their own, uncompressed. So a contiguous tensor is a byte range of the
 file, as in a safetensors file, and reading it takes neither PyTorch nor memory. The pickle is read
-as data (see `ckptconv.reading.unpickle`): nothing in it is executed.
+as data by `unpickle.py`: nothing in it is executed.
 Source: https://github.com/pytorch/pytorch, `torch/serialization.py` (`_save`, `_load`).
 """
 
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import SHOWN, HeaderError, NotACheckpoint, UnsafePickle
-from ..files import opened
+from ..files import open_regular
 from .header import nbytes_of
 from .strict_json import is_unicode, show
-from .tensor import Header, Tensor
+from .tensor import Header, Tensor, in_file_order
 from .torch_globals import GLOBALS, StridedTensor, storage_of
 from .unpickle import Forbidden, Global, Table, load
 from .zip_directory import Member, read_directory
@@ -45,14 +45,10 @@ _TYPES = {StridedTensor: "a lone tensor", list: "a list", tuple: "a tuple", Glob
 
 
 def read_pickled(path: str | Path) -> Header:
-    """Reads what a PyTorch checkpoint holds. Executes nothing, and does not read the elements.
+    """Reads what a file of `torch.save` holds. Executes nothing, and does not read the elements.
 
-    Args:
-        path: a file that `torch.save` of release 1.6 or later wrote.
-
-    Returns:
-        The tensors with their offsets in the zip file; they may share bytes. The metadata are
-        empty, and the notes list what the file holds beside the tensors.
+    The tensors have their offsets in the zip file and may share bytes; the notes list what the file
+    holds beside them.
 
     Raises:
         HeaderError: the file cannot be read, is damaged, or holds tensors that are not byte ranges,
@@ -61,8 +57,8 @@ def read_pickled(path: str | Path) -> Header:
         NotACheckpoint: it holds no tensors by name, or is a program (TorchScript).
     """
     path = Path(path)
-    with opened(path) as (file, size):
-        members: dict[str, Member] = {}
+    with open_regular(path) as (file, size):
+        members: Mapping[str, Member] = {}
         try:
             members = read_directory(file, size)
             members = _within_root(path, members)
@@ -76,20 +72,19 @@ def read_pickled(path: str | Path) -> Header:
             ) from error
         except ValueError as error:
             compressed = any(member.is_compressed for member in members.values())
+            repacked = f"the file was repacked with compression: {_RESAVE}"
             raise HeaderError(
                 f"{path}: this is not an intact PyTorch checkpoint: {error}",
-                hint=f"the file was repacked with compression: {_RESAVE}"
-                if compressed
-                else _DAMAGED,
+                hint=repacked if compressed else _DAMAGED,
             ) from error
         tensors, rest = _state_dict(path, content)
-        found = _locate(path, file, members, tensors)
-    start = min((info.start for info in found.values()), default=size)
-    return Header(path, found, {}, start, size, _notes(rest))
+        located = _locate(path, file, members, tensors)
+    start = min((info.start for info in located.values()), default=size)
+    return Header(path, located, {}, start, size, _notes(rest))
 
 
 def _within_root(path: Path, members: Mapping[str, Member]) -> dict[str, Member]:
-    """Returns the members by their names in the folder of the zip file that holds everything."""
+    """Returns the members by their names within the one folder that holds all of them."""
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in members):
         raise NotACheckpoint(
             f"{path}: this is a TorchScript program, not a checkpoint: its weights come with code",
@@ -99,13 +94,11 @@ def _within_root(path: Path, members: Mapping[str, Member]) -> dict[str, Member]
     folders = [name.removesuffix("/data.pkl") for name in members if name.endswith("/data.pkl")]
     roots = [folder for folder in folders if "/" not in folder]
     if len(roots) != 1:
-        some = ", ".join(show(name) for name in list(members)[:3]) or "nothing"
+        first = ", ".join(show(name) for name in list(members)[:3]) or "nothing"
+        found = f"expected one folder with data.pkl, found {len(roots)}"
         raise NotACheckpoint(
             f"{path}: this is a zip file, but not a PyTorch checkpoint",
-            problems=[
-                f"expected one folder with data.pkl, found {len(roots)}",
-                f"the first members are {some}",
-            ],
+            problems=[found, f"the first members are {first}"],
             hint="if it is an archive that contains a model, unpack it and give the model",
         )
     root = f"{roots[0]}/"
@@ -118,32 +111,24 @@ def _content(file: BinaryIO, members: Mapping[str, Member]) -> object:
         order = member.read(file, 16)
         if order != b"little":
             raise ValueError(f"its byte order is {show(order)}, expected b'little'")
-    raw = members["data.pkl"].read(file, MAX_PICKLE)
-    try:
-        return load(raw, GLOBALS, storage_of)
-    except Forbidden:
-        raise
-    except ValueError as error:
-        raise ValueError(f"its pickle is malformed: {error}") from error
+    return load(members["data.pkl"].read(file, MAX_PICKLE), GLOBALS, storage_of)
 
 
-def _state_dict(path: Path, content: object) -> tuple[dict[str, StridedTensor], list[str]]:
+def _state_dict(path: Path, content: object) -> tuple[Mapping[str, StridedTensor], list[str]]:
     """Returns the tensors of the model, and the keys of everything else in the file.
 
-    They are the entries of the saved dict, or of the dict with most tensors under one of the usual
-    keys. If that has none, every dict in the saved one gives its tensors, with its key before their
-    names. A saved tuple gives its tensors by number.
+    The model is the saved dict, or the dict with most tensors under one of the usual keys. If that
+    has no tensors, every dict in the saved one gives its own, with its key before their names. A
+    saved tuple of tensors gives them by number.
     """
-    if (
-        isinstance(content, tuple)
-        and content
-        and all(isinstance(t, StridedTensor) for t in content)
-    ):
-        return {str(n): tensor for n, tensor in enumerate(content)}, []
+    if isinstance(content, tuple) and content:
+        tensors = _tensors({str(n): item for n, item in enumerate(content)})
+        if len(tensors) == len(content):
+            return tensors, []
     if not isinstance(content, Table):
+        what = _TYPES.get(type(content), "a single value")
         raise NotACheckpoint(
-            f"{path}: the file holds {_TYPES.get(type(content), 'a single value')}, but a "
-            "checkpoint is a dict of tensors",
+            f"{path}: the file holds {what}, but a checkpoint is a dict of tensors",
             hint="save the state_dict() of the model, with safetensors",
         )
     keys, model = _largest(content)
@@ -176,7 +161,7 @@ def _largest(content: Table) -> tuple[tuple[str, ...], Table]:
     return max(found, key=lambda each: len(_tensors(each[1])))
 
 
-def _tensors(table: Table) -> dict[str, StridedTensor]:
+def _tensors(table: Mapping[str, object]) -> dict[str, StridedTensor]:
     return {key: value for key, value in table.items() if isinstance(value, StridedTensor)}
 
 
@@ -195,13 +180,9 @@ def _locate(
     members: Mapping[str, Member],
     tensors: Mapping[str, StridedTensor],
 ) -> dict[str, Tensor]:
-    """Returns the byte ranges of the tensors, in the order of the data.
-
-    Raises:
-        HeaderError: some are missing, or are not byte ranges; all of them are named.
-    """
+    """Returns the tensors as byte ranges; HeaderError names all that are missing or are none."""
     data_start = functools.cache(lambda key: members[f"data/{key}"].data_start(file))
-    found: dict[str, Tensor] = {}
+    located: dict[str, Tensor] = {}
     damaged, strided = [], []
     for name, tensor in tensors.items():
         if not tensor.is_contiguous:
@@ -215,38 +196,33 @@ def _locate(
             start = data_start(tensor.storage.key) + offset
         except ValueError as error:
             damaged.append(f"tensor {show(name)}: {error}")
-            continue
-        found[name] = Tensor(path, name, tensor.dtype, tensor.shape, start, start + nbytes)
+        else:
+            located[name] = Tensor(path, name, tensor.dtype, tensor.shape, start, start + nbytes)
     if damaged or strided:
         raise HeaderError(
             f"{path}: some tensors cannot be read from the file as they are",
             problems=[*damaged, *strided],
             hint=_DAMAGED if damaged else _RESAVE,
         )
-    return dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].end)))
+    return in_file_order(located)
 
 
 def _range_in_storage(
     name: str, tensor: StridedTensor, members: Mapping[str, Member]
 ) -> tuple[int, int]:
-    """Returns the offset of a tensor in its storage and its size, both in bytes.
-
-    Raises:
-        ValueError: no such tensor can exist, or not in this file.
-    """
+    """Returns the offset in the storage and the size of a tensor, in bytes; ValueError if none."""
     if not is_unicode(name) or name == "__metadata__":
         raise ValueError("no tensor of a safetensors file can have this name")
     if tensor.is_lazy:
         raise ValueError("a conjugation or negation is still to be applied to its bytes")
     storage, dtype = tensor.storage, tensor.dtype
     nbytes, offset = nbytes_of(dtype, tensor.shape), nbytes_of(dtype, (tensor.offset,))
-    available = nbytes_of(storage.dtype, (storage.numel,))
-    if offset + nbytes > available:
-        raise ValueError(
-            f"it ends at byte {offset + nbytes:,} of its storage, which has {available:,}"
-        )
-    if not (member := members.get(f"data/{storage.key}")):
-        raise ValueError(f"its storage, the member {show(f'data/{storage.key}')}, is missing")
-    if member.size < available:
-        raise ValueError(f"its storage has {member.size:,} bytes, expected {available:,}")
+    available, end = nbytes_of(storage.dtype, (storage.numel,)), offset + nbytes
+    if end > available:
+        raise ValueError(f"it ends at byte {end:,} of its storage, which has {available:,}")
+    member = f"data/{storage.key}"
+    if member not in members:
+        raise ValueError(f"its storage, the member {show(member)}, is missing")
+    if (size := members[member].size) < available:
+        raise ValueError(f"its storage has {size:,} bytes, expected {available:,}")
     return offset, nbytes

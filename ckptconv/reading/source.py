@@ -1,4 +1,4 @@
-"""Which reader a file needs, told by its first bytes and not by its name."""
+"""Chooses the reader of a file by its first bytes, not by its name."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ import re
 from pathlib import Path
 
 from ..errors import FileRefused
-from ..files import opened
+from ..files import open_regular
 from .header import read_header
 from .shards import open_index
 from .tensor import Header
 
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
-"""How the files of a checkpoint that lies in several are named."""
+"""The name of one file of a sharded checkpoint."""
 
 
 def open_header(path: str | Path) -> Header:
-    """Reads the header of a safetensors file, or what serves as one in another kind of source.
+    """Reads the header of a safetensors file, a PyTorch checkpoint, or a sharded checkpoint.
 
     Args:
-        path: a safetensors file, a PyTorch checkpoint, or the index (`.safetensors.index.json`) of
-            a checkpoint that lies in several files.
+        path: the file, or the index of the shards (`.safetensors.index.json`).
 
     Raises:
-        FileRefused: the file cannot be read, or is none of these; or as `read_pickled` says.
+        FileRefused: it cannot be read, or is none of these; or as `read_pickled` says.
     """
     path = Path(path)
     if path.name.endswith(".safetensors.index.json"):
@@ -33,7 +32,7 @@ def open_header(path: str | Path) -> Header:
             f"{path}: is part {int(part[2])} of {int(part[3])} of a checkpoint",
             hint=f"give the index of the parts, {part[1]}.safetensors.index.json",
         )
-    with opened(path) as (file, _):
+    with open_regular(path) as (file, _):
         beginning = file.read(9)
     if not is_zip(beginning):
         return read_header(path)
@@ -43,6 +42,6 @@ def open_header(path: str | Path) -> Header:
 
 
 def is_zip(beginning: bytes) -> bool:
-    """Whether a file that begins so is a zip file, as PyTorch checkpoints are."""
+    """Whether a file with these first bytes is a zip file, as PyTorch checkpoints are."""
     # A safetensors file begins with the length of its header, which may be any number, and "{".
     return beginning.startswith(b"PK\x03\x04") and beginning[8:9] != b"{"

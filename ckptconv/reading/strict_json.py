@@ -1,4 +1,4 @@
-"""JSON from an untrusted source: repeated keys are noticed, and values are safe to print."""
+"""JSON from an untrusted source: it notices repeated keys, and its values are safe to print."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _REPR.maxstring = _REPR.maxother = 120
 
 
 def show(value: object) -> str:
-    """Returns a value quoted, escaped and shortened, for a message."""
+    """Quotes, escapes and shortens a value for a message."""
     return _REPR.repr(value)
 
 
@@ -28,9 +28,8 @@ def strict_loads(raw: bytes) -> Any:
     """Parses JSON; an object that repeats keys becomes `Repeated`.
 
     Raises:
-        UnicodeDecodeError: it is not UTF-8.
         RecursionError: it is nested too deeply.
-        ValueError: it is not JSON.
+        ValueError: it is not UTF-8 (UnicodeDecodeError) or not JSON.
     """
     return json.loads(raw.decode(), object_pairs_hook=_unique, parse_int=_parse_int)
 
@@ -42,7 +41,7 @@ def is_unicode(text: str) -> bool:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Repeated:
     found = dict(pairs)
-    if len(found) == len(pairs):  # the usual case, in which counting would take most of the time
+    if len(found) == len(pairs):  # the usual case, made fast
         return found
     return Repeated([key for key, count in Counter(key for key, _ in pairs).items() if count > 1])
 

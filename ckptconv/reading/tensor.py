@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 
 
+def are_sizes(*values: object) -> bool:
+    """Whether all are integers from 0 to 2**63 - 1; bool does not count as one."""
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """A tensor in a file.
@@ -23,8 +28,8 @@ class Tensor:
         name: the name of the tensor in that file.
         dtype: a key of `ckptconv.dtypes.BITS`.
         shape: number of elements along each axis; `()` is a scalar.
-        start: offset of the first byte of the data, in bytes from the beginning of the file.
-        end: offset of the byte after the last one, likewise.
+        start: offset of the first byte of the data in the file.
+        end: offset of the byte after the last one.
     """
 
     file: Path
@@ -50,13 +55,13 @@ class Header:
     """The header of a checkpoint.
 
     Attributes:
-        path: the file; the index of a checkpoint that lies in several files.
+        path: the file, or the index of a sharded checkpoint.
         tensors: by key, in the order of the data. The key is the tensor's own name, unless the
             checkpoint is read under other names.
-        metadata: the entry `__metadata__`; empty where the file has none.
-        data_start: offset of the first byte after the header, in bytes.
-        size: size of the whole file, or of all files, in bytes.
-        notes: what the file holds beside tensors and metadata, as sentences.
+        metadata: the entry `__metadata__`; empty if the file has none.
+        data_start: offset of the first byte after the header.
+        size: size of the file, or of all shards, in bytes.
+        notes: sentences on what the file holds beside tensors and metadata.
     """
 
     path: Path
@@ -72,8 +77,13 @@ class Header:
         return tuple(dict.fromkeys(tensor.file for tensor in self.tensors.values())) or (self.path,)
 
     def has_data(self, tensor: Tensor) -> bool:
-        """Whether a tensor can be read: a header that was saved without its file has no data."""
+        """Whether a tensor can be read, unlike those of a header saved without its file."""
         return self.data_start > 0 or tensor.file != self.path
 
     def __repr__(self) -> str:
         return f"<Header of {self.path}: {len(self.tensors):,} tensors, {self.size:,} bytes>"
+
+
+def in_file_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors in the order of their data."""
+    return dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))

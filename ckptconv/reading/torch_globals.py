@@ -1,7 +1,7 @@
 """What the globals in a PyTorch pickle stand for: storages, tensors and what else it may name.
 
-A call of a global is data here: `torch._utils._rebuild_tensor_v2(...)` becomes a `StridedTensor`
-that says where its elements are.
+`torch._utils._rebuild_tensor_v2(...)` is not called: it becomes a `StridedTensor`, which says where
+its elements are.
 Source: https://github.com/pytorch/pytorch, `torch/_utils.py` (`_rebuild_*`) and
 `torch/serialization.py` (`persistent_id` in `_save`).
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..dtypes import LIBRARY_NAMES
+from .tensor import Shape, are_sizes
 from .unpickle import INERT, Call, Global, Table
 
 MAX_AXES = 64
@@ -36,49 +37,37 @@ DTYPES = {
 }
 """The safetensors dtype of each dtype and storage class of PyTorch."""
 
-IGNORED = tuple(
-    f"{package}.{name}"
-    for packages, names in (
-        # Python: sets, the bytes of protocol 2, the state of a scheduler, types.
-        ("builtins", "set list dict str int float bool"),
-        ("_codecs", "encode"),
-        ("collections", "Counter"),
-        ("typing", "Any"),
-        # PyTorch: what a tensor has beside its elements, and a textual inversion.
-        ("torch", "device Size complex128 ComplexDoubleStorage nn.modules.container.ParameterDict"),
-        # NumPy: scores, states of random generators.
-        ("numpy.core.multiarray numpy._core.multiarray", "scalar _reconstruct"),
-        ("numpy", "dtype ndarray"),
-        # PyTorch Lightning: the states of callbacks, by class, and hyperparameters.
-        (
-            "pytorch_lightning lightning.pytorch",
-            "callbacks.model_checkpoint.ModelCheckpoint callbacks.early_stopping.EarlyStopping "
-            "utilities.parsing.AttributeDict",
-        ),
-        # OmegaConf: hyperparameters of the LDM code.
-        (
-            "omegaconf",
-            "dictconfig.DictConfig listconfig.ListConfig base.ContainerMetadata base.Metadata "
-            "nodes.AnyNode",
-        ),
-    )
-    for package in packages.split()
-    for name in names.split()
-)
-"""Other globals in checkpoints of well-known programs. The objects that they make are dropped."""
+_IGNORED_BY_PACKAGE = {
+    # Python: sets, the bytes of protocol 2, the state of a scheduler, types.
+    "builtins": "set list dict str int float bool",
+    "_codecs": "encode",
+    "collections": "Counter",
+    "typing": "Any",
+    # PyTorch: what a tensor has beside its elements, and a textual inversion.
+    "torch": "device Size complex128 ComplexDoubleStorage nn.modules.container.ParameterDict",
+    # NumPy: scores, states of random generators.
+    "numpy": "dtype ndarray",
+    **dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), "scalar _reconstruct"),
+    # PyTorch Lightning: the states of callbacks, by class, and hyperparameters.
+    **dict.fromkeys(
+        ("pytorch_lightning", "lightning.pytorch"),
+        "callbacks.model_checkpoint.ModelCheckpoint callbacks.early_stopping.EarlyStopping "
+        "utilities.parsing.AttributeDict",
+    ),
+    # OmegaConf: hyperparameters of the LDM code.
+    "omegaconf": "dictconfig.DictConfig listconfig.ListConfig base.ContainerMetadata "
+    "base.Metadata nodes.AnyNode",
+}
+
+IGNORED = tuple(f"{package}.{n}" for package, ns in _IGNORED_BY_PACKAGE.items() for n in ns.split())
+"""Other globals in checkpoints of well-known programs; what they make is dropped."""
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Elements that one or more tensors share.
+    """Elements that one or more tensors share, in the zip member `data/KEY`."""
 
-    Attributes:
-        torch_type: the class of the storage, which implies a dtype.
-        key: the name of the zip member that holds the elements.
-        numel: number of elements.
-    """
-
-    torch_type: str
+    torch_type: str  # the class of the storage, which implies a dtype
     key: str
     numel: int
 
@@ -90,23 +79,14 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class StridedTensor:
-    """What the pickle says of a tensor.
-
-    Attributes:
-        storage: holds its elements.
-        offset: position of its first element in the storage, in elements.
-        shape: number of elements along each axis.
-        stride: elements between neighbours along each axis.
-        torch_dtype: its dtype, where it is not that of the storage.
-        is_lazy: whether a conjugation or negation is still to be applied.
-    """
+    """What the pickle says of a tensor; offset and strides are in elements."""
 
     storage: Storage
     offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    torch_dtype: str = ""
-    is_lazy: bool = False
+    shape: Shape
+    stride: Shape
+    torch_dtype: str = ""  # where it is not that of the storage
+    is_lazy: bool = False  # whether a conjugation or negation is still to be applied
 
     @property
     def dtype(self) -> str:
@@ -130,19 +110,11 @@ def _dtype(name: str) -> str:
     return DTYPES[name]
 
 
-def _are_sizes(*values: object) -> bool:
-    return all(type(value) is int and 0 <= value < 2**63 for value in values)
-
-
 def storage_of(persistent_id: tuple[Any, ...]) -> Storage:
-    """Returns the storage that ("storage", class, key, device, number of elements) stands for.
-
-    Raises:
-        ValueError: the persistent id is not of this form.
-    """
+    """Reads a persistent id, ("storage", class, key, device, number of elements)."""
     match persistent_id:
         case ("storage", Global(torch_type), str(key), _, numel, *_):
-            if len(key) <= MAX_KEY and _are_sizes(numel):
+            if len(key) <= MAX_KEY and are_sizes(numel):
                 return Storage(torch_type, key, numel)
     raise ValueError("a persistent id is not that of a storage")
 
@@ -151,7 +123,7 @@ def _tensor(arguments: tuple[Any, ...]) -> StridedTensor:
     """Reads the arguments of `_rebuild_tensor` and `_rebuild_tensor_v2`."""
     match arguments:
         case (Storage() as storage, offset, tuple(shape), tuple(stride), *more):
-            if len(shape) == len(stride) <= MAX_AXES and _are_sizes(offset, *shape, *stride):
+            if len(shape) == len(stride) <= MAX_AXES and are_sizes(offset, *shape, *stride):
                 is_lazy = bool(more[2:] and more[2])  # the metadata
                 return StridedTensor(storage, offset, shape, stride, is_lazy=is_lazy)
     raise ValueError("a tensor has no storage, or its offset, shape or strides are not sizes")

@@ -1,9 +1,9 @@
 """Reads a pickle as data: nothing that it names is imported, called or executed.
 
 A pickle is a program for a stack machine. The machine here knows only the instructions that make
-data. A global is its name, and a call is looked up in a table of names, whose entries turn the
-arguments into data. A name outside the table is recorded and refused at the end, with all others:
-being refused is the worst that a hostile pickle can achieve.
+data. A global is no more than its name, and a call is looked up in a table of names, whose entries
+turn the arguments into data. Names outside the table are recorded and refused together at the end:
+a refusal is the worst that a hostile pickle can achieve.
 
 Nor can it use memory or time out of proportion. The number of instructions is limited, each one
 takes at most a few hundred bytes beside its text, keys of a dict are text, and no other object is
@@ -25,11 +25,11 @@ MAX_TEXT = 512
 """Characters in the name of a global or the key of a dict: joined, long ones would fill memory."""
 
 Call = Callable[[tuple[Any, ...]], object]
-"""Turns the arguments of a call into data; ValueError if they are not what they should be."""
+"""Turns the arguments of a call into data; ValueError if they are not what it expects."""
 
 
 class Forbidden(ValueError):
-    """The pickle names globals that data do not need: all of them, in `names`."""
+    """The pickle names globals that data do not need; `names` lists all of them."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
@@ -58,37 +58,19 @@ class Table(dict[str, Any]):
 
 INERT: Final = Inert()
 
-_CONSTANTS = {
-    **{"NONE": None, "NEWTRUE": True, "NEWFALSE": False},
-    **{"EMPTY_TUPLE": (), "EMPTY_SET": INERT},
-}
-_LITERALS = frozenset(
-    (
-        *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES"),
-        *("BINBYTES8", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
-    )
-)
-
 
 def load(raw: bytes, calls: Mapping[str, Call], persistent: Call) -> object:
     """Returns the object that a pickle describes, as data.
 
-    Args:
-        raw: the whole pickle.
-        calls: what a call to a global returns, by its name. No other global may occur.
-        persistent: what a persistent id, which is a tuple, stands for.
-
-    Returns:
-        None, bool, int, float, str, bytes, list, tuple, `Table`, `Global`, `Inert`, or what `calls`
-        and `persistent` return.
+    It consists of None, bool, int, float, str, bytes, list, tuple, `Table`, `Global`, `Inert`, and
+    of whatever `calls` returns for the call of a global and `persistent` for a persistent id.
 
     Raises:
-        Forbidden: the pickle names other globals; all of them are listed.
+        Forbidden: the pickle names globals that are not in `calls`.
         ValueError: it is damaged, or has instructions that data do not need.
     """
     machine = _Machine(calls, persistent)
-    fault = ""
-    position = 0
+    fault, position = "", 0
     try:
         for steps, (instruction, argument, at) in enumerate(pickletools.genops(raw)):
             position = at or 0
@@ -109,12 +91,15 @@ def load(raw: bytes, calls: Mapping[str, Call], persistent: Call) -> object:
     if machine.forbidden:
         raise Forbidden(tuple(machine.forbidden))
     if fault:
-        raise ValueError(fault)
+        raise ValueError(f"its pickle is malformed: {fault}")
     return machine.result
 
 
 class _Machine:
-    """The stack, the marks on it, and the memo of objects that are used again."""
+    """The stack, the marks on it, and the memo of objects that are used again.
+
+    Its methods raise ValueError if an instruction cannot be run.
+    """
 
     def __init__(self, calls: Mapping[str, Call], persistent: Call) -> None:
         self.calls, self.persistent = calls, persistent
@@ -125,73 +110,14 @@ class _Machine:
         self.result: object = None
 
     def step(self, name: str, argument: Any) -> None:
-        """Runs one instruction; ValueError if it cannot be run."""
-        match name:
-            case "PROTO" | "FRAME":
-                pass
-            case _ if name in _LITERALS:
-                self.push(argument)
-            case _ if name in _CONSTANTS:
-                self.push(_CONSTANTS[name])
-            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
-                self.memo[len(self.memo) if name == "MEMOIZE" else argument] = self.top()
-            case "BINGET" | "LONG_BINGET":
-                if argument not in self.memo:
-                    raise ValueError(f"nothing was stored as number {argument:,}")
-                self.push(self.memo[argument])
-            case "MARK":
-                self.below.append(self.stack)
-                self.stack = []
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                self.push(tuple(self.take(int(name[-1]))))
-            case "TUPLE":
-                self.push(tuple(self.take_marked()))
-            case "EMPTY_LIST":
-                self.push([])
-            case "APPEND":
-                self.extend(self.take(1))
-            case "APPENDS":
-                self.extend(self.take_marked())
-            case "EMPTY_DICT":
-                self.push(Table())
-            case "SETITEM":
-                self.update(self.take(2))
-            case "SETITEMS":
-                self.update(self.take_marked())
-            case "ADDITEMS":
-                self.take_marked()
-                self.top(Inert)
-            case "FROZENSET":
-                self.take_marked()
-                self.push(INERT)
-            case "GLOBAL":
-                self.push(self.find(*argument.split(" ", 1)))
-            case "STACK_GLOBAL":
-                words = self.take(2)
-                if not all(isinstance(word, str) for word in words):
-                    raise ValueError("the name of a global is not text")
-                self.push(self.find(*words))
-            case "REDUCE" | "NEWOBJ":
-                self.call(*self.take(2))
-            case "NEWOBJ_EX":
-                self.call(*self.take(3)[:2])
-            case "BUILD":  # sets attributes, which neither a dict nor a dropped object needs
-                self.take(1)
-                self.top(Table, Inert)
-            case "BINPERSID":
-                (identity,) = self.take(1)
-                if not isinstance(identity, tuple):
-                    raise ValueError("a persistent id is not a tuple")
-                self.push(self.persistent(identity))
-            case "STOP":
-                (self.result,) = self.take(1)
-                if self.stack or self.below:
-                    raise ValueError("it ends with objects left on the stack")
-            case _:
-                raise ValueError(f"{name} is not an instruction that data need")
+        if name not in _INSTRUCTIONS:
+            raise ValueError(f"{name} is not an instruction that data need")
+        _INSTRUCTIONS[name](self, argument)
 
-    def find(self, module: str, name: str) -> Global:
+    def find(self, module: object, name: object) -> Global:
         """Returns a global, and records its name if it may not occur."""
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise ValueError("the name of a global is not text")
         if module == "__builtin__":  # the name in Python 2
             module = "builtins"
         full_name = f"{module}.{name}"
@@ -204,6 +130,10 @@ class _Machine:
     def push(self, value: object) -> None:
         self.stack.append(value)
 
+    def mark(self) -> None:
+        self.below.append(self.stack)
+        self.stack = []
+
     def top(self, *types: type) -> Any:
         """Returns the object on top of the stack, which must be of one of the types, if any."""
         if not self.stack:
@@ -212,7 +142,7 @@ class _Machine:
             raise ValueError(f"it fills an object of type {type(self.stack[-1]).__name__}")
         return self.stack[-1]
 
-    def take(self, count: int) -> list[Any]:
+    def take(self, count: int = 1) -> list[Any]:
         """Removes objects from the top of the stack, and returns them, the topmost one last."""
         if len(self.stack) < count:
             raise ValueError("it takes an object from an empty stack")
@@ -227,10 +157,16 @@ class _Machine:
         items, self.stack = self.stack, self.below.pop()
         return items
 
+    def store(self, number: int | None) -> None:
+        self.memo[len(self.memo) if number is None else number] = self.top()
+
+    def fetch(self, number: int) -> None:
+        if number not in self.memo:
+            raise ValueError(f"nothing was stored as number {number:,}")
+        self.push(self.memo[number])
+
     def extend(self, items: list[Any]) -> None:
-        """Adds items to the list on top of the stack."""
-        target = self.top(list, Inert)
-        if isinstance(target, list):
+        if isinstance(target := self.top(list, Inert), list):
             target += items
 
     def update(self, items: list[Any]) -> None:
@@ -250,9 +186,62 @@ class _Machine:
             else:
                 target[key] = value
 
-    def call(self, function: object, arguments: object) -> None:
+    def push_inert(self, _items: list[Any]) -> None:
+        self.push(INERT)
+
+    def drop(self, _items: list[Any], *types: type) -> None:
+        """Leaves items out of the object on top of the stack, which is of one of the types."""
+        self.top(*types)
+
+    def call(self, function: object, arguments: object, *_: object) -> None:
         """Pushes what a call stands for, without calling anything."""
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise ValueError("it calls something that is not a global, or without a tuple")
         inert = function.name in self.forbidden
         self.push(INERT if inert else self.calls[function.name](arguments))
+
+    def load_persistent(self, identity: object) -> None:
+        if not isinstance(identity, tuple):
+            raise ValueError("a persistent id is not a tuple")
+        self.push(self.persistent(identity))
+
+    def stop(self) -> None:
+        (self.result,) = self.take()
+        if self.stack or self.below:
+            raise ValueError("it ends with objects left on the stack")
+
+
+_INSTRUCTIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda m, _: None),
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), _Machine.push),
+    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"), _Machine.push),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _Machine.push),
+    "NONE": lambda m, _: m.push(None),
+    "NEWTRUE": lambda m, _: m.push(True),
+    "NEWFALSE": lambda m, _: m.push(False),
+    "EMPTY_TUPLE": lambda m, _: m.push(()),
+    "EMPTY_LIST": lambda m, _: m.push([]),
+    "EMPTY_DICT": lambda m, _: m.push(Table()),
+    "EMPTY_SET": lambda m, _: m.push(INERT),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT", "MEMOIZE"), _Machine.store),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), _Machine.fetch),
+    "MARK": lambda m, _: m.mark(),
+    "TUPLE1": lambda m, _: m.push(tuple(m.take(1))),
+    "TUPLE2": lambda m, _: m.push(tuple(m.take(2))),
+    "TUPLE3": lambda m, _: m.push(tuple(m.take(3))),
+    "TUPLE": lambda m, _: m.push(tuple(m.take_marked())),
+    "APPEND": lambda m, _: m.extend(m.take()),
+    "APPENDS": lambda m, _: m.extend(m.take_marked()),
+    "SETITEM": lambda m, _: m.update(m.take(2)),
+    "SETITEMS": lambda m, _: m.update(m.take_marked()),
+    "ADDITEMS": lambda m, _: m.drop(m.take_marked(), Inert),
+    "FROZENSET": lambda m, _: m.push_inert(m.take_marked()),
+    "BUILD": lambda m, _: m.drop(m.take(), Table, Inert),  # attributes, which neither needs
+    "GLOBAL": lambda m, names: m.push(m.find(*names.split(" ", 1))),
+    "STACK_GLOBAL": lambda m, _: m.push(m.find(*m.take(2))),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda m, _: m.call(*m.take(2))),
+    "NEWOBJ_EX": lambda m, _: m.call(*m.take(3)),
+    "BINPERSID": lambda m, _: m.load_persistent(*m.take()),
+    "STOP": lambda m, _: m.stop(),
+}
+"""What the machine does for each instruction, by the name that `pickletools` gives it."""

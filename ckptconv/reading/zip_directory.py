@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 from zipfile import BadZipFile, ZipFile, ZipInfo
 
+from ..files import read_at
 from .strict_json import show
 
 MAX_DIRECTORY = 16 << 20
@@ -31,11 +32,9 @@ _TRUNCATED = "the directory that ends every zip file is missing: the file is tru
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file inside the zip file.
+    """One file inside the zip file: its entry in the directory, and its limit.
 
-    Attributes:
-        entry: what the directory says of it.
-        limit: offset in the zip file where the next member or the directory begins.
+    The limit is the offset in the zip file where the next member or the directory begins.
     """
 
     entry: ZipInfo
@@ -54,17 +53,14 @@ class Member:
     def data_start(self, file: BinaryIO) -> int:
         """Returns the offset of the content in the zip file.
 
-        Raises:
-            ValueError: the content is compressed or encrypted, or the member's local header does
-                not agree with the directory.
-            OSError: from the system.
+        ValueError if it is compressed or encrypted, or its local header contradicts the directory.
         """
         entry, name = self.entry, show(self.entry.orig_filename)
         if entry.flag_bits & _ENCRYPTED or self.is_compressed:
             how = "encrypted" if entry.flag_bits & _ENCRYPTED else "compressed"
             raise ValueError(f"its member {name} is {how}")
         encoded = entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF_8 else "cp437")
-        raw = _read_at(file, entry.header_offset, _LOCAL_HEADER.size + len(encoded))
+        raw = read_at(file, entry.header_offset, _LOCAL_HEADER.size + len(encoded))
         *found, extra = _LOCAL_HEADER.unpack_from(raw)
         start: int = entry.header_offset + len(raw) + extra
         expected = [b"PK\x03\x04", 0, len(encoded)]
@@ -73,35 +69,22 @@ class Member:
         return start
 
     def read(self, file: BinaryIO, max_bytes: int) -> bytes:
-        """Returns the content.
-
-        Raises:
-            ValueError: it is larger than `max_bytes`, or as for `data_start`.
-            OSError: from the system.
-        """
+        """Returns the content; ValueError if it exceeds `max_bytes`, or as for `data_start`."""
         if self.size > max_bytes:
             name = show(self.entry.orig_filename)
             raise ValueError(f"its member {name} has {self.size:,} bytes, more than {max_bytes:,}")
-        return _read_at(file, self.data_start(file), self.size)
+        return read_at(file, self.data_start(file), self.size)
 
 
 def read_directory(file: BinaryIO, size: int) -> dict[str, Member]:
-    """Reads the directory of a zip file.
-
-    Args:
-        file: the zip file.
-        size: its size in bytes.
-
-    Returns:
-        The members by name, in the order of their data.
+    """Returns the members of a zip file by name, in the order of their data.
 
     Raises:
         ValueError: the directory is damaged, contradicts itself or is too large.
-        OSError: from the system.
     """
     if size < _END_RECORD.size:
         raise ValueError(_TRUNCATED)
-    end = _read_at(file, size - _END_RECORD.size, _END_RECORD.size)
+    end = read_at(file, size - _END_RECORD.size, _END_RECORD.size)
     signature, *disks, here, count, comment = _END_RECORD.unpack(end)
     if signature != b"PK\x05\x06" or comment:
         raise ValueError(_TRUNCATED)
@@ -132,7 +115,7 @@ def read_directory(file: BinaryIO, size: int) -> dict[str, Member]:
 
 
 class _Bounded:
-    """What `zipfile` sees of a file: it reads the whole directory at once, whatever its size."""
+    """A file that refuses large reads: `zipfile` would read a directory of any size at once."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.seek, self.tell = file, file.seek, file.tell
@@ -141,11 +124,3 @@ class _Bounded:
         if nbytes > MAX_DIRECTORY:
             raise ValueError(f"its directory has {nbytes:,} bytes, more than {MAX_DIRECTORY:,}")
         return self.file.read(nbytes if nbytes >= 0 else _END_RECORD.size)
-
-
-def _read_at(file: BinaryIO, offset: int, nbytes: int) -> bytes:
-    file.seek(offset)
-    raw = file.read(nbytes)
-    if len(raw) != nbytes:
-        raise ValueError("the file became shorter while it was read")
-    return raw

@@ -8,13 +8,7 @@ from ..dtypes import FLOATS, numpy_dtype
 def cast(data: bytearray | memoryview, source: str, target: str) -> tuple[memoryview, int]:
     """Casts elements, rounding to the nearest value, ties to even.
 
-    Args:
-        data: the elements, back to back.
-        source: their dtype, as safetensors names it.
-        target: the dtype to give.
-
-    Returns:
-        The bytes of the elements, and how many finite ones became infinite.
+    Returns their bytes, and how many finite values became infinite.
     """
     import ml_dtypes
     import numpy as np

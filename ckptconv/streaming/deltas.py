@@ -1,76 +1,58 @@
-"""Changes the values of a weight: an adapter is added, or a scale multiplied.
+"""Changes the values of a weight: adds an adapter, or multiplies by a scale.
 
-The arithmetic is that of the libraries (PEFT for LoRA, DoRA, LoHa and LoKr), which a test holds it
-against. What is added is computed in float64 and rounded to float32 before it is added: libraries
-of linear algebra sum in an order of their own, and in float32 the last bit would depend on the
-processor, so that a folder could not be verified bit for bit on another machine.
+The arithmetic is that of the libraries (PEFT for LoRA, DoRA, LoHa and LoKr), as a test checks. What
+is added is computed in float64 and rounded to float32 first: libraries of linear algebra sum in an
+order of their own, and in float32 the last bit would depend on the processor, so that a folder
+could not be verified bit for bit on another machine.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FileRefused
-from ..planning.step import Change
 from ..reading.tensor import Tensor
 from .cast import cast
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from ..files import Files
+    from .transfers import Transfer
+
     Array = npt.NDArray[Any]
     Rows = Callable[[slice], Array]
-    """From some rows of a weight to what is added to them, each row flat."""
+    """Gives what is added to some rows of a weight, each row flat."""
 
 
 BLOCK = 64 << 10
 """Elements that are computed at a time: they stay in a processor's cache."""
 SMALL = 256 << 10
 """Multiplications in a product that OpenBLAS computes without threads of its own. Ours would wait
-for those: a conversion took six times as long on a busy machine."""
+for them: a conversion took six times as long on a busy machine."""
 
 
-def merged(
-    data: bytearray,
-    dtype: str,
-    shape: tuple[int, ...],
-    changes: Iterable[Change],
-    read: Callable[[Tensor], bytearray],
-) -> tuple[memoryview, str]:
-    """Changes the values of one weight.
+def merged(data: bytearray, dtype: str, transfer: Transfer, files: Files) -> tuple[memoryview, str]:
+    """Makes the changes of a transfer to the values of its weight, given row by row.
 
-    Args:
-        data: its elements, row by row.
-        dtype: of the elements, as safetensors names it.
-        shape: of the weight, [out, in, ...].
-        changes: what to do, in this order.
-        read: gives the bytes of a tensor.
-
-    Returns:
-        The new elements and their dtype: F64 for F64, F32 for all others.
-
-    Raises:
-        FileRefused: an alpha is not finite.
+    Returns the new elements and their dtype, F64 for F64 and F32 for all others. FileRefused if an
+    alpha is not finite, or a file can no longer be read.
     """
     import numpy as np
 
     values = _decoded(data, dtype)
-    weight = values.reshape(shape[0] if shape else 1, -1)
-    for each in changes:
-        tensors = dict(each.parts)
-        parts = {
-            role: _decoded(read(tensor), tensor.dtype).reshape(tensor.shape).astype(np.float64)
-            for role, tensor in tensors.items()
-        }
+    weight = values.reshape(transfer.shape[0] if transfer.shape else 1, -1)
+    for each in transfer.changes:
+        parts = {role: _read(tensor, files).astype(np.float64) for role, tensor in each.parts}
         factor = each.factor
         if (alpha := parts.pop("alpha", None)) is not None:
-            said = float(alpha.reshape(-1)[0])
-            factor *= said
+            value = float(alpha.reshape(-1)[0])
+            factor *= value
             if not math.isfinite(factor):
                 raise FileRefused(
-                    f"{tensors['alpha'].file}: an alpha of the adapter is {said}",
+                    f"{dict(each.parts)['alpha'].file}: an alpha of the adapter is {value}",
                     hint="the adapter is broken, as by a training that diverged: take another",
                 )
         change = KINDS[each.kind](parts, factor)
@@ -81,8 +63,13 @@ def merged(
     return values.data.cast("B"), "F64" if values.dtype == np.float64 else "F32"
 
 
+def _read(tensor: Tensor, files: Files) -> Array:
+    data = files.read(tensor.file, tensor.start, tensor.nbytes)
+    return _decoded(data, tensor.dtype).reshape(tensor.shape)
+
+
 def _decoded(data: bytearray, dtype: str) -> Array:
-    """Returns elements as float64 if they are that, else as float32, which holds their values."""
+    """Returns elements as float64 if that is their dtype, else as float32, which is exact."""
     import numpy as np
 
     if dtype in ("F32", "F64"):
@@ -95,7 +82,7 @@ Apply = Callable[["Array", slice], None]
 
 
 def _adding(rows_of: Callable[[Mapping[str, Array]], Rows]) -> Callable[..., Apply]:
-    """Makes a kind of change that adds something to each row."""
+    """Returns a kind of change that adds something to each row."""
 
     def kind(parts: Mapping[str, Array], factor: float) -> Apply:
         rows_at = rows_of(parts)
@@ -183,12 +170,12 @@ def _product(left: Array, right: Array) -> Array:
     """Multiplies two matrices, some columns at a time."""
     import numpy as np
 
-    made = np.empty((len(left), right.shape[1]), np.float64)
+    product = np.empty((len(left), right.shape[1]), np.float64)
     width = max(1, SMALL // max(1, left.size))
     for start in range(0, right.shape[1], width):
         columns = slice(start, start + width)
-        np.matmul(left, right[:, columns], out=made[:, columns])
-    return made
+        np.matmul(left, right[:, columns], out=product[:, columns])
+    return product
 
 
 def _flat(tensor: Array) -> Array:
@@ -203,4 +190,4 @@ KINDS: Mapping[str, Callable[..., Apply]] = {
     "lokr": _adding(_lokr),
     "scale": _scale,
 }
-"""By kind, from the tensors of a change and its factor to what changes the rows of a weight."""
+"""By kind, a function from the tensors of a change and its factor to what changes the rows."""

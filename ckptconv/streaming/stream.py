@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ..dtypes import BITS
+from ..dtypes import BITS, nbytes
 from ..files import Files
 from ..planning.step import Target
 from ..reading.header import encode_header
@@ -37,13 +37,7 @@ CAST_CHUNK = 256 << 10
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """A safetensors file to write.
-
-    Attributes:
-        path: of the file.
-        beginning: its bytes before the data.
-        tensors: by key, the offsets in the file.
-    """
+    """A safetensors file to write: its bytes before the data, and its tensors by key."""
 
     path: Path
     beginning: bytes
@@ -58,8 +52,8 @@ class WeightFile:
 def lay_out(path: Path, targets: Iterable[Target], metadata: Mapping[str, str]) -> WeightFile:
     """Plans a file for some tensors.
 
-    The order of the source is kept, so that neighbours stay neighbours, but wide dtypes come
-    before narrow ones, so that each tensor is aligned to its elements.
+    They stay in order, so that neighbours stay neighbours, but wide dtypes come before narrow ones,
+    so that each tensor is aligned to its elements.
     """
     ordered = sorted(targets, key=lambda target: -BITS[target.dtype])
     entries = [(t.key, t.dtype, t.shape) for t in ordered]
@@ -69,22 +63,15 @@ def lay_out(path: Path, targets: Iterable[Target], metadata: Mapping[str, str]) 
 def write(
     files: Sequence[WeightFile], todo: Iterable[Transfer], progress: Callable[[int], None]
 ) -> list[str]:
-    """Writes files and returns what went wrong with single values.
+    """Writes files, none of which may exist, and returns what went wrong with single values.
 
     The beginning of a file is written last, when its data are whole: a run that is interrupted
-    leaves files that no reader takes for weights.
-
-    Args:
-        files: to make; none of them may exist.
-        todo: what goes into them.
-        progress: is called from several threads with numbers of bytes written.
-
-    Returns:
-        Sentences on values that a cast could not hold.
+    leaves files that no reader takes for weights. Several threads tell `progress` how many bytes
+    they wrote.
 
     Raises:
         OSError: from the system, such as a full disk.
-        FileRefused: a source became shorter meanwhile, or cannot be read any more.
+        FileRefused: a source became shorter meanwhile, or can no longer be read.
     """
     for file in files:
         with file.path.open("xb") as out:
@@ -137,7 +124,7 @@ def _overflowed(
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Takes the room on the disk at once: a full disk is found before the first byte is copied."""
+    """Takes the room on the disk, so that a full disk shows before the first byte is copied."""
     if sys.platform == "linux" and size:
         os.posix_fallocate(descriptor, 0, size)
     else:
@@ -157,24 +144,18 @@ def _move(part: Transfer, files: Files, progress: Callable[[int], None]) -> int:
 
 
 def converted(part: Transfer, files: Files) -> tuple[memoryview, int]:
-    """Reads a part, and does to it all that is to be done.
+    """Reads a part, then transposes, changes and casts it as the transfer says.
 
-    Returns:
-        The bytes of the target, and how many finite values became infinite.
-
-    Raises:
-        FileRefused: a source became shorter meanwhile, cannot be read any more, or says to add what
-            is not finite.
+    Returns the bytes of the target, and how many finite values became infinite. FileRefused if a
+    source became shorter, can no longer be read, or adds what is not finite.
     """
     dtype, wanted = part.dtypes
-    data = files.read(*part.source, part.count * BITS[dtype] // 8)
+    data = files.read(*part.source, nbytes(part.count, dtype))
     if part.transposed is not None:
         data = _transposed(data, part.transposed)
     view = memoryview(data)
     if part.changes:
-        view, dtype = merged(
-            data, dtype, part.shape, part.changes, lambda t: files.read(t.file, t.start, t.nbytes)
-        )
+        view, dtype = merged(data, dtype, part, files)
     if dtype == wanted:
         return view, 0
     from .cast import cast
@@ -191,18 +172,13 @@ def _copy(part: Transfer, files: Files) -> None:
     (source, start), (target, offset) = part.source, part.target
     buffer = memoryview(bytearray(min(part.nbytes, BUFFER)))
     for done in range(0, part.nbytes, BUFFER):
-        piece = buffer[: part.nbytes - done]
-        files.read_into(source, start + done, piece)
-        files.write(target, offset + done, piece)
+        filled = buffer[: part.nbytes - done]
+        files.read_into(source, start + done, filled)
+        files.write(target, offset + done, filled)
 
 
 def _transposed(data: bytearray, shape: tuple[int, ...]) -> bytearray:
-    """Returns the bytes of a matrix, transposed.
-
-    Args:
-        data: the elements, row by row.
-        shape: rows and columns.
-    """
+    """Transposes a matrix, given row by row."""
     import numpy as np
 
     rows, columns = shape

@@ -15,25 +15,22 @@ from ..planning.step import Change, Step
 from ..reading.tensor import Shape, Tensor
 
 Places = Mapping[tuple[str, str], Tensor]
-"""By component and key of a target, where it lies, or is to lie, in a file."""
+"""By component and key of a target, the tensor in the file where it lies or is to lie."""
+
+Offset = tuple[Path, int]
+"""A file, and an offset in it in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """Elements that lie together in one source and one target.
 
-    Attributes:
-        source: file, and offset in bytes of the first element.
-        target: likewise.
-        count: number of elements.
-        dtypes: of the source and of the target, as safetensors writes them.
-        transposed: shape of the source if it is to be transposed; then the transfer is the tensor.
-        shape: of the target if its values change; then, too, the transfer is the tensor.
-        changes: how they change, in this order.
+    `transposed` is the shape of the source if it is to be transposed, and `shape` that of the
+    target if its values are to change.
     """
 
-    source: tuple[Path, int]
-    target: tuple[Path, int]
+    source: Offset
+    target: Offset
     count: int
     dtypes: tuple[str, str]
     transposed: Shape | None = None
@@ -52,7 +49,7 @@ class Transfer:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is a tensor that must not be cut."""
+        """Whether it is a whole tensor, which must not be cut."""
         return self.transposed is not None or bool(self.changes)
 
     def cut(self, count: int) -> Iterator[Transfer]:
@@ -61,21 +58,23 @@ class Transfer:
             yield self
             return
         for start in range(0, self.count, count):
-            yield replace(
-                self,
-                source=(self.source[0], self.source[1] + nbytes(start, self.dtypes[0])),
-                target=(self.target[0], self.target[1] + nbytes(start, self.dtypes[1])),
-                count=min(count, self.count - start),
-            )
+            source, target = self._at(start)
+            yield replace(self, source=source, target=target, count=min(count, self.count - start))
+
+    def continues(self, other: Transfer) -> bool:
+        """Whether both are copies, and this one begins where the other ends."""
+        both = self.is_copy and other.is_copy and self.dtypes == other.dtypes
+        return both and (self.source, self.target) == other._at(other.count)
+
+    def _at(self, element: int) -> tuple[Offset, Offset]:
+        """Returns where an element is read and written."""
+        (source, start), (target, offset) = self.source, self.target
+        before, after = (nbytes(element, dtype) for dtype in self.dtypes)
+        return (source, start + before), (target, offset + after)
 
 
 def transfers(steps: Iterable[Step], places: Places) -> Iterator[Transfer]:
-    """Yields what to move for some steps.
-
-    Args:
-        steps: to run; those without targets give nothing.
-        places: of all targets.
-    """
+    """Yields what to move for some steps, given the places of all their targets."""
     for step in steps:
         into = [places[target.component, target.key] for target in step.targets]
         if step.changes or (into and not step.op.keeps_order):
@@ -88,20 +87,16 @@ def _whole(step: Step, into: Sequence[Tensor]) -> Iterator[Transfer]:
     """Yields one transfer for each target of a step that has one source."""
     (source,) = step.sources
     transposed = None if step.op.keeps_order else source.shape
-    start = source.start
+    start = 0
     for target, place in zip(step.targets, into, strict=True):
         if place.numel:
-            changes = tuple(change for change in step.changes if change.key == target.key)
-            yield Transfer(
-                (source.file, start),
-                (place.file, place.start),
-                place.numel,
-                (source.dtype, place.dtype),
-                transposed,
-                target.shape if step.changes else (),
-                changes,
+            yield replace(
+                _transfer(source, start, place, 0, place.numel),
+                transposed=transposed,
+                shape=target.shape if step.changes else (),
+                changes=tuple(change for change in step.changes if change.key == target.key),
             )
-        start += nbytes(place.numel, source.dtype)
+        start += place.numel
 
 
 def _matched(sources: Sequence[Tensor], into: Sequence[Tensor]) -> Iterator[Transfer]:
@@ -114,28 +109,26 @@ def _matched(sources: Sequence[Tensor], into: Sequence[Tensor]) -> Iterator[Tran
             while done == place.numel:
                 place, done = next(waiting), 0
             count = min(source.numel - taken, place.numel - done)
-            yield Transfer(
-                (source.file, source.start + nbytes(taken, source.dtype)),
-                (place.file, place.start + nbytes(done, place.dtype)),
-                count,
-                (source.dtype, place.dtype),
-            )
+            yield _transfer(source, taken, place, done, count)
             taken += count
             done += count
+
+
+def _transfer(source: Tensor, taken: int, place: Tensor, done: int, count: int) -> Transfer:
+    """Returns the transfer of elements from one tensor to another, each from an element on."""
+    return Transfer(
+        (source.file, source.start + nbytes(taken, source.dtype)),
+        (place.file, place.start + nbytes(done, place.dtype)),
+        count,
+        (source.dtype, place.dtype),
+    )
 
 
 def joined(todo: Iterable[Transfer]) -> Iterator[Transfer]:
     """Joins copies that follow each other in the source and in the target."""
     last: Transfer | None = None
     for each in todo:
-        if (
-            last
-            and last.is_copy
-            and each.is_copy
-            and last.dtypes == each.dtypes
-            and each.source == (last.source[0], last.source[1] + last.nbytes)
-            and each.target == (last.target[0], last.target[1] + last.nbytes)
-        ):
+        if last and each.continues(last):
             last = Transfer(last.source, last.target, last.count + each.count, last.dtypes)
             continue
         if last:

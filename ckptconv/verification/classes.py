@@ -18,18 +18,6 @@ from typing import Any
 
 from ..libraries import LIBRARIES, find_class
 
-MODELS = {
-    "UNet2DConditionModel": "diffusers",
-    "AutoencoderKL": "diffusers",
-    "CLIPTextModel": "transformers",
-    "CLIPTextModelWithProjection": "transformers",
-    "CLIPVisionModelWithProjection": "transformers",
-    "ControlNetModel": "diffusers",
-    "DPTForDepthEstimation": "transformers",
-    "StableUnCLIPImageNormalizer": "diffusers",
-}
-"""The classes with weights that the bundled architectures are made of, and their library."""
-
 MOST_LAYERS = 200
 """More of anything that a configuration counts would only take time and memory: the largest
 published count is 32."""
@@ -71,7 +59,7 @@ def expected(library: str, name: str, config: Mapping[str, Any]) -> Expected:
     """Returns the tensors of a model of a class.
 
     Args:
-        library: `diffusers` or `transformers`.
+        library: `diffusers`, `transformers` or a package of `diffusers.pipelines`.
         name: of the class.
         config: its configuration; entries that the class does not know are left out.
 
@@ -100,7 +88,7 @@ def has_class(library: str, name: str) -> bool:
 
 @functools.cache
 def _class(library: str, name: str) -> Any:
-    found = find_class(library, name) if library in LIBRARIES else None
+    found = find_class(library, name)
     if found is None:
         raise Unbuildable(f"{library} has no class {name}")
     return found

@@ -42,14 +42,7 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What was found in one tensor.
-
-    Attributes:
-        count: of the elements that differ, or are not finite.
-        first: number of the first of them.
-        of: elements of the tensor.
-        shape: of the tensor.
-    """
+    """How many elements `of` a tensor differ or are not finite, and the first of them."""
 
     count: int
     first: int
@@ -69,20 +62,10 @@ class Found:
 def compare(
     todo: Iterable[Transfer], tensors: Places, progress: Callable[[int], None] = lambda _n: None
 ) -> dict[Key, Found]:
-    """Compares what is in the targets of some pieces with what would be moved there.
+    """Compares `tensors` with what transfers would move there; returns those that differ.
 
-    Args:
-        todo: the pieces; their targets are whole tensors, cut or not.
-        tensors: the tensors in the targets, by place and key.
-        progress: is called from several threads with numbers of bytes of the targets.
-
-    Returns:
-        The tensors that differ, by place and key; nothing where all are equal.
-
-    Raises:
-        FileRefused: a file cannot be read any more, or became shorter.
+    `progress` is called from several threads with numbers of bytes of the targets.
     """
-    found = _Findings(tensors)
 
     def run(part: Transfer) -> None:
         if part.is_copy:
@@ -91,6 +74,7 @@ def compare(
             _compare_values(part, files, found)
             progress(part.nbytes)
 
+    found = _Findings(tensors)
     with Files() as files:
         in_threads(run, (part for each in joined(todo) for part in _parts(each)), THREADS)
     return found.by_key()
@@ -99,31 +83,22 @@ def compare(
 def look_for_nonfinite(
     tensors: Places, progress: Callable[[int], None] = lambda _n: None
 ) -> dict[Key, Found]:
-    """Finds NaN and infinities.
-
-    Args:
-        tensors: to look at, by place and key; those that are no floats are passed over.
-        progress: is called from several threads with numbers of bytes.
-
-    Raises:
-        FileRefused: a file cannot be read any more, or became shorter.
-    """
-    floats = {k: t for k, t in tensors.items() if t.dtype in LOOKED_AT and t.numel}
-    found = _Findings(floats)
-    whole = (
-        Transfer((t.file, t.start), (t.file, t.start), t.numel, (t.dtype, t.dtype))
-        for t in floats.values()
-    )
+    """Finds NaN and infinities in those tensors that are floats."""
 
     def run(part: Transfer) -> None:
         import numpy as np
 
         data = files.read(*part.target, part.nbytes)
         bad = ~np.isfinite(_values(np.frombuffer(data, np.uint8), part.dtypes[1]))
-        if bad.any():
-            found.add(part.target, np.flatnonzero(bad))
+        found.add(part.target, np.flatnonzero(bad))
         progress(part.nbytes)
 
+    floats = {k: t for k, t in tensors.items() if t.dtype in LOOKED_AT and t.numel}
+    found = _Findings(floats)
+    whole = (
+        Transfer((t.file, t.start), (t.file, t.start), t.numel, (t.dtype, t.dtype))
+        for t in floats.values()
+    )
     with Files() as files:
         in_threads(run, (part for each in whole for part in _parts(each, LOOK)), THREADS)
     return found.by_key()
@@ -150,6 +125,8 @@ class _Findings:
 
     def add(self, start: tuple[Path, int], elements: npt.NDArray[np.intp]) -> None:
         """Adds elements of one dtype, numbered from the byte `start` on."""
+        if not len(elements):
+            return
         path, offset = start
         keys = self._keys[path]
         at = bisect.bisect_right(keys, offset, key=lambda item: item[0]) - 1
@@ -179,48 +156,43 @@ def _compare_bytes(
     part: Transfer, files: Files, found: _Findings, progress: Callable[[int], None]
 ) -> None:
     (source, start), (target, offset) = part.source, part.target
-    done, ours, theirs = 0, bytearray(), bytearray()
-    while done < part.nbytes:
+    bits = BITS[part.dtypes[1]]
+    want, have = bytearray(), bytearray()
+    for done in range(0, part.nbytes, BUFFER):
         count = min(BUFFER, part.nbytes - done)
-        if count != len(ours):
-            ours, theirs = bytearray(count), bytearray(count)
-        files.read_into(source, start + done, ours)
-        files.read_into(target, offset + done, theirs)
-        if ours != theirs:
-            _add_different(ours, theirs, part, done, found)
-        done += count
+        if count != len(want):
+            want, have = bytearray(count), bytearray(count)
+        files.read_into(source, start + done, want)
+        files.read_into(target, offset + done, have)
+        if want != have:
+            unequal = _unequal(want, have, max(bits // 8, 1))
+            found.add((target, offset + done), unequal.nonzero()[0] * (8 // min(bits, 8)))
         progress(count)
 
 
-def _add_different(
-    source: bytearray, target: bytearray, part: Transfer, done: int, found: _Findings
-) -> None:
-    import numpy as np
-
-    width = max(BITS[part.dtypes[1]] // 8, 1)
-    bits = min(BITS[part.dtypes[1]], 8)
-    unequal = np.frombuffer(source, np.uint8) != np.frombuffer(target, np.uint8)
-    elements = np.flatnonzero(unequal.reshape(-1, width).any(axis=1)) * (8 // bits)
-    found.add((part.target[0], part.target[1] + done), elements)
-
-
 def _compare_values(part: Transfer, files: Files, found: _Findings) -> None:
-    """Compares after all that a conversion does to a piece: it is done once more."""
+    """Does once more what the conversion does to a part, and compares the result."""
     import numpy as np
 
-    view, _ = converted(part, files)
+    want, _ = converted(part, files)
     have = files.read(*part.target, part.nbytes)
-    if have == view:
+    if have == want:
         return
-    width = len(have) // part.count
-    rows = [np.frombuffer(raw, np.uint8).reshape(-1, width) for raw in (view, have)]
-    unequal = (rows[0] != rows[1]).any(axis=1)
-    if part.dtypes[0] != part.dtypes[1] and part.dtypes[1] in FLOATS:
-        ours, theirs = (np.isnan(_values(each, part.dtypes[1])) for each in rows)
-        unequal &= ~(ours & theirs)
-    if unequal.any():
-        found.add(part.target, np.flatnonzero(unequal))
+    unequal = _unequal(want, have, len(have) // part.count)
+    dtype = part.dtypes[1]
+    if part.dtypes[0] != dtype and dtype in FLOATS:
+        nan = [np.isnan(_values(np.frombuffer(raw, np.uint8), dtype)) for raw in (want, have)]
+        unequal &= ~(nan[0] & nan[1])
+    found.add(part.target, np.flatnonzero(unequal))
+
+
+def _unequal(want: bytearray | memoryview, have: bytearray, width: int) -> npt.NDArray[np.bool_]:
+    """Returns which elements, of `width` bytes each, differ."""
+    import numpy as np
+
+    unequal = np.frombuffer(want, np.uint8) != np.frombuffer(have, np.uint8)
+    return np.asarray(unequal.reshape(-1, width).any(axis=1))
 
 
 def _values(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
-    return raw.reshape(-1).view(numpy_dtype(dtype))
+    return raw.view(numpy_dtype(dtype))

@@ -1,34 +1,46 @@
 """Do the key maps hold what they promise? For whoever writes one.
 
-Every map is built, which checks its laws. Then each architecture is tried on the header of its
-published file, with every number of input channels that it knows, and as a small sample: it must
-be recognised, every key must have a line, every line must lead back, and the real classes, built
-from the configurations that come out, must expect just these tensors.
+Every file is read, and every map is built, which checks its laws. Then each architecture is tried
+on the header of its published file, with every number of input channels that it knows, and as a
+small sample: it must be recognised, every key must have a line, every line must lead back, and the
+real classes, built from the configurations that come out, must expect just these tensors.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from typing import Any
 
 from ..configs.config import Config, class_of, configs, model_index
-from ..detection.detect import detect
+from ..configs.original_config import OriginalConfigFile
+from ..detection.detect import ForeignFormat, detect
+from ..detection.facts import Hints
 from ..errors import CkptconvError
-from ..maps.architecture import Architecture, KeyMaps
+from ..maps import schema
+from ..maps.architecture import Architecture, KeyMaps, Relative, Variant
+from ..maps.evidence import Witness
+from ..maps.keymap import MapFile
 from ..maps.ops import Shape
+from ..maps.schema import Named
 from ..planning.plan import Plan, build_plan
 from ..planning.step import Step
 from ..reading.tensor import Header, Tensor
-from ..sample import layout_of
+from ..sample import Sample, layout_of
 from .classes import Unbuildable, defaults, expected, has_class
 from .result import Check, Problem
 
-__all__ = ["check_maps"]
-
-SECTIONS = {"blocks", "drop", "kinds", "optional", "repeats"}
-"""A YAML file with one of these at its top is a map."""
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
-"""What Python says of data of another form than was expected."""
+FILES: dict[str, Any] = {
+    "*/sample": Sample,
+    "shared/configs/*": Variant,
+    "shared/facts": Mapping[str, tuple[Witness, ...]],
+    "shared/hints": Hints,
+    "foreign": tuple[ForeignFormat, ...],
+    "original-config": OriginalConfigFile,
+    "relatives": Named[Relative],
+}
+"""What a file holds, by its name; any other with a section of a map is a map."""
 
 
 def check_maps(maps: KeyMaps) -> tuple[Check, ...]:
@@ -44,6 +56,7 @@ def check_maps(maps: KeyMaps) -> tuple[Check, ...]:
     checks = [_check_files(maps)]
     try:
         architectures = maps.architectures
+        maps.check_architectures()
     except CkptconvError as error:
         return (*checks, Check("architectures", "arch", tuple(_problems("arch.yaml", error))))
     checks.append(Check("architectures", "arch", (), (), ", ".join(architectures)))
@@ -53,7 +66,7 @@ def check_maps(maps: KeyMaps) -> tuple[Check, ...]:
 
 
 def _check_files(maps: KeyMaps) -> Check:
-    """Builds every map."""
+    """Reads every file but `arch.yaml`, and builds every map."""
     problems: list[Problem] = []
     names = {
         path.relative_to(folder).with_suffix("").as_posix()
@@ -63,13 +76,14 @@ def _check_files(maps: KeyMaps) -> Check:
     lines = count = 0
     for name in sorted(names):
         try:
-            if SECTIONS & maps.read(name).keys():
+            kind = next((k for pattern, k in FILES.items() if fnmatch(name, pattern)), None)
+            if kind:
+                maps.typed(kind, name)
+            elif schema.words(MapFile).keys() & maps.document(name).entries:
                 lines += len(maps.keymap(name).rules)
                 count += 1
         except CkptconvError as error:
             problems += _problems(name, error)
-        except MALFORMED as error:
-            problems.append(_malformed(name, error))
     return Check("maps", "map", tuple(problems), (), f"{count} maps of {lines:,} lines")
 
 
@@ -104,8 +118,6 @@ def _check_header(architecture: Architecture, kind: str, task: str | None) -> Ch
         problems += _problems(kind, error)
     except Unbuildable as error:
         problems.append(Problem(kind, str(error)))
-    except MALFORMED as error:
-        problems.append(_malformed(f"{architecture.name}/arch.yaml", error))
     return Check(architecture.name, kind, tuple(problems), (), extent)
 
 
@@ -162,12 +174,12 @@ def _check_plan(architecture: Architecture, made: Plan) -> Iterator[Problem]:
 def _check_classes(made: Plan, built: Mapping[str, Config]) -> Iterator[Problem]:
     """Yields where the real classes expect something else."""
     architecture, task = made.detection.require()
-    library = architecture.rooted.library if architecture.single else "diffusers"
+    library = architecture.rooted.home if architecture.single else "diffusers"
     if not has_class(library, task.pipeline):
         what = "class" if architecture.single else "pipeline"
         yield Problem("tasks", f"{library} has no {what} {task.pipeline}")
     for name, config in built.items():
-        library, class_name = config.component.library, class_of(config)
+        library, class_name = config.component.home, class_of(config)
         if config.component.kind != "model":
             defaults(library, class_name)
             continue
@@ -217,8 +229,3 @@ def _problems(where: str, error: CkptconvError) -> list[Problem]:
     if not error.problems:
         return [Problem(where, error.message + hint)]
     return [Problem(where, f"{error.message}: {problem}{hint}") for problem in error.problems]
-
-
-def _malformed(where: str, error: Exception) -> Problem:
-    what = f"is malformed: {type(error).__name__}: {error}; docs/key-maps.md describes the format"
-    return Problem(where, what)

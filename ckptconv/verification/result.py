@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,16 @@ class Check:
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
     extent: str = ""
+
+    @classmethod
+    def of(
+        cls, component: str, kind: str, findings: Iterable[Problem | str], extent: str = ""
+    ) -> Check:
+        """Returns the check that found these problems and, as sentences, these notes."""
+        found = tuple(findings)
+        problems = tuple(each for each in found if isinstance(each, Problem))
+        notes = tuple(each for each in found if isinstance(each, str))
+        return cls(component, kind, problems, notes, extent)
 
     def as_data(self) -> dict[str, Any]:
         """Returns it as plain data, for JSON."""

@@ -9,7 +9,7 @@ import pytest
 
 import ckptconv
 from ckptconv.configs.config import Config, configs
-from ckptconv.configs.original_config import OriginalConfig, read_original_config
+from ckptconv.configs.original_config import OriginalConfig, ValuePath, read_original_config
 from ckptconv.conversion.convert import plan
 from ckptconv.detection.detect import detect
 from ckptconv.errors import FileRefused
@@ -242,10 +242,37 @@ def test_a_conversion_writes_and_reports_what_the_yaml_says(tmp_path: Path, samp
 
 
 def test_a_donor_folder_keeps_its_values_only_where_the_yaml_is_silent() -> None:
-    line = {"component": "vae", "name": "scaling_factor", "path": []}
     config = built("sd15-emaonly-fp32")["vae"]
     donor = replace(config, values={"scaling_factor": 2.0}, origins={"scaling_factor": "donor"})
-    original = OriginalConfig(published("sd15-emaonly-fp32").path, values=((line, 0.5),))
+    original = OriginalConfig(
+        published("sd15-emaonly-fp32").path, values=(("vae.scaling_factor", ValuePath(()), 0.5),)
+    )
     wins, notes = original.overrides({"vae": donor})
     assert wins == {"vae": {"scaling_factor": 0.5}}
     assert notes[0].endswith("says vae.scaling_factor = 0.5, not 2.0 (donor)")
+
+
+@pytest.mark.parametrize(
+    ("lines", "heads"),
+    [
+        ("width: 40, num_head_channels: '${.width}'", [8, 16, 32, 32]),
+        ("num_head_channels: '${model.params.other}'", None),
+        ("num_head_channels: '${num_head_channels}'", None),
+        ("num_head_channels: '${model.params.unet_config.params.num_head_channels}'", None),
+        ("num_head_channels: '${hostile:40}'", None),
+        ("a: '${hostile:40}', num_head_channels: '${.a}'", None),
+        ("num_head_channels: '${${.a}:40}', a: hostile", None),
+        ("num_head_channels: '${oc.env:HOSTILE,40}'", None),
+    ],
+)
+def test_an_interpolation_leads_to_another_entry_and_never_to_a_resolver(
+    lines: str, heads: list[int] | None, tmp_path: Path
+) -> None:
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("hostile", int)
+    try:
+        wins, _ = read(tmp_path, unet(lines)).overrides(built("sd15-emaonly-fp32"))
+    finally:
+        OmegaConf.clear_resolver("hostile")
+    assert wins.get("unet", {}).get("attention_head_dim") == heads

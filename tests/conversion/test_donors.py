@@ -35,7 +35,7 @@ def test_a_missing_component_is_null_and_the_message_tells_how_to_supply_it(
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
     assert not (tmp_path / "out" / "vae").exists()
     assert report.warnings == (
-        "vae is not in the file, so model_index.json says null: supply it with --vae FILE",
+        "vae is not in the file, so model_index.json says null: supply it with vae=FILE",
     )
 
 

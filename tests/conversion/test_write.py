@@ -126,10 +126,11 @@ def test_what_is_at_the_destination_stays(
     with pytest.raises(OutputError) as caught:
         ckptconv.convert(small, out, overwrite=overwrite)
     if overwrite:
-        assert "is not a converted folder, so --overwrite does not remove it" in str(caught.value)
+        stays = "is not a converted folder, so overwrite=True does not remove it"
+        assert stays in str(caught.value)
     else:
         assert caught.value.message == f"{out}: exists"
-        assert "--overwrite replaces it" in caught.value.hint
+        assert "overwrite=True replaces it" in caught.value.hint
     assert _state(out) == before
     assert _names(tmp_path) == ["out"]
 

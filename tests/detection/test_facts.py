@@ -14,14 +14,18 @@ import pytest
 
 from ckptconv import inspect
 from ckptconv.detection.detect import option_fact
-from ckptconv.detection.facts import FEW, Fact, find_fact
+from ckptconv.detection.facts import FEW, Fact, find_fact, values_of
 from ckptconv.errors import MapError, UsageError
-from ckptconv.maps.architecture import bundled
+from ckptconv.maps.architecture import KeyMaps, bundled
+from ckptconv.maps.evidence import Marker, Witness
+from ckptconv.maps.schema import Fault, read
 from ckptconv.options import Options
 from ckptconv.reading.header import encode_header, read_header
 from ckptconv.reading.tensor import Header
 from ckptconv.sample import layout_of, write_sample
 from tests.conftest import Sample, made
+from tests.support.checkpoints import save
+from tests.support.markers import floats
 
 SPREAD = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 PREFIXED = f"model.diffusion_model.{SPREAD}"
@@ -170,8 +174,12 @@ def test_sd2_models_of_other_tasks_predict_the_noise(task: str) -> None:
 def test_sd2_base_and_768_v_are_told_apart_by_the_spread_of_one_bias(
     tmp_path: Path, dtype: str, deviation: float, value: str
 ) -> None:
+    (tmp_path / "sd2").mkdir()
+    (tmp_path / "sd2" / "sample.yaml").write_text(
+        f"divide: {{}}\nspread: {{{PREFIXED}: {deviation}}}"
+    )
     sd2 = bundled().architectures["sd2"]
-    spread = replace(sd2, sample={**sd2.sample, "spread": {PREFIXED: deviation}})
+    spread = replace(sd2, maps=KeyMaps([tmp_path, *bundled().folders]))
     path = tmp_path / "sd2.safetensors"
     tensors = layout_of(sd2, dtype=dtype)
     write_sample(spread, path, [t for t in tensors if t[0].startswith("model.diffusion_model.")])
@@ -214,6 +222,34 @@ def test_large_values_do_not_overflow(tmp_path: Path) -> None:
     assert ask("sd2", "prediction_type", header).value == "v_prediction"
 
 
+def test_values_keep_every_bit(tmp_path: Path) -> None:
+    means = [-1.6574, 1.886, -1.383, 2.5155]
+    header = read_header(
+        save(
+            {
+                "half": floats(*means, letter="e"),
+                "single": floats(0.1, 1 / 3, 3.4028234663852886e38, 1e-45, -0.0, 122.878044),
+            },
+            tmp_path / "f.safetensors",
+        )
+    )
+    assert values_of(header, "half") == [-1.6572265625, 1.8857421875, -1.3828125, 2.515625]
+    assert values_of(header, "single")[:2] == [0.1, 0.33333334]
+    again = struct.pack("<6f", *values_of(header, "single"))
+    assert again == floats(0.1, 1 / 3, 3.4028234663852886e38, 1e-45, -0.0, 122.878044)[2]
+    assert values_of(header, "missing") == []
+
+
+def test_a_default_answers_always_and_needs_a_reason() -> None:
+    faults: list[Fault] = []
+    data = [{"has": "a", "value": 1}, {"value": 2, "because": "so"}]
+    witnesses = read(tuple[Witness, ...], data, (), faults)
+    assert find_fact("f", witnesses, made({}), "text-to-image") == Fact("f", 2, "structure", "so")
+    assert not faults
+    read(tuple[Witness, ...], [{"value": 2}], (), faults)
+    assert list(map(str, faults)) == ["[0]: 'because' is missing"]
+
+
 @pytest.mark.parametrize(
     ("last", "value"), [(0.0, True), (9e-5, True), (1.1e-4, False), (0.0046, False)]
 )
@@ -254,24 +290,33 @@ def test_an_option_with_another_value_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("witnesses", "said"),
+    ("witness", "said"),
     [
-        ([{"guess": 1}], "fact 'f': not a witness: {'guess': 1}\nhint: a witness has exactly one"),
-        ([{"key": "a", "assume": 1}], "fact 'f': not a witness: {'key': 'a', 'assume': 1}"),
-        (["assume"], "fact 'f': not a witness: assume"),
-        ([{"metadata": "m"}], "fact 'f': malformed witness {'metadata': 'm'}: 'values'"),
-        ([{"key": "a"}], "fact 'f': malformed witness {'key': 'a'}: 'value'"),
-        ([{"assume": 1}], "fact 'f': malformed witness {'assume': 1}: 'because'"),
-        ([{"task": 3, "value": 1}], "fact 'f': malformed witness {'task': 3, 'value': 1}: "),
-        ([{"key": ["a"], "value": 1}], "fact 'f': malformed witness {'key': ['a'], 'value': 1}: "),
-        ([{"last_of": "a"}], "fact 'f': malformed witness {'last_of': 'a'}: 'below'"),
-        ([{"spread_of": "a", "above": "x"}], "fact 'f': malformed witness {'spread_of': 'a', 'ab"),
-        ([], "fact 'f': no witness has an answer\nhint: end the list with 'assume'"),
-        ([{"key": "b", "value": 1}], "fact 'f': no witness has an answer"),
+        ({"guess": 1}, "[0]: unknown word 'guess', expected one of metadata, has, task, last, "),
+        ({"metdata": "m"}, "[0]: unknown word 'metdata'; did you mean 'metadata'?"),
+        ({"has": "a", "assume": 1}, "[0]: has 'has' and 'assume', which exclude each other"),
+        ({"because": "so"}, "[0]: needs one of the words metadata, has, task, last, spread, size"),
+        ("assume", "[0]: found 'assume', needed "),
+        ({"metadata": "m"}, "[0]: 'values' is missing"),
+        ({"has": "a"}, "[0]: 'value' is missing"),
+        ({"assume": 1}, "[0]: 'because' is missing"),
+        ({"task": 3, "value": 1}, "[0].task[0]: found 3, needed a text: write it in quotes"),
+        ({"has": ["a"], "value": 1}, "[0].has: found ['a'], needed a text"),
+        ({"last": "a"}, "[0]: 'below' is missing"),
+        ({"spread": "a", "above": "x", "value": 1}, "[0].above: found 'x', needed a number"),
+        ({"size": "a", "values": {"768": 1}}, "found '768', needed a whole number"),
     ],
 )
-def test_a_malformed_witness_is_refused(tmp_path: Path, witnesses: list[Any], said: str) -> None:
-    header = saved(tmp_path / "f.safetensors", {"a": [0.5, 0.25]}, {"m": "x"})
+def test_a_malformed_witness_is_refused(witness: object, said: str) -> None:
+    faults: list[Fault] = []
+    read(tuple[Witness, ...], [witness], (), faults)
+    assert any(said in str(fault) for fault in faults), faults
+
+
+@pytest.mark.parametrize("witnesses", [(), (Marker("b", 1),)])
+def test_a_fact_without_an_answer_is_refused(witnesses: tuple[Witness, ...]) -> None:
     with pytest.raises(MapError) as caught:
-        find_fact("f", witnesses, header, "text-to-image")
-    assert str(caught.value).startswith(said)
+        find_fact("f", witnesses, made({}), "text-to-image")
+    assert str(caught.value) == (
+        "fact 'f': no witness has an answer\nhint: end the list with 'assume'"
+    )

@@ -23,7 +23,7 @@ from ckptconv.cli import main
 from ckptconv.errors import UsageError, on_the_command_line
 from ckptconv.inference.generation import Settings, call_arguments, check, generate, parse_pixels
 from ckptconv.inference.model import open_model
-from ckptconv.inference.pipeline import OTHER_TASKS, load_pipeline, pipeline_class
+from ckptconv.inference.pipeline import load_pipeline, pipeline_class
 from ckptconv.options import Options
 from tests.conftest import Folder, Sample
 from tests.support.pipelines import SMALL, TASKS, WHOLE, Run, parameters, pixels, runner
@@ -31,11 +31,11 @@ from tests.support.pipelines import SMALL, TASKS, WHOLE, Run, parameters, pixels
 CASES = [
     (name, own.name, task)
     for name, own in TASKS
-    for task in (own.name, *(OTHER_TASKS.get(own.pipeline, {}) if name in WHOLE else ()))
+    for task in (own.name, *(own.also if name in WHOLE else ()))
     if name in ("sd1", "sdxl-refiner", "sd2-unclip") or task != own.name
 ]
 """The tasks of one architecture, and those that weights can do besides; the tasks of all others are
-run in tests/architectures/test_table.py."""
+run in tests/architectures/."""
 NEEDS = {
     "text-to-image": (),
     "controlnet": ("image",),

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 import ckptconv
 from ckptconv import CkptconvError, load_pipeline
 from ckptconv.errors import FileRefused, Incomplete, UsageError
-from ckptconv.inference.pipeline import OTHER_TASKS
 from ckptconv.maps.architecture import bundled
 from tests.conftest import Folder, Sample
 from tests.support.checkpoints import rewritten
@@ -91,11 +90,11 @@ def test_the_ema_copy_is_loaded_if_asked(sample: Sample, tmp_path: Path) -> None
     assert not torch.equal(ours.unet.conv_in.weight, plain.unet.conv_in.weight)
 
 
-@pytest.mark.parametrize("own", OTHER_TASKS)
+@pytest.mark.parametrize("own", [name for name, task in bundled().pipelines.items() if task.also])
 def test_the_same_weights_do_other_tasks(own: str, sample: Sample) -> None:
     architecture = next(a for a in bundled().architectures.values() if own == a.tasks[0].pipeline)
     plain = load_pipeline(sample(architecture.name), device="cpu")
-    for task, name in OTHER_TASKS[own].items():
+    for task, name in bundled().pipelines[own].also.items():
         pipe = load_pipeline(sample(architecture.name), device="cpu", task=task)
         assert type(pipe).__name__ == name
         assert torch.equal(pipe.unet.conv_in.weight, plain.unet.conv_in.weight)
@@ -128,7 +127,7 @@ def test_a_missing_component_is_named_with_what_to_do(sample: Sample, tmp_path: 
     with pytest.raises(Incomplete) as caught:
         load_pipeline(file, device="cpu")
     assert "has no vae, which its pipeline needs" in str(caught.value)
-    assert "--vae FILE" in caught.value.hint
+    assert "vae=FILE" in caught.value.hint
     assert load_pipeline(file, device="cpu", components={"vae": None}).vae is None
     donor = tmp_path / "donor.safetensors"
     prefix = "first_stage_model."

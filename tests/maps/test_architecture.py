@@ -10,7 +10,8 @@ import pytest
 
 from ckptconv.detection.detect import detect
 from ckptconv.errors import HeaderError, MapError
-from ckptconv.maps.architecture import Architecture, Component, Condition, KeyMaps, Task, bundled
+from ckptconv.maps.architecture import Architecture, Component, KeyMaps, Source, Task, bundled
+from ckptconv.maps.evidence import Assumed, Default, Indices, Lacks, Rank
 from ckptconv.planning.plan import build_plan
 from tests.conftest import published
 
@@ -51,10 +52,7 @@ def test_the_bundled_architectures() -> None:
 )
 def test_an_architecture_is_whole(architecture: Architecture) -> None:
     assert {"prediction_type", "zero_terminal_snr"} <= set(architecture.facts)
-    ends = [
-        witnesses[-1].keys() & {"assume", "default"} for witnesses in architecture.facts.values()
-    ]
-    assert all(ends)
+    assert all(isinstance(w[-1], Assumed | Default) for w in architecture.facts.values())
     assert {c.name for c in architecture.models} >= {"unet", "vae"}
     for component in architecture.models:
         assert component.weights == (
@@ -65,7 +63,7 @@ def test_an_architecture_is_whole(architecture: Architecture) -> None:
     assert kinds - {"processor"} == {"model", "tokenizer", "scheduler"}
     for name in architecture.index.keys() & architecture.components.keys():
         one, other = architecture.index[name], architecture.components[name]
-        assert set(one["tasks"]).isdisjoint(other.tasks)  # of each task's, one says what it is
+        assert set(one.facts["task"]).isdisjoint(other.tasks)  # of each task's, one says what it is
     layout = architecture.layout()
     assert detect(layout).require()[0].name == architecture.name
     build_plan(detect(layout)).require_complete()
@@ -74,13 +72,11 @@ def test_an_architecture_is_whole(architecture: Architecture) -> None:
 def test_conditions_and_tasks_are_read_into_values() -> None:
     sd1 = bundled().architectures["sd1"]
     assert Task("inpainting", "StableDiffusionInpaintPipeline", 9) in sd1.tasks
-    assert sd1.conditions[1] == Condition(
-        "indices", "input_blocks.*.1.proj_in.weight", (1, 2, 4, 5, 7, 8)
+    assert sd1.conditions[1] == Indices("input_blocks.*.1.proj_in.weight", (1, 2, 4, 5, 7, 8))
+    assert sd1.conditions[3] == Rank(
+        "input_blocks.1.1.proj_in.weight", 4, "SD1 projects with 1x1 convolutions"
     )
-    assert sd1.conditions[3] == Condition(
-        "rank", "input_blocks.1.1.proj_in.weight", 4, "SD1 projects with 1x1 convolutions"
-    )
-    assert sd1.conditions[4] == Condition("lacks", "label_emb.0.0.weight")
+    assert sd1.conditions[4] == Lacks("label_emb.0.0.weight")
 
 
 def test_key_maps_are_found_without_their_checkout(tmp_path: Path) -> None:
@@ -110,52 +106,160 @@ def test_a_folder_of_ones_own_adds_and_replaces(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (("title: ", "tilte: "), "KeyError: 'title'"),
-        (("aliases: [", "aliases: 3 # ["), "TypeError: 'int' object is not iterable"),
-        (("- {lacks: label_emb.weight}", "- label_emb.weight"), "AttributeError: "),
-        (("lacks: label_emb.weight", "without: x"), "not a condition: {'without': 'x'}"),
-        (("lacks: label_emb.weight", "lacks: x, has: y"), "not a condition: {'lacks': 'x', 'has'"),
-        (("lacks: label_emb.weight", "lacks: x, is: 4"), "'has' and 'lacks' stand alone, 'rank' n"),
-        (("lacks: label_emb.weight", "has: x.*"), "'has' and 'lacks' stand alone, 'rank' needs 'i"),
-        (("lacks: label_emb.weight", "rank: x"), "'rank' needs 'is' and a number"),
-        (("lacks: label_emb.weight", "rank: x, is: four"), "'rank' needs 'is' and a number"),
-        (("lacks: label_emb.weight", "indices: x, are: [1]"), "'indices' needs one '*' in its key"),
-        (("lacks: label_emb.weight", "indices: x.*, are: 1"), "'indices' needs one '*' in its key"),
-        (("  9: {name: inpainting,", "  nine: {name: t,"), "invalid literal for int()"),
-        (("pipeline: StableDiffusionInp", "class: StableDiffusionInp"), "KeyError: 'pipeline'"),
+        (("title: ", "tilte: "), "unknown word 'tilte'; did you mean 'title'?\n"),
+        (("title: ", "tilte: "), "'title' is missing\n"),
+        (("aliases: [", "aliases: 3 # ["), "aliases: found 3, needed a list\n"),
+        (("- {lacks: label_emb.weight}", "- label_emb.weight"), "detect[5]: found 'label_emb.weig"),
+        (("lacks: label_emb.weight", "laks: x"), "detect[5]: unknown word 'laks'; did you mean 'l"),
         (
-            ("  unet:\n", "  net:\n"),
-            "there is no component 'unet', which tells architectures apart",
+            ("lacks: label_emb.weight", "lacks: x, has: y"),
+            "detect[5]: has 'has' and 'lacks', which",
         ),
-        (("kind: tokenizer", "kind: tokeniser"), "component 'tokenizer': kind 'tokeniser' is not "),
-        (("kind: scheduler", "kind: model"), "component 'scheduler': a model needs sources, and n"),
-        (("prefix: first_stage_model., ", ""), "KeyError: 'prefix'"),
-        (("library: transformers", "lib: transformers"), "KeyError: 'library'"),
-        (("facts: {extends: shared/facts}", "facts: 3"), "AttributeError: 'int' object has no att"),
+        (
+            ("lacks: label_emb.weight", "lacks: x, is: 4"),
+            "detect[5]: unknown word 'is', expected o",
+        ),
+        (("lacks: label_emb.weight", "because: x"), "detect[5]: needs one of the words has, lacks"),
+        (("lacks: label_emb.weight", "rank: x"), "detect[5]: 'is' is missing"),
+        (
+            ("lacks: label_emb.weight", "rank: x, is: four"),
+            "detect[5].is: found 'four', needed a w",
+        ),
+        (
+            ("lacks: label_emb.weight", "indices: x, is: [1]"),
+            "detect[5]: 'indices' needs one '*' i",
+        ),
+        (
+            ("lacks: label_emb.weight", "indices: x.*, is: 1"),
+            "detect[5].is: found 1, needed a list",
+        ),
+        (
+            ("channels: 9", "channels: nine"),
+            "tasks.inpainting.channels: found 'nine', needed a whole",
+        ),
+        (
+            ("channels: 9", "channels: true"),
+            "tasks.inpainting.channels: found True, needed a whole ",
+        ),
+        (
+            ("{pipeline: StableDiffusionInp", "{class: StableDiffusionInp"),
+            "tasks.inpainting: 'pipeli",
+        ),
+        (("  unet:\n", "  net:\n"), "components: there is no 'unet', which tells architectures ap"),
+        (
+            ("kind: tokenizer", "kind: tokeniser"),
+            "components.tokenizer.kind: unknown word 'tokenis",
+        ),
+        (
+            ("kind: scheduler", "kind: model"),
+            "components.scheduler: a model needs 'sources', and no",
+        ),
+        (
+            ("prefix: cond_stage_model.transformer., ", ""),
+            "text_encoder.sources[0]: 'prefix' is mi",
+        ),
+        (
+            ("library: transformers", "lib: transformers"),
+            "components.tokenizer: 'library' is missing",
+        ),
+        (("facts: {extends: shared/facts}", "facts: 3"), "facts: found 3, needed a mapping\n"),
+        (("fits: {", "fitss: {"), "components.unet: unknown word 'fitss'; did you mean 'fits'?\n"),
+        (("{extends: shared/configs/pndm}", "{facts: {task: 1}}"), ""),
+        (
+            ("sample_size: 64", "sample_size: !dimm [x, 1]"),
+            "config[0].sample_size: unknown hole '!d",
+        ),
+        (("sample_size: 64", "sample_size: !dimm [x, 1]"), "; did you mean '!dim'?\n"),
+        (("sample_size: 64", "sample_size: !dim [x]"), "sample_size: 'axis' is missing\n"),
+        (
+            ("sample_size: 64", "sample_size: !dim [x, 1, 2, 3]"),
+            "'!dim' takes [key, axis, otherwise",
+        ),
+        (
+            ("sample_size: 64", "sample_size: !heads [x, wide]"),
+            "sample_size.width: found 'wide', nee",
+        ),
     ],
 )
 def test_a_malformed_architecture_is_refused(
     tmp_path: Path, edit: tuple[str, str], said: str
 ) -> None:
     maps = own(tmp_path, edit)
+    if not said:  # a fact may be anything
+        maps.check_architectures()
+        return
+    with pytest.raises(MapError) as caught:
+        maps.check_architectures()
+    message = str(caught.value)
+    file = tmp_path / "sd1" / "arch.yaml"
+    assert message.startswith(f"{file}: malformed\n  - {file}: ")
+    assert said in message
+    assert message.endswith("hint: docs/key-maps.md describes every word of the format")
+
+
+def test_all_faults_of_all_files_are_reported_at_once(tmp_path: Path) -> None:
+    maps = own(
+        tmp_path,
+        ("title: ", "tilte: "),
+        ("  - {lacks: label_emb.weight}\n", "  - {laks: label_emb.weight}\n"),
+        ("fits: {", "fitss: {"),
+        ("map: shared/maps/clip}", "map: shared/maps/clip, unles: x}"),
+        ("sample_size: 64", "sample_size: !dimm [x, 1]"),
+    )
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "arch.yaml").write_text(
+        "extends: sd1/arch\ntitle: New\nfacts: 3\nkind: x\n"
+    )
+    sd1, new = (tmp_path / name / "arch.yaml" for name in ("sd1", "new"))
     with pytest.raises(MapError) as caught:
         _ = maps.architectures
-    message = str(caught.value)
-    assert message.startswith(f"{tmp_path / 'sd1' / 'arch.yaml'}: malformed: ")
-    assert said in message
-    assert message.endswith("hint: docs/key-maps.md describes every section of arch.yaml")
+    assert caught.value.message == "the key maps are malformed"
+    for said in (
+        f"{sd1}: unknown word 'tilte'; did you mean 'title'?",
+        f"{sd1}: 'title' is missing",
+        f"{sd1}: detect[5]: unknown word 'laks'; did you mean 'lacks'?",
+        f"{sd1}: components.unet: unknown word 'fitss'; did you mean 'fits'?",
+        f"{sd1}: components.unet.config[0].sample_size: unknown hole '!dimm'; did you mean '!dim'?",
+        f"{new}: unknown word 'kind'",
+        f"{new}: facts: found 3, needed a mapping",
+    ):
+        assert sum(problem.startswith(said) for problem in caught.value.problems) == 1, said
+    unless = [p for p in caught.value.problems if "unknown word 'unles'" in p]
+    assert unless == [
+        f"{sd1}: components.text_encoder.sources[0]: unknown word 'unles', expected one of prefix, "
+        "map, has, lacks"
+    ]
+
+
+def test_a_fault_is_that_of_the_file_it_stands_in(tmp_path: Path) -> None:
+    for name in ("shared", "sd1"):
+        (tmp_path / name).mkdir()
+    facts = "prediction_type: [{assume: epsilon}]\nzero_terminal_snr: [{assume: 1, because: x}]"
+    (tmp_path / "shared" / "facts.yaml").write_text(facts)
+    with pytest.raises(MapError) as caught:
+        KeyMaps([tmp_path, FOLDER]).content("sdxl")
+    assert caught.value.problems == (
+        f"{tmp_path / 'shared' / 'facts.yaml'}: facts.prediction_type[0]: 'because' is missing",
+    )
+
+
+def test_what_another_architecture_is_made_of_is_read_only_if_asked_for(tmp_path: Path) -> None:
+    maps = own(tmp_path, ("fits: {", "fitss: {"))
+    assert detect(published("sdxl-base-fp16"), maps=maps).require()[0].name == "sdxl"
+    with pytest.raises(MapError, match="fitss"):
+        detect(published("sd15-emaonly-fp32"), maps=maps)
 
 
 def test_a_map_that_a_source_names_and_nobody_has_is_refused(tmp_path: Path) -> None:
-    maps = own(tmp_path, ("map: shared/maps/vae", "map: shared/maps/vea"))
-    with pytest.raises(MapError, match=re.escape("shared/maps/vea.yaml: no such file in")):
+    maps = own(tmp_path, ("map: shared/maps/clip}", "map: shared/maps/clp}"))
+    with pytest.raises(MapError, match=re.escape("shared/maps/clp.yaml: no such file in")):
         build_plan(detect(published("sd15-emaonly-fp32"), maps=maps))
 
 
 def test_facts_that_extend_a_file_that_is_not_there_are_refused(tmp_path: Path) -> None:
     maps = own(tmp_path, ("facts: {extends: shared/facts}", "facts: {extends: shared/fact}"))
     with pytest.raises(MapError, match=re.escape("shared/fact.yaml: no such file in")):
-        _ = maps.architectures
+        maps.content("sd1")
 
 
 @pytest.mark.parametrize(
@@ -197,5 +301,6 @@ def test_files_that_extend_each_other_are_refused(tmp_path: Path) -> None:
 
 
 def test_components_are_compared_by_identity_so_that_they_can_be_cached() -> None:
-    component = Component("unet", "model", "diffusers", (), {})
-    assert hash(component) != hash(Component("unet", "model", "diffusers", (), {}))
+    source = Source("", "shared/maps/unet")
+    one, other = (Component("unet", "diffusers", sources=(source,)) for _ in range(2))
+    assert hash(one) != hash(other)

@@ -11,9 +11,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ckptconv.errors import MapError
+from ckptconv.maps import schema
 from ckptconv.maps.architecture import KeyMaps, bundled
-from ckptconv.maps.keymap import KeyMap, Match, Origin, Rule
+from ckptconv.maps.keymap import KeyMap, MapFile, Match, Origin, Rule
 from ckptconv.maps.ops import DROP, OPS, RENAME
+from ckptconv.maps.schema import Fault
 from ckptconv.reading.header import header_from_json
 
 FIXTURES = sorted((Path(__file__).parents[1] / "headers").glob("*.json"))
@@ -24,9 +26,18 @@ MAPS = [
 ]
 
 
+def built(data: dict[str, Any]) -> KeyMap:
+    """Builds the map of a file with this content."""
+    faults: list[Fault] = []
+    file = schema.read(MapFile, data, (), faults)
+    if faults:
+        raise MapError("the.yaml: the key map is malformed", problems=list(map(str, faults)))
+    return KeyMap.from_file("the.yaml", file)
+
+
 def refusal(data: dict[str, Any]) -> str:
     with pytest.raises(MapError) as caught:
-        KeyMap.from_dict("the.yaml", data)
+        built(data)
     message = str(caught.value)
     assert message.startswith("the.yaml: the key map ")
     return message
@@ -82,28 +93,36 @@ def test_a_map_that_breaks_a_law_is_refused_with_the_lines_at_fault(
 @pytest.mark.parametrize(
     ("data", "lines"),
     [
-        ({"block": {}}, ["unknown section 'block'"]),
-        ({"blocks": ["a"]}, ["section 'blocks' needs a table, found ['a']"]),
-        ({"repeats": "layers"}, ["section 'repeats' needs a list, found 'layers'"]),
-        ({"optional": [3]}, ["needs a dotted name (a number in quotes), found 3"]),
-        ({"drop": {"a": "boring"}}, ["a: reason 'boring' is not one of training, derived, unus"]),
-        ({"drop": {"a": ["unused"]}}, ["a: reason ['unused'] is not one of training, derived"]),
+        ({"block": {}}, ["unknown word 'block'; did you mean 'blocks'?"]),
+        ({"blocks": ["a"]}, ["blocks: found ['a'], needed a mapping"]),
+        ({"repeats": "layers"}, ["repeats: found 'layers', needed a list"]),
+        ({"optional": [3]}, ["optional[0]: needs a dotted name (a number in quotes), found 3"]),
+        (
+            {"drop": {"a": "boring"}},
+            ["drop.a: unknown word 'boring', expected one of training, de"],
+        ),
+        ({"drop": {"a": "unsed"}}, ["drop.a: unknown word 'unsed'; did you mean 'unused'?"]),
+        ({"drop": {"a": ["unused"]}}, ["drop.a: unknown word ['unused']"]),
         ({"blocks": {"a": {"kin": "x"}}}, ["a: 'kin' is neither a kind of this map nor an opera"]),
+        ({"blocks": {"a": {"rename": "x"}}}, ["a: 'rename' is neither a kind of this map nor an"]),
         ({"blocks": {"a": {"drop": "x"}}}, ["a: 'drop' is neither a kind of this map nor an op"]),
-        ({"blocks": {"a": 7}}, ["a: needs a name or {kind or operation: name}, found 7"]),
-        ({"blocks": {"a": {"squeeze": "x", "rename": "y"}}}, ["a: needs a name or {kind or oper"]),
-        ({"blocks": {1: "x"}}, ["1: needs a dotted name (a number in quotes), found 1"]),
+        ({"blocks": {"a": 7}}, ["blocks.a: needs a name or {kind or operation: name}, found 7"]),
+        (
+            {"blocks": {"a": {"squeeze": "x", "rename": "y"}}},
+            ["blocks.a: needs a name or {kind or oper"],
+        ),
+        ({"blocks": {1: "x"}}, ["blocks: needs a dotted name (a number in quotes), found 1"]),
         (
             {"blocks": {"a..b": "x"}},
-            ["a..b: needs a dotted name (a number in quotes), found 'a..b"],
+            ["blocks: needs a dotted name (a number in quotes), found 'a..b"],
         ),
-        ({"blocks": {"a": {"squeeze": ["x", "y"]}}}, ["a: squeeze needs one name"]),
-        ({"blocks": {"a": {"split_rows": "x"}}}, ["a: split_rows needs several names"]),
-        ({"kinds": {"squeeze": {}}}, ["kind 'squeeze' has the name of an operation"]),
-        ({"kinds": {"resnet": "conv"}}, ["kind 'resnet' needs a table, found 'conv'"]),
+        ({"blocks": {"a": {"squeeze": ["x", "y"]}}}, ["blocks.a: squeeze needs one name"]),
+        ({"blocks": {"a": {"split_rows": "x"}}}, ["blocks.a: split_rows needs several names"]),
+        ({"kinds": {"squeeze": {}}}, ["kinds.squeeze: has the name of an operation"]),
+        ({"kinds": {"resnet": "conv"}}, ["kinds.resnet: found 'conv', needed a mapping"]),
         (
             {"kinds": {"k": {"a": "b"}}, "blocks": {"a": {"k": ["x"]}}},
-            ["a: needs a dotted name (a number in quotes), found ['x']"],
+            ["blocks.a: k needs one name, found ['x']"],
         ),
         (
             {"kinds": {"k": {"a": {"k": "b"}}}, "blocks": {"a": {"k": "x"}}},
@@ -111,7 +130,7 @@ def test_a_map_that_breaks_a_law_is_refused_with_the_lines_at_fault(
         ),
         (
             {"bloks": {}, "drop": {"a": "why"}, "blocks": {"b": 1}},
-            ["unknown section 'bloks'", "a: reason 'why'"],
+            ["unknown word 'bloks'", "drop.a: unknown word 'why'", "blocks.b: needs a name"],
         ),
     ],
 )
@@ -131,7 +150,7 @@ def test_a_malformed_map_is_refused_with_every_line_at_fault(
         ("blocks: [", "own.yaml: not a YAML file: while parsing"),
         ("blocks: {a: 2001-13-01}", "own.yaml: not a YAML file: month must be in 1..12"),
         ("blocks: {[a]: x}", "own.yaml: not a YAML file: ['a'] is no name"),
-        ("- a\n", "own.yaml: needs a mapping at the top"),
+        ("- a\n", "own.yaml: found ['a'], needed a mapping of kinds, blocks, drop, optional, r"),
         ("", "own.yaml: needs a mapping at the top"),
         ("extends: own\n", "own: extends itself: own -> own"),
         ("extends: shared/maps/nowhere\n", "shared/maps/nowhere.yaml: no such file in "),
@@ -187,8 +206,7 @@ def test_origin_leads_back_to_every_key_of_the_published_files(path: Path) -> No
 
 
 def test_a_star_carries_its_segment_and_a_rename_carries_the_rest() -> None:
-    keymap = KeyMap.from_dict(
-        "the.yaml",
+    keymap = built(
         {
             "kinds": {"k": {"in.w": {"split_rows": ["q.w", "k.w"]}, "out": "proj"}},
             "blocks": {"rows.*.cols.*": {"k": "r.*.c.*"}, "conv": {"squeeze": "linear"}},
@@ -211,7 +229,7 @@ def test_minus_one_is_the_last_index_of_the_file_and_the_star_the_others(
     indices: list[Any], last: str
 ) -> None:
     rows = {"rows.*": "r.*"}
-    keymap = KeyMap.from_dict("the.yaml", {"blocks": rows, "drop": {"rows.-1": "unused"}})
+    keymap = built({"blocks": rows, "drop": {"rows.-1": "unused"}})
     bound = keymap.bound([f"rows.{i}.w" for i in indices] + ["rows", "rows.x", "other.99"])
     for i in map(str, indices):
         match = bound.match(f"rows.{i}.w")

@@ -311,7 +311,7 @@ def test_a_page_is_not_replaced_unless_asked_for(tmp_path: Path) -> None:
     write_page(path, first)
     with pytest.raises(OutputError, match=r"page\.html: exists") as refused:
         write_page(path, "<!doctype html>\nsecond")
-    assert "--overwrite" in refused.value.hint
+    assert "overwrite=True" in refused.value.hint
     assert path.read_text() == first
     write_page(path, "<!doctype html>\nsecond", overwrite=True)
     assert path.read_text() == "<!doctype html>\nsecond"

@@ -15,6 +15,7 @@ from torch import nn
 
 from ckptconv.cli import main
 from ckptconv.configs.config import class_of, configs
+from ckptconv.inference.generation import Settings, call_arguments
 from ckptconv.inference.model import Blueprint
 from ckptconv.inference.modules import component_class, empty_module
 from ckptconv.maps.architecture import bundled
@@ -108,6 +109,12 @@ def assert_same_tokenizer(mine: Any, their: Any) -> None:
     ]
     assert said[0] == said[1]
     assert [len(ids) for ids in said[0]] == [77, 77]
+
+
+def asked(cls: Any, image: Image.Image, **settings: Any) -> dict[str, Any]:
+    """Returns what a pipeline would be called with; it needs no weights for that."""
+    pipe = cls.__new__(cls)
+    return call_arguments(pipe, Settings("a cat", image=Path("x"), **settings), {"image": image})
 
 
 def runner(folder: Path) -> Run:

@@ -149,7 +149,7 @@ OPENCLIP = "shared/maps/openclip-blocks.yaml"
             ["shared/configs/tokeniser.yaml: no such file in {folder}"],
         ),
         (
-            SD2,
+            "shared/configs/unet-sd2.yaml",
             "use_linear_projection: true",
             "use_linear_projection: false",
             [
@@ -160,17 +160,26 @@ OPENCLIP = "shared/maps/openclip-blocks.yaml"
         ),
         (
             "shared/configs/unet.yaml",
-            "layers_per_block: ${count:down_blocks.0.resnets}",
-            "layers_per_block: ${count:down_blocks.0.resnet}",
+            "layers_per_block: !count down_blocks.0.resnets",
+            "layers_per_block: !count down_blocks.0.resnet",
             [
                 "unet: down_blocks.0.resnets.0.conv1.bias: "
                 "model.diffusion_model.input_blocks.1.0.in_layers.2.bias becomes it, "
                 "but UNet2DConditionModel has no such tensor",
             ],
         ),
-        (SD2, "aliases:", "alias:", ["sd2/arch.yaml: malformed: KeyError: 'aliases'"]),
-        (SD2, "  shrink:", "  shrunk:", ["sd2/arch.yaml: is malformed: KeyError: 'shrink'"]),
-        (SD2, "first_stage_model.,", "first_stage.,", ["vae: no key of layout.json begins with"]),
+        (SD2, "aliases:", "alias:", ["unknown word 'alias'; did you mean 'aliases'?"]),
+        ("sd2/sample.yaml", "divide:", "divde:", ["unknown word 'divde'; did you mean 'divide'"]),
+        ("foreign.yaml", "what: ", "waht: ", ["[0]: unknown word 'waht'; did you mean 'what'?"]),
+        ("shared/hints.yaml", "words: ", "wrods: ", ["unknown word 'wrods'; did you mean 'words"]),
+        ("shared/facts.yaml", "{last: ", "{lst: ", ["unknown word 'lst'; did you mean 'last'?"]),
+        ("shared/configs/vae.yaml", "!count", "!cuont", ["unknown hole '!cuont'; did you mean '!"]),
+        (
+            "shared/components/vae.yaml",
+            "first_stage_model.,",
+            "first_stage.,",
+            ["vae: no key of layout.json begins with"],
+        ),
     ],
 )
 def test_a_mistake_is_found_and_said_how_to_mend(

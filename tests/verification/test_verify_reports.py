@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import ckptconv
 from ckptconv.cli import main
 from ckptconv.errors import FileRefused, UsageError
+from ckptconv.maps.architecture import bundled
 from ckptconv.reports.junit import junit
 from ckptconv.verification.result import CHECKS, Check, Problem, Verification
 from tests.conftest import Copy, Folder, Sample
@@ -28,8 +29,8 @@ def test_comparing_and_looking_take_little_memory(sample: Sample, folder: Folder
     from ckptconv.folder.read import read_folder
     from ckptconv.verification.checks.data import Bytes
 
-    saved = read_folder(folder("sd2"), {"unet", "vae", "text_encoder"})
-    read = Bytes.of(saved, ckptconv.plan(sample("sd2")), finite=True)
+    model = read_folder(folder("sd2"), bundled())
+    read = Bytes.of(model, ckptconv.plan(sample("sd2")), finite=True)
     assert read.nbytes > 150e6
     steps: list[int] = []
     tracemalloc.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ...dtypes import FLOATS
 from ...files import ByteCounter
@@ -13,28 +14,25 @@ from ...planning.plan import Plan
 from ...planning.step import ASIDE, Step, Target
 from ...reading.tensor import Tensor
 from ...streaming.transfers import Places, Transfer, transfers
-from ..compare import Found, compare, look_for_nonfinite
+from ..compare import Found, Key, compare, look_for_nonfinite
 from ..result import Check, Problem
+
+Value = TypeVar("Value")
 
 
 @dataclass(slots=True)
 class Bytes:
-    """The reading of both sides, and what it found.
+    """The reading of both sides, and, once it ran, the tensors in which it found something.
 
-    Attributes:
-        todo: what to compare.
-        tensors: of the folder, by component and current name: all that are compared or looked at.
-        finite: whether to look for NaN and infinities.
-        different: tensors that differ, once it ran.
-        nonfinite: tensors that hold NaN or infinities, once it ran.
-        cancelled: set it, and the reading stops soon.
+    Tensors are those of the folder, by component and current name. If `cancelled` is set, the
+    reading stops soon.
     """
 
     todo: list[Transfer]
     tensors: Places
     finite: bool
-    different: Mapping[tuple[str, str], Found] = field(default_factory=dict)
-    nonfinite: Mapping[tuple[str, str], Found] = field(default_factory=dict)
+    different: Mapping[Key, Found] = field(default_factory=dict)
+    nonfinite: Mapping[Key, Found] = field(default_factory=dict)
     cancelled: bool = False
 
     @classmethod
@@ -51,61 +49,51 @@ class Bytes:
         return sum(each.nbytes for each in self.todo)
 
     def run(self, progress: Callable[[int, int], None]) -> None:
-        """Reads the bytes.
-
-        Raises:
-            FileRefused: a file became shorter meanwhile, or cannot be read any more.
-            CancelledError: it was cancelled.
-        """
-        looked = sum(t.nbytes for t in self.tensors.values() if t.dtype in FLOATS)
+        """Reads the bytes; raises CancelledError where it was cancelled."""
 
         def report(done: int, total: int) -> None:
             if self.cancelled:
                 raise CancelledError
             progress(done, total)
 
-        counter = ByteCounter(self.nbytes + (looked if self.finite else 0), report)
+        floats = self.tensors.values() if self.finite else ()
+        looked = sum(t.nbytes for t in floats if t.dtype in FLOATS)
+        counter = ByteCounter(self.nbytes + looked, report)
         self.different = compare(self.todo, self.tensors, counter.add)
         if self.finite:
             self.nonfinite = look_for_nonfinite(self.tensors, counter.add)
 
 
 def check_data(
-    name: str, part: ComponentFolder | None, made: Plan, read: Bytes, *, cast: bool
+    name: str, part: ComponentFolder | None, plan: Plan, read: Bytes, *, cast: bool
 ) -> Check:
-    """Tells whether a component has the tensors and the values that the plan gives.
+    """Checks that a component has the tensors and the values that the plan gives.
 
-    Args:
-        name: of the component; `ckptconv` for the tensors that a conversion keeps aside.
-        part: the component of the folder; None for those kept aside.
-        made: the plan.
-        read: the comparison, which ran.
-        cast: the plan was told a dtype, which then is the only right one.
+    The tensors that a conversion keeps aside are the component `ckptconv` without a part. With
+    `cast`, a dtype was asked for, which is the only right one.
     """
-    wanted = made.tensors(name)
-    have = {key: t for (owner, key), t in read.tensors.items() if owner == name}
-    problems = [Problem(key, "is missing: the file gives it") for key in wanted if key not in have]
-    if part:
-        problems += [
+    wanted, found = plan.tensors(name), _of(name, read.tensors)
+    both = {key: (target, found[key]) for key, target in wanted.items() if key in found}
+    nbytes = sum(have.nbytes for _, have in both.values())
+    findings = [
+        *(Problem(key, "is missing: the file gives it") for key in wanted if key not in found),
+        *(
             Problem(tensor.name, "is left over: nothing in the file gives it")
-            for key, tensor in part.tensors.items()
+            for key, tensor in (part.tensors if part else {}).items()
             if key not in wanted and not key.endswith(".position_ids")
-        ]
-    problems += [
-        Problem(key, f"has shape {list(have[key].shape)}, the file gives {list(target.shape)}")
-        for key, target in wanted.items()
-        if key in have and have[key].shape != target.shape
+        ),
+        *(
+            Problem(key, f"has shape {list(have.shape)}, the file gives {list(want.shape)}")
+            for key, (want, have) in both.items()
+            if have.shape != want.shape
+        ),
+        *_wrong_dtypes(both, cast=cast),
+        *(
+            Problem(key, f"{at.count:,} of {at.of:,} values differ, the first at {at.where}")
+            for key, at in _of(name, read.different).items()
+        ),
     ]
-    wrong, notes = _dtypes(wanted, have, cast=cast)
-    problems += wrong
-    problems += [
-        Problem(key, f"{found.count:,} of {found.of:,} values differ, the first at {found.where}")
-        for (owner, key), found in read.different.items()
-        if owner == name
-    ]
-    nbytes = sum(info.nbytes for key, info in have.items() if key in wanted)
-    extent = f"{len(wanted):,} tensors, {nbytes:,} bytes"
-    return Check(name, "data", tuple(problems), tuple(notes), extent)
+    return Check.of(name, "data", findings, f"{len(wanted):,} tensors, {nbytes:,} bytes")
 
 
 def check_finite(read: Bytes) -> Iterator[Check]:
@@ -113,11 +101,14 @@ def check_finite(read: Bytes) -> Iterator[Check]:
     for name in dict.fromkeys(owner for owner, _ in read.tensors):
         problems = tuple(
             Problem(key, f"{found.count:,} of {found.of:,} values are NaN or infinite")
-            for (owner, key), found in read.nonfinite.items()
-            if owner == name
+            for key, found in _of(name, read.nonfinite).items()
         )
-        floats = [t for (n, _), t in read.tensors.items() if n == name and t.dtype in FLOATS]
+        floats = [t for t in _of(name, read.tensors).values() if t.dtype in FLOATS]
         yield Check(name, "finite", problems, (), f"{len(floats):,} tensors of floats")
+
+
+def _of(component: str, values: Mapping[Key, Value]) -> dict[str, Value]:
+    return {key: value for (owner, key), value in values.items() if owner == component}
 
 
 def _fits(step: Step, tensors: Places) -> bool:
@@ -126,28 +117,23 @@ def _fits(step: Step, tensors: Places) -> bool:
     return all(tensor and tensor.shape == target.shape for tensor, target in found)
 
 
-def _dtypes(
-    wanted: Mapping[str, Target], have: Mapping[str, Tensor], *, cast: bool
-) -> tuple[list[Problem], list[str]]:
-    """Finds tensors that neither have the dtype of the file nor that of all the others.
+def _wrong_dtypes(
+    pairs: Mapping[str, tuple[Target, Tensor]], *, cast: bool
+) -> Iterator[Problem | str]:
+    """Yields tensors that have neither the dtype of the file nor that of all the others.
 
-    A conversion keeps every dtype, or casts all floats to one; so of these two readings the one
-    that fewer tensors contradict is held against them.
+    A conversion keeps every dtype, or casts all floats to one. Of these readings, the folder is
+    held to the one that fewer tensors contradict.
     """
-    pairs = {key: (t.dtype, have[key].dtype) for key, t in wanted.items() if key in have}
-    wrong = {key: want for key, (want, found) in pairs.items() if want != found}
-    notes = []
-    if not cast:
-        for dtype in sorted({found for _, found in pairs.values()} & FLOATS):
-            other = {
-                key: dtype if want in FLOATS else want
-                for key, (want, found) in pairs.items()
-                if found != (dtype if want in FLOATS else want)
-            }
-            if len(other) < len(wrong):
-                wrong = other
-                notes = [f"the weights are cast to {dtype}: compared with the rounded values"]
-    problems = [
-        Problem(key, f"has dtype {pairs[key][1]}, expected {want}") for key, want in wrong.items()
-    ]
-    return problems, notes
+
+    def wrong(dtype: str | None) -> dict[str, str]:
+        wants = {key: want.dtype for key, (want, _) in pairs.items()}
+        wants = {key: dtype if dtype and want in FLOATS else want for key, want in wants.items()}
+        return {key: want for key, want in wants.items() if want != pairs[key][1].dtype}
+
+    casts = set() if cast else {found.dtype for _, found in pairs.values()} & FLOATS
+    best = min([None, *sorted(casts)], key=lambda dtype: len(wrong(dtype)))
+    if best:
+        yield f"the weights are cast to {best}: compared with the rounded values"
+    for key, want in wrong(best).items():
+        yield Problem(key, f"has dtype {pairs[key][1].dtype}, expected {want}")

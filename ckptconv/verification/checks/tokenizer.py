@@ -7,7 +7,7 @@ all of them; which one a library reads depends on its version, so each must be r
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,55 +27,46 @@ PROBE = "A  Photo of\nthe cat's 42."
 """Upper case, white space, a contraction and digits, in words that are one token each. (Not "!",
 which some tokenizers pad with and then take for a special token.)"""
 PROBE_TOKENS = ("a", "photo", "of", "the", "cat", "'s", "4", "2", ".")
-UNTOLD = "<|endoftext|>"
-"""What a special token is in a class that is not told."""
+UNSET = "<|endoftext|>"
+"""The class's default for special tokens."""
 
 
 def check_tokenizer(config: Config, part: ComponentFolder, *, ours: bool) -> Check:
     """Compares a tokenizer with what it should be.
 
-    Args:
-        config: as it should be.
-        part: the component of the folder.
-        ours: ckptconv wrote the folder, so that every difference is a later change.
+    In a folder of `ours`, which ckptconv wrote, every difference is a later change.
     """
-    name, folder = config.component.name, part.folder
-    problems: list[Problem] = []
-    notes: list[str] = []
+    extent = f"{len(_known()):,} tokens, {len(_known_merges()):,} merges"
+    return Check.of(config.component.name, "tokenizer", _findings(config, part, ours), extent)
+
+
+def _findings(config: Config, part: ComponentFolder, ours: bool) -> Iterator[Problem | str]:
+    folder, expected, settings = part.folder, config.values, CONFIG_FILES["tokenizer"]
     if part.config is None:
-        problems.append(Problem(CONFIG_FILES["tokenizer"], "is missing or cannot be read"))
+        yield Problem(settings, "is missing or cannot be read")
     else:
-        wrong = _specials(CONFIG_FILES["tokenizer"], config.values, part.config, whole=True)
-        if (folder / SPECIALS).exists() and not ours:  # of two answers, that file's counts
-            notes += [f"{problem}, and {SPECIALS} overrules it" for problem in wrong]
-        else:
-            problems += wrong
-        problems += _entries(config.values, part.config)
-    known = _known()
-    checks = {
+        overruled = (folder / SPECIALS).exists() and not ours  # of two answers, that file's counts
+        for problem in _specials(settings, expected, part.config, whole=True):
+            yield f"{problem}, and {SPECIALS} overrules it" if overruled else problem
+        yield from _entries(expected, part.config)
+    checks: dict[str, Callable[[Path], Iterable[object]]] = {
         "vocab.json": _vocabulary,
-        "merges.txt": _merges,
+        "merges.txt": lambda path: _unlike_merges(_lines(path.read_text(encoding="utf-8"))),
         "tokenizer.json": _tokenizer_json,
-        SPECIALS: _specials_file,
-        "added_tokens.json": _added,
+        SPECIALS: lambda path: _specials(SPECIALS, expected, read_json(path), whole=False),
+        "added_tokens.json": lambda path: _unlike(read_json(path)),
     }
     for file, check in checks.items():
         if (folder / file).exists():
             try:
-                problems += [Problem(file, what) for what in check(folder / file, known, config)]
+                yield from [Problem(file, str(what)) for what in check(folder / file)]
             except (OSError, UnicodeDecodeError, FileRefused) as error:
-                problems.append(Problem(file, f"cannot be read: {error}"))
-    if not (folder / "tokenizer.json").exists():
-        for file in ("vocab.json", "merges.txt"):
-            if not (folder / file).exists():
-                problems.append(Problem(file, "is missing, and there is no tokenizer.json"))
-    extent = f"{len(known):,} tokens, {len(_known_merges()):,} merges"
-    return Check(name, "tokenizer", tuple(problems), tuple(notes), extent)
+                yield Problem(file, f"cannot be read: {error}")
+        elif file in ("vocab.json", "merges.txt") and not (folder / "tokenizer.json").exists():
+            yield Problem(file, "is missing, and there is no tokenizer.json")
 
 
-@functools.cache
-def _known() -> dict[str, int]:
-    return vocabulary()
+_known = functools.cache(vocabulary)
 
 
 @functools.cache
@@ -84,70 +75,55 @@ def _known_merges() -> list[str]:
 
 
 def _entries(expected: Mapping[str, Any], have: Mapping[str, Any]) -> Iterator[Problem]:
-    said = str(have.get("tokenizer_class", expected["tokenizer_class"]))
-    if said.removesuffix("Fast") != expected["tokenizer_class"]:
-        yield Problem("tokenizer_class", f"is {said!r}, expected {expected['tokenizer_class']!r}")
+    wanted = expected["tokenizer_class"]
+    said = str(have.get("tokenizer_class", wanted))
+    if said.removesuffix("Fast") != wanted:
+        yield Problem("tokenizer_class", f"is {said!r}, expected {wanted!r}")
     for entry in COMPARED:
-        if entry not in have and entry != "model_max_length":
-            continue
-        if have.get(entry) != expected.get(entry):
-            what = f"is {have.get(entry)!r}, expected {expected.get(entry)!r}"
-            yield Problem(entry, what)
+        found, want = have.get(entry), expected.get(entry)
+        if found != want and (entry in have or entry == "model_max_length"):
+            yield Problem(entry, f"is {found!r}, expected {want!r}")
 
 
 def _specials(
     file: str, expected: Mapping[str, Any], have: Mapping[str, Any], *, whole: bool
 ) -> Iterator[Problem]:
-    """Yields the special tokens that are not as they should be."""
+    """Yields special tokens that are wrong; one that is not there is, in a file that is whole."""
     for entry, want in expected.items():
-        if not entry.endswith("_token") or (entry not in have and not whole):
-            continue
-        said = have.get(entry, UNTOLD if entry != "bos_token" else want)
-        text = said.get("content") if isinstance(said, dict) else said
-        if text != want:
-            yield Problem(entry, f"is {text!r} in {file}, expected {want!r}")
+        if entry.endswith("_token") and (entry in have or whole):
+            found = _content(have.get(entry, UNSET if entry != "bos_token" else want))
+            if found != want:
+                yield Problem(entry, f"is {found!r} in {file}, expected {want!r}")
     decoder = have.get("added_tokens_decoder")
     if isinstance(decoder, dict):
-        contents = ((k, v.get("content") if isinstance(v, dict) else v) for k, v in decoder.items())
-        for what in _unlike({str(text): _number(key) for key, text in contents}, _known()):
+        numbers = {str(_content(token)): _number(key) for key, token in decoder.items()}
+        for what in _unlike(numbers):
             yield Problem("added_tokens_decoder", what)
 
 
-def _specials_file(path: Path, _known: Mapping[str, int], config: Config) -> Iterator[str]:
-    for problem in _specials(path.name, config.values, read_json(path), whole=False):
-        yield str(problem)
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
 
 
-def _vocabulary(path: Path, known: Mapping[str, int], _config: Config) -> Iterator[str]:
-    have = read_json(path)
-    if have == known:
-        return
-    yield from _unlike(have, known)
+def _vocabulary(path: Path) -> Iterator[str]:
+    have, known = read_json(path), _known()
+    yield from _unlike(have)
     if lost := [token for token in known if token not in have]:
         yield f"lacks {len(lost):,} tokens, such as {lost[0]!r}"
 
 
-def _merges(path: Path, _known: Mapping[str, int], _config: Config) -> Iterator[str]:
-    yield from _unlike_merges(_lines(path.read_text(encoding="utf-8")))
-
-
-def _added(path: Path, known: Mapping[str, int], _config: Config) -> Iterator[str]:
-    yield from _unlike(read_json(path), known)
-
-
-def _tokenizer_json(path: Path, known: Mapping[str, int], _config: Config) -> Iterator[str]:
+def _tokenizer_json(path: Path) -> Iterator[str]:
     from tokenizers import Tokenizer
 
-    data = read_json(path)
-    model = data.get("model")
-    have = model.get("vocab") if isinstance(model, dict) else None
-    merges = model.get("merges") if isinstance(model, dict) else None
+    model = read_json(path).get("model")
+    have, merges = (model.get(k) if isinstance(model, dict) else None for k in ("vocab", "merges"))
     if not isinstance(have, dict) or not isinstance(merges, list):
         yield "holds no BPE model with a vocabulary and merges"
         return
-    yield from _unlike(have, known)
-    pairs = [" ".join(map(str, m)) if isinstance(m, list) else str(m) for m in merges]
-    yield from _unlike_merges(pairs)
+    yield from _unlike(have)
+    yield from _unlike_merges(
+        [" ".join(map(str, m)) if isinstance(m, list) else str(m) for m in merges]
+    )
     try:
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_padding()
@@ -157,12 +133,13 @@ def _tokenizer_json(path: Path, known: Mapping[str, int], _config: Config) -> It
         yield f"cannot be loaded: {error}"
         return
     tokens = ["<|startoftext|>", *(token + "</w>" for token in PROBE_TOKENS), "<|endoftext|>"]
-    wanted = [known[token] for token in tokens]
+    wanted = [_known()[token] for token in tokens]
     if ids != wanted:
         yield f"turns {PROBE!r} into {ids}, expected {wanted}"
 
 
-def _unlike(have: Mapping[str, Any], known: Mapping[str, int]) -> Iterator[str]:
+def _unlike(have: Mapping[str, Any]) -> Iterator[str]:
+    known = _known()
     wrong = [token for token, number in have.items() if known.get(token) != number]
     if wrong:
         first = wrong[0]
@@ -176,16 +153,18 @@ def _unlike_merges(have: list[str]) -> Iterator[str]:
     wanted = _known_merges()
     if len(have) != len(wanted):
         yield f"holds {len(have):,} merges, expected {len(wanted):,}"
-    for n, (said, want) in enumerate(zip(have, wanted, strict=False), 1):
-        if said != want:
-            yield f"merge {n:,} is {said!r}, expected {want!r}"
+    for n, (found, want) in enumerate(zip(have, wanted, strict=False), 1):
+        if found != want:
+            yield f"merge {n:,} is {found!r}, expected {want!r}"
             return
 
 
 def _lines(text: str) -> list[str]:
     """Returns the merges of a file, without its version line."""
     lines = text.splitlines()
-    return [line for line in lines[lines[:1] != [] and lines[0].startswith("#version") :] if line]
+    if lines and lines[0].startswith("#version"):
+        del lines[0]
+    return [line for line in lines if line]
 
 
 def _number(text: str) -> int:

@@ -14,35 +14,27 @@ from ..classes import Expected, Unbuildable, expected
 from ..result import Check, Problem
 
 POSITION_IDS = ".embeddings.position_ids"
-"""ModelFolder by old releases of transformers, read by none of today's."""
+"""Saved by old releases of transformers, read by none of today's."""
 INTEGERS = {"I64": "q", "I32": "i"}
 
 
 def check_weights(name: str, part: ComponentFolder, library: str, class_name: str) -> Check:
-    """Compares names, shapes and kinds of dtype with a model on the meta device.
-
-    Args:
-        name: of the component.
-        part: the component of the folder.
-        library: of the class.
-        class_name: of the model.
-    """
-    problems = [Problem(str(part.folder.name), text) for text in part.problems]
-    notes = [f"{file} is another variant: it was not checked" for file in part.unread]
-    if part.config is None or not part.tensors:
-        return Check(name, "weights", tuple(problems), tuple(notes))
-    try:
-        model = expected(library, class_name, part.config)
-    except Unbuildable as error:
-        problems.append(Problem(CONFIG_FILES["model"], str(error)))
-        return Check(name, "weights", tuple(problems), tuple(notes))
-    problems += _names(part, model)
-    problems += _shapes(part, model, class_name)
-    kinds = {t.dtype for t in part.tensors.values() if t.dtype in FLOATS}
-    if len(kinds) > 1:
-        notes.append(f"the weights have several dtypes: {', '.join(sorted(kinds))}")
-    extent = f"{len(model.shapes):,} tensors, as {class_name} expects them"
-    return Check(name, "weights", tuple(problems), tuple(notes), extent)
+    """Compares names, shapes and kinds of dtype with a model on the meta device."""
+    findings: list[Problem | str] = [Problem(part.folder.name, text) for text in part.problems]
+    findings += [f"{file} is another variant: it was not checked" for file in part.unread]
+    extent = ""
+    if part.config is not None and part.tensors:
+        try:
+            model = expected(library, class_name, part.config)
+        except Unbuildable as error:
+            findings.append(Problem(CONFIG_FILES["model"], str(error)))
+        else:
+            findings += [*_names(part, model), *_shapes(part, model, class_name)]
+            dtypes = sorted({t.dtype for t in part.tensors.values()} & FLOATS)
+            if len(dtypes) > 1:
+                findings.append(f"the weights have several dtypes: {', '.join(dtypes)}")
+            extent = f"{len(model.shapes):,} tensors, as {class_name} expects them"
+    return Check.of(name, "weights", findings, extent)
 
 
 def _names(part: ComponentFolder, model: Expected) -> Iterator[Problem]:
@@ -50,9 +42,11 @@ def _names(part: ComponentFolder, model: Expected) -> Iterator[Problem]:
         if key not in part.tensors:
             yield Problem(key, "is missing: the class expects it")
     for key, tensor in part.tensors.items():
-        if key.endswith(POSITION_IDS) and key not in model.shapes:
+        if key in model.shapes:
+            continue
+        if key.endswith(POSITION_IDS):
             yield from _position_ids(tensor)
-        elif key not in model.shapes:
+        else:
             yield Problem(tensor.name, "is left over: the class has no such tensor")
 
 
