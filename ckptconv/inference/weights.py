@@ -13,7 +13,6 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,16 +79,6 @@ def matched(module: nn.Module, targets: Mapping[str, Target]) -> tuple[dict[str,
     return names, problems
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a tensor goes."""
-
-    component: str
-    parameter: str
-    target: Target
-    device: torch.device
-
-
 def fill(
     modules: Mapping[str, nn.Module],
     steps: Iterable[Step],
@@ -111,30 +100,46 @@ def fill(
         MapError: the tensors are not those of the modules.
         FileRefused: a file became shorter meanwhile.
     """
+    import torch
+
     steps = list(steps)
-    places = _places(modules, steps, devices)
-    packed = {
-        (place.component, place.target.key): _packed(path, place.target)
-        for path, place in places.items()
-    }
+    targets, problems = targets_of(steps), []
+    names: dict[str, dict[str, str]] = {}
+    places: dict[tuple[str, str], Tensor] = {}  # as if each tensor were alone in a file
+    for component, module in modules.items():
+        names[component], wrong = matched(module, targets[component])
+        problems += [f"{component}: {problem}" for problem in wrong]
+        for key in names[component]:
+            target, path = targets[component][key], Path(component, key)
+            size = nbytes(math.prod(target.shape), target.dtype)
+            places[component, key] = Tensor(path, key, target.dtype, target.shape, 0, size)
+    if problems:
+        raise MapError(
+            "the configurations and the weights do not agree",
+            problems=problems,
+            hint="this is a fault of the key maps: please report it, with the output of "
+            "`ckptconv inspect FILE`",
+        )
     parts: dict[Path, list[Transfer]] = defaultdict(list)
-    needed = [s for s in steps if any((t.component, t.key) in packed for t in s.targets)]
-    for transfer in transfers(needed, packed):
+    needed = [s for s in steps if any((t.component, t.key) in places for t in s.targets)]
+    for transfer in transfers(needed, places):
         parts[transfer.target[0]].append(transfer)
-    done = ByteCounter(sum(tensor.nbytes for tensor in packed.values()), progress)
+    done = ByteCounter(sum(place.nbytes for place in places.values()), progress)
     states: dict[str, dict[str, torch.Tensor]] = {name: {} for name in modules}
     with Files() as files:
         moves: list[tuple[Transfer, torch.Tensor]] = []
-        for path, place in places.items():
-            tensor = _view(place, parts[path], files)
+        for (component, key), place in places.items():
+            name, own = names[component][key], parts[place.file]
+            device = _device_of(name, devices[component])
+            tensor = _view(place, own, files) if device.type == "cpu" else None
             if tensor is None:
-                tensor = _room(place)
-                for transfer in parts[path]:
+                tensor = torch.empty(place.shape, dtype=torch_dtype(place.dtype), device=device)
+                for transfer in own:
                     cut = transfer.cut(CHUNK * 8 // BITS[transfer.dtypes[0]])
                     moves += [(part, tensor) for part in cut]
             else:
                 done.add(tensor.nbytes)
-            states[place.component][place.parameter] = tensor
+            states[component][name] = tensor
         mover = _Mover(files)
         in_threads(lambda move: done.add(mover.move(*move)), moves, THREADS)
     for name, module in modules.items():
@@ -148,28 +153,6 @@ def fill(
     return mover.warnings
 
 
-def _places(
-    modules: Mapping[str, nn.Module], steps: Iterable[Step], devices: Mapping[str, Devices]
-) -> dict[Path, _Place]:
-    """Returns where the tensors go, by a path that names the tensor."""
-    targets, problems = targets_of(steps), []
-    places: dict[Path, _Place] = {}
-    for component, module in modules.items():
-        names, wrong = matched(module, targets[component])
-        problems += [f"{component}: {problem}" for problem in wrong]
-        for key, name in names.items():
-            device = _device_of(name, devices[component])
-            places[Path(component, key)] = _Place(component, name, targets[component][key], device)
-    if problems:
-        raise MapError(
-            "the configurations and the weights do not agree",
-            problems=problems,
-            hint="this is a fault of the key maps: please report it, with the output of "
-            "`ckptconv inspect FILE`",
-        )
-    return places
-
-
 def _device_of(name: str, devices: Devices) -> torch.device:
     """Returns the device of the longest module name that a parameter's name begins with."""
     segments = name.split(".")
@@ -177,31 +160,17 @@ def _device_of(name: str, devices: Devices) -> torch.device:
     return next(devices[prefix] for prefix in prefixes if prefix in devices)
 
 
-def _packed(path: Path, target: Target) -> Tensor:
-    """Returns a tensor as if it were alone in a file."""
-    size = nbytes(math.prod(target.shape), target.dtype)
-    return Tensor(path, target.key, target.dtype, target.shape, 0, size)
-
-
-def _view(place: _Place, parts: list[Transfer], files: Files) -> torch.Tensor | None:
-    """Returns the tensor as a view of the mapped file, or None where its bytes must be moved."""
+def _view(place: Tensor, parts: list[Transfer], files: Files) -> torch.Tensor | None:
+    """Returns a tensor as a view of the mapped file, or None where its bytes must be moved."""
     import torch
 
-    if place.device.type != "cpu" or len(parts) != 1 or not parts[0].is_copy:
+    if len(parts) != 1 or not parts[0].is_copy:
         return None
-    (transfer,), dtype = parts, torch_dtype(place.target.dtype)
-    path, offset = transfer.source
+    (path, offset), dtype = parts[0].source, torch_dtype(place.dtype)
     if offset % dtype.itemsize:  # not every kernel reads across the borders of elements
         return None
-    mapped = files.mapped(path, offset, transfer.nbytes)
-    return torch.frombuffer(mapped, dtype=dtype).view(place.target.shape)
-
-
-def _room(place: _Place) -> torch.Tensor:
-    import torch
-
-    dtype = torch_dtype(place.target.dtype)
-    return torch.empty(place.target.shape, dtype=dtype, device=place.device)
+    mapped = files.mapped(path, offset, place.nbytes)
+    return torch.frombuffer(mapped, dtype=dtype).view(place.shape)
 
 
 class _Mover:
