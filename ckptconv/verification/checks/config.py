@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from ...configs.config import TORCH_NAMES, Config, class_of
+from ...configs.config import LIBRARIES, TORCH_NAMES, Config, class_of
 from ...folder.names import CONFIG_FILES
 from ...folder.read import ComponentFolder
-from ..classes import LIBRARIES, Unbuildable, defaults
+from ..classes import Unbuildable, defaults
 from ..result import Check, Problem
 
 NAMES = ("_class_name", "architectures", "image_processor_type", "feature_extractor_type")
