@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from ..errors import DeviceError, UsageError
+from ..errors import DeviceError, UsageError, option
 
 if TYPE_CHECKING:
     import torch
@@ -49,8 +49,8 @@ def pick_device(name: str) -> tuple[torch.device, str]:
         found = f"finds {count} GPU{'s' * (count > 1)}" if count else "finds no GPU"
         raise DeviceError(
             f"device {name} is not there: {device.type.upper()} {found}",
-            hint="take --device cpu, or see in the documentation of PyTorch how to install it for "
-            "your GPU; `python -m torch.utils.collect_env` shows what it finds",
+            hint=f"take {option('device', 'cpu')}, or see in the documentation of PyTorch how to "
+            "install it for your GPU; `python -m torch.utils.collect_env` shows what it finds",
         )
     return device, "as asked"
 
@@ -81,8 +81,17 @@ def check_dtype(device: torch.device, dtype: str) -> None:
             able = False
     if not able:
         raise DeviceError(
-            f"{_title(device)} does not compute in {dtype}", hint="take --dtype fp16 or fp32"
+            f"{_title(device)} does not compute in {dtype}",
+            hint=f"take {option('dtype', 'fp16')} or fp32",
         )
+
+
+def less_memory() -> str:
+    """Returns what to try when memory runs out."""
+    return (
+        f"take {option('offload', 'model')}, or {option('offload', 'sequential')} for the least "
+        f"memory; {option('dtype', 'fp16')} or bf16 halves the weights of an fp32 file"
+    )
 
 
 @contextlib.contextmanager
@@ -152,7 +161,7 @@ def spread(
     raise DeviceError(
         f"out of memory: free on the GPUs are {free} bytes, and the "
         f"weights need {sum(sizes.values()):,}, in blocks that stay whole, with some to spare",
-        hint="take a smaller --dtype, or --offload sequential on one GPU",
+        hint=f"take a smaller {option('dtype')}, or {option('offload', 'sequential')} on one GPU",
     )
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..destination import check_destination, new_file
-from ..errors import DeviceError, FileRefused, UsageError
+from ..errors import DeviceError, FileRefused, UsageError, option
 from ..maps.architecture import bundled
 from ..version import __version__
-from .device import memory_errors
+from .device import less_memory, memory_errors
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -53,11 +53,6 @@ NEEDED = ("image", "mask")
 
 RESCALE = 0.7
 """Guidance rescale for a model of zero terminal SNR: https://arxiv.org/abs/2305.08891, 3.4."""
-
-SMALLER = (
-    "take a smaller --size, --offload model, or --offload sequential for the least memory; "
-    "--dtype fp16 or bf16 halves the weights of an fp32 file"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,28 +124,28 @@ def check(cls: type[DiffusionPipeline], task: str, settings: Settings) -> None:
     takes = python_inspect.signature(cls.__call__).parameters
     problems = []
     for name, keyword in KEYWORDS.items():
-        option, value = f"--{name.replace('_', '-')}", getattr(settings, name)
+        word, value = option(name), getattr(settings, name)
         if value is not None and keyword not in takes:
-            problems.append(f"{option} does not fit: {cls.__name__} takes none")
+            problems.append(f"{word} does not fit: {cls.__name__} takes none")
         if value is None and keyword in takes and name in NEEDED:
-            problems.append(f"{option} is missing: {task} needs it")
+            problems.append(f"{word} is missing: {task} needs it")
     step = 8 * (_scale(cls.__name__) or 1)
     if any(n % step for n in settings.size or ()):
-        problems.append(f"--size does not divide by {step}, as {task} needs it")
+        problems.append(f"{option('size')} does not divide by {step}, as {task} needs it")
     if "strength" in takes:
         strength = settings.strength
         strength = takes["strength"].default if strength is None else strength
         if not 0 < strength <= 1:
-            problems.append(f"--strength {strength} is not above 0 and at most 1")
+            problems.append(f"{option('strength', strength)} is not above 0 and at most 1")
         elif int(settings.steps * strength) < 1:
             problems.append(
-                f"--steps {settings.steps} times strength {strength} is less than one step"
+                f"{option('steps', settings.steps)} times strength {strength} is less than one step"
             )
     if problems:
         raise UsageError(
             f"the options do not fit {task}",
             problems=problems,
-            hint="--task asks for another task of the same weights",
+            hint=f"{option('task')} asks for another task of the same weights",
         )
 
 
@@ -237,7 +232,7 @@ def generate(pipe: Pipeline, arguments: Mapping[str, Any], seed: int) -> Image.I
 
     generator = torch.Generator("cpu").manual_seed(seed)
     try:
-        with memory_errors("generating", SMALLER):
+        with memory_errors("generating", f"take a smaller {option('size')}, or {less_memory()}"):
             # As an array: a PIL image would turn what is not a number into black.
             made = pipe(**arguments, generator=generator, output_type="np")
     except ValueError as error:  # from the checks of its own
@@ -246,7 +241,8 @@ def generate(pipe: Pipeline, arguments: Mapping[str, Any], seed: int) -> Image.I
     if not np.isfinite(array).all():
         raise DeviceError(
             "the image is not made of numbers: values overflowed on the way",
-            hint="take --dtype bf16 or fp32; if that does not help, the checkpoint is damaged",
+            hint=f"take {option('dtype', 'bf16')} or fp32; if that does not help, the checkpoint "
+            "is damaged",
         )
     (image,) = pipe.numpy_to_pil(array[None])
     return image  # type: ignore[no-any-return]  # `Pipeline` is not typed

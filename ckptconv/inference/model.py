@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Container, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..configs.config import model_index
-from ..configs.original_config import OriginalConfig
 from ..conversion.convert import configured, option_for, plan_file
 from ..dtypes import CASTS, FLOATS
 from ..errors import FileRefused, Incomplete, UsageError, option
 from ..files import read_json
 from ..folder.names import CONFIG_FILES, INDEX
-from ..folder.read import current_name
 from ..folder.weights import component_headers
 from ..maps.architecture import Architecture
 from ..maps.ops import RENAME
@@ -55,21 +53,25 @@ class Model:
 
     Attributes:
         path: the checkpoint, or the folder.
-        pipeline: the name of the class of diffusers that the weights are made for.
+        index: the content of `model_index.json`.
         blueprints: of the components to build, by name.
-        arguments: what else the pipeline is made with; None for a component that is left out.
         steps: bring the tensors from their files to the components.
         dtype: of the weights: a key of `CASTS`.
         notes: what the user should know.
     """
 
     path: Path
-    pipeline: str
+    index: Mapping[str, Any]
     blueprints: Mapping[str, Blueprint]
-    arguments: Mapping[str, Any]
     steps: tuple[Step, ...]
     dtype: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the pipeline is made with beside the components that are built, which are None."""
+        named = {name: value for name, value in self.index.items() if not name.startswith("_")}
+        return {n: None if isinstance(v, list) else v for n, v in named.items()}
 
 
 def open_model(
@@ -94,15 +96,6 @@ def open_model(
     path = Path(path)
     if path.is_dir():
         return _from_folder(path, options, given)
-    made, original = _planned(path, options, given)
-    made.require_complete(ignore_unclaimed=ignore_unclaimed)
-    return _from_plan(made, original, options, given)
-
-
-def _planned(
-    path: Path, options: Options, given: Collection[str]
-) -> tuple[Plan, OriginalConfig | None]:
-    """Returns the plan for what is not given, with all weights in one dtype."""
     made, original = plan_file(path, options, without=given)
     _refuse_single(path, made.detection.require()[0])
     if made.absent:
@@ -122,7 +115,17 @@ def _planned(
     if options.dtype is None and (dtype := _common_dtype(_dtypes(made))):
         log.info("%s: the weights become %s, which holds all of their values", path, dtype)
         made = made.cast(dtype)
-    return made, original
+    made.require_complete(ignore_unclaimed=ignore_unclaimed)
+    built, notes = configured(made, original)
+    index = model_index(made, built)
+    blueprints = {}
+    for name, config in built.items():
+        if name not in given and (options.only is None or name in options.only):
+            donor, (library, cls) = made.donors.get(name), index[name]
+            folder = donor.config.parent if donor and donor.config else None
+            blueprints[name] = Blueprint(library, cls, config.component.kind, config.values, folder)
+    stored = _name_of(_dtypes(made))
+    return Model(path, index, blueprints, made.steps, stored, (*made.notes, *notes))
 
 
 def _refuse_single(path: Path, architecture: Architecture) -> None:
@@ -150,50 +153,6 @@ def _common_dtype(stored: set[str]) -> str | None:
     if len(stored) <= 1 and stored <= set(CASTS.values()):
         return None
     return "fp16" if stored <= EXACT_IN_FP16 else "fp32"
-
-
-def _from_plan(
-    made: Plan, original: OriginalConfig | None, options: Options, given: Collection[str]
-) -> Model:
-    built, notes = configured(made, original)
-    index = model_index(made, built)
-    blueprints: dict[str, Blueprint] = {}
-    renamed: dict[tuple[str, str], str] = {}
-    for name, config in built.items():
-        if name in given or (options.only is not None and name not in options.only):
-            continue
-        donor = made.donors.get(name)
-        folder = donor.config.parent if donor and donor.config else None
-        kind = config.component.kind
-        library, cls = index[name]
-        blueprints[name] = Blueprint(library, cls, kind, config.values, folder)
-        if folder:
-            keys = made.tensors(name).keys()
-            renamed |= {(name, key): current_name(key, keys) for key in keys}
-    return Model(
-        made.detection.header.path,
-        index["_class_name"],
-        blueprints,
-        _arguments(index, blueprints),
-        tuple(_renamed(step, renamed) for step in made.steps),
-        _name_of(_dtypes(made)),
-        (*made.notes, *notes),
-    )
-
-
-def _renamed(step: Step, names: Mapping[tuple[str, str], str]) -> Step:
-    """Returns a step whose targets have other keys, by component and key."""
-    targets = [replace(t, key=names.get((t.component, t.key), t.key)) for t in step.targets]
-    return replace(step, targets=tuple(targets))
-
-
-def _arguments(index: Mapping[str, Any], blueprints: Container[str]) -> dict[str, Any]:
-    """Returns what an index says beside the components that are built."""
-    return {
-        name: None if isinstance(value, list) else value
-        for name, value in index.items()
-        if not name.startswith("_") and name not in blueprints
-    }
 
 
 def _name_of(stored: Container[str]) -> str:
@@ -231,23 +190,13 @@ def _from_folder(path: Path, options: Options, given: Collection[str]) -> Model:
         folder, config, kind = path / name, {}, "other"
         if (folder / CONFIG_FILES["model"]).is_file():
             config, kind = read_json(folder / CONFIG_FILES["model"]), "model"
-            own = {k: t for header in component_headers(folder) for k, t in header.tensors.items()}
-            tensors |= {(name, current_name(key, own)): tensor for key, tensor in own.items()}
+            for header in component_headers(folder):
+                tensors |= {(name, key): tensor for key, tensor in header.tensors.items()}
         blueprints[name] = Blueprint(library, cls, kind, config, folder)
     stored = {tensor.dtype for tensor in tensors.values()} & FLOATS
     dtype = options.dtype or _common_dtype(stored) or _name_of(stored)
-    return Model(
-        path,
-        str(index.get("_class_name")),
-        blueprints,
-        _arguments(index, blueprints),
-        tuple(
-            Step(RENAME, (tensor,), (Target(*place, _cast(tensor.dtype, dtype), tensor.shape),))
-            for place, tensor in tensors.items()
-        ),
-        dtype,
-    )
-
-
-def _cast(stored: str, dtype: str) -> str:
-    return CASTS[dtype] if stored in FLOATS else stored
+    steps = []
+    for place, tensor in tensors.items():
+        kept = CASTS[dtype] if tensor.dtype in FLOATS else tensor.dtype
+        steps.append(Step(RENAME, (tensor,), (Target(*place, kept, tensor.shape),)))
+    return Model(path, index, blueprints, tuple(steps), dtype)

@@ -19,7 +19,15 @@ from ..errors import DeviceError, FileRefused, UsageError
 from ..libraries import find_class
 from ..maps.architecture import Task, bundled
 from ..options import Choices, Options, checked
-from .device import check_dtype, free_memory, is_out_of_memory, memory_errors, pick_device, spread
+from .device import (
+    check_dtype,
+    free_memory,
+    is_out_of_memory,
+    less_memory,
+    memory_errors,
+    pick_device,
+    spread,
+)
 from .model import Model, open_model
 from .modules import component_class, empty_module, from_library, without_weights
 from .weights import Devices, fill, targets_of
@@ -34,11 +42,6 @@ OFFLOADS = {
 }
 """How weights wait in main memory for their turn on the GPU, and the method of diffusers."""
 
-
-LESS_MEMORY = (
-    "take --offload model, or --offload sequential for the least memory; --dtype fp16 or bf16 "
-    "halves the weights of an fp32 file"
-)
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +113,7 @@ def build_pipeline(
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Any:
     """Builds the pipeline of an opened model; see `load_pipeline` for arguments and errors."""
-    with memory_errors(f"loading {model.path}", LESS_MEMORY):
+    with memory_errors(f"loading {model.path}", less_memory()):
         place = _placed(device, offload, device_map)
         cls, _ = pipeline_class(model, task)
         home = pick_device("cpu")[0] if offload else place
@@ -131,9 +134,10 @@ def pipeline_class(model: Model, task: str | None = None) -> tuple[type[Diffusio
         FileRefused: diffusers has no such pipeline.
         UsageError: the weights cannot do the task.
     """
-    known = bundled().pipelines.get(model.pipeline, Task(model.pipeline, model.pipeline))
+    own = str(model.index.get("_class_name"))
+    known = bundled().pipelines.get(own, Task(own, own))
     own_task = known.name
-    classes = {own_task: model.pipeline, **known.also}
+    classes = {own_task: own, **known.also}
     name = classes.get(task or own_task)
     if name is None:
         raise UsageError(

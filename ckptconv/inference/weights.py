@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..dtypes import BITS, nbytes, torch_dtype
 from ..errors import MapError
 from ..files import ByteCounter, Files
+from ..folder.read import current_name
 from ..planning.step import Step, Target
 from ..reading.tensor import Tensor
 from ..streaming.stream import converted, in_threads
@@ -50,9 +51,10 @@ def targets_of(steps: Iterable[Step]) -> dict[str, dict[str, Target]]:
 def matched(module: nn.Module, targets: Mapping[str, Target]) -> tuple[dict[str, str], list[str]]:
     """Matches tensors with the parameters of a module.
 
-    A key is the name of its parameter. The exception is one rule: where the module has no child of
-    the key's first segment, that segment is left out. Folders hold `text_model.` in every CLIP text
-    encoder, but since release 5 `CLIPTextModel` of transformers has no such wrapper in memory.
+    A key, by its present name, is the name of its parameter. The exception is one rule: where the
+    module has no child of the key's first segment, that segment is left out. Folders hold
+    `text_model.` in every CLIP text encoder, but since release 5 `CLIPTextModel` of transformers
+    has no such wrapper in memory.
 
     Returns:
         The name of the parameter by key, and sentences on what does not fit. A tensor for a buffer
@@ -63,8 +65,9 @@ def matched(module: nn.Module, targets: Mapping[str, Target]) -> tuple[dict[str,
     roots = {name.partition(".")[0] for name in [*own, *buffers]}
     names, problems = {}, []
     for key, target in targets.items():
-        root, _, rest = key.partition(".")
-        name = key if root in roots else rest
+        name = current_name(key, targets)
+        root, _, rest = name.partition(".")
+        name = name if root in roots else rest
         if name not in own and name not in buffers:
             problems.append(f"{key}: the module has no such parameter")
         elif name in own and own[name] != target.shape:

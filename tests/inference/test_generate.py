@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ckptconv.cli import main
-from ckptconv.errors import UsageError
+from ckptconv.errors import UsageError, on_the_command_line
 from ckptconv.inference.generation import Settings, call_arguments, check, generate, parse_pixels
 from ckptconv.inference.model import open_model
 from ckptconv.inference.pipeline import load_pipeline, pipeline_class
@@ -287,7 +287,8 @@ def test_options_that_do_not_fit_the_task(
     task: str, settings: Mapping[str, Any], problems: list[str], sample: Sample
 ) -> None:
     cls, name = pipeline_class(open_model(sample("sd1"), Options()), task)
-    with pytest.raises(UsageError, match=f"the options do not fit {task}") as caught:
+    wrong = pytest.raises(UsageError, match=f"the options do not fit {task}")
+    with on_the_command_line(), wrong as caught:
         check(cls, name, Settings("a cat", **settings))
     assert len(caught.value.problems) == len(problems)
     for said, problem in zip(caught.value.problems, problems, strict=True):

@@ -145,7 +145,7 @@ def test_a_full_gpu_is_an_error_with_a_hint(sample: Sample) -> None:
             load_pipeline(sample("sdxl"), device="cuda")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "--offload model" in caught.value.hint
+    assert "offload='model'" in caught.value.hint
 
 
 @pytest.fixture(scope="module")
