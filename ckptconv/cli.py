@@ -1,4 +1,4 @@
-"""The command line: one command a module in `ckptconv/commands/`, imported when it is asked for.
+"""The command line: each command is a module in `ckptconv/commands/`, imported when it is used.
 
 Data go to stdout, everything else to stderr. Exit codes: 0 done, 1 the file is refused or a check
 failed, 2 wrong usage.
@@ -16,25 +16,18 @@ from typing import Any, NoReturn
 import click
 
 from .errors import CkptconvError, UsageError, on_the_command_line
+from .libraries import quieten
 from .version import __version__
 
-COMMANDS = {
-    "inspect": "inspect",
-    "plan": "plan",
-    "convert": "convert",
-    "verify": "verify",
-    "export": "export",
-    "generate": "generate",
-    "architectures": "architectures",
-    "maps": "maps",
-    "sample": "sample",
-    "demo": "demo",
-}
-"""Module in `ckptconv.commands` by name of the command, in the order of the help."""
+COMMANDS = (
+    *("inspect", "plan", "convert", "verify", "export", "generate"),
+    *("architectures", "maps", "sample", "demo"),
+)
+"""The commands, in the order of the help; each is the `command` of a module of its name."""
 
 
 class _Group(click.Group):
-    """Imports a command when it is asked for, and turns our errors into exit codes."""
+    """Imports a command when it is used, and turns our errors into exit codes."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -42,13 +35,12 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module = importlib.import_module(f".commands.{COMMANDS[name]}", __package__)
-        command = module.command
-        assert isinstance(command, click.Command)  # noqa: S101  (ours)
+        command: click.Command = importlib.import_module(f".commands.{name}", __package__).command
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
         signal.signal(signal.SIGTERM, _terminated)
+        quieten()
         if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
             sys.stdout.reconfigure(errors="surrogateescape")
         with on_the_command_line():
@@ -60,7 +52,7 @@ class _Group(click.Group):
 
 
 def _terminated(_number: int, _frame: object) -> NoReturn:
-    """Ends like Ctrl-C, so that nothing half-written stays behind."""
+    """Ends as Ctrl-C does, so that nothing half-written stays behind."""
     sys.exit(128 + signal.SIGTERM)
 
 
@@ -71,7 +63,7 @@ def _terminated(_number: int, _frame: object) -> NoReturn:
     type=click.Path(path_type=Path),
     envvar="CKPTCONV_KEY_MAPS",
     show_envvar=True,
-    help="A folder of architectures and maps of your own, searched before ours.",
+    help="A folder of your own architectures and key maps, searched before the built-in ones.",
 )
 @click.pass_context
 def main(ctx: click.Context, /, key_maps: Path | None) -> None:

@@ -1,20 +1,27 @@
-"""What the libraries want to be told, and what they say that helps nobody."""
+"""diffusers and transformers: finding their classes in any thread, and keeping a command quiet."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import logging
-import re
+import threading
 import warnings
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+LOCK = threading.RLock()
+"""Held while a library imports or builds something. The libraries import their modules on first
+use, and threads that enter a ring of imports at different points see unfinished modules."""
 
-__all__ = ["quiet", "reading", "uncollected"]
+LIBRARIES = ("diffusers", "transformers")
+"""Classes come from nowhere else."""
+
+RENAMED = {
+    "CLIPFeatureExtractor": "CLIPImageProcessor",
+    "DPTFeatureExtractor": "DPTImageProcessor",
+}
+"""The present names of classes that release 5 of transformers dropped."""
 
 CHATTER = {
     "transformers.utils.import_utils": ("requires torchvision",),  # image processors do without
@@ -25,73 +32,56 @@ CHATTER = {
     "diffusers.loaders.peft": ("No LoRA keys associated", "was unsuccessful with the following"),
     "diffusers.models.modeling_utils": ("kept in float32: []",),  # an empty list is no problem
 }
-"""By logger, what messages that do not matter contain."""
+"""Texts of messages that help nobody, by logger."""
 
 WARNINGS = (
-    "`torch_dtype` is deprecated",  # the new name is unknown to older releases, see `reading`
+    "`torch_dtype` is deprecated",  # only some releases know the new name
     "`upcast_vae` is deprecated",  # called by the pipelines of diffusers themselves
     "Already found a `peft_config` attribute",  # several LoRA files were asked for
     "In CPU autocast, but the target dtype",  # asked for by the depth pipeline, for every dtype
 )
-"""How warnings that do not matter begin."""
+"""How warnings that help nobody begin."""
 
 
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Puts off Python's cyclic garbage collector.
+def find_class(library: str, name: str) -> Any:
+    """Returns a class of diffusers or transformers, or None; imports the library.
 
-    Importing the libraries and making their modules creates a million objects, of which none is
-    garbage; looking for some, again and again, takes half as long as all the rest.
+    Args:
+        library: `diffusers`, `transformers`, or a package of `diffusers.pipelines`, as
+            `model_index.json` names it. Nothing else is imported.
+        name: of the class.
     """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    name = RENAMED.get(name, name)
+    home = library if library in LIBRARIES else f"diffusers.pipelines.{library}"
+    with LOCK, contextlib.suppress(ImportError):
+        found = getattr(importlib.import_module(home), name, None)
+        return found if isinstance(found, type) else None
+    return None
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps the libraries from chatting; their other warnings pass."""
+def quieten() -> None:
+    """Silences what the libraries say that helps nobody; imports none of them.
+
+    This changes the whole process, for good: only the command line calls it, and no function of the
+    Python API.
+    """
+    for name in CHATTER:
+        logging.getLogger(name).addFilter(_matters)
+    for message in WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    # Imports create a million objects and no garbage; looking for some takes 10 % of their time.
+    gc.set_threshold(100_000, 20, 100)
+
+
+def hide_progress_bars() -> None:
+    """Imports the libraries and turns their progress bars off; for the command line, too."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     bars: list[Any] = [diffusers_logging, transformers_logging]
-    shown = [bar for bar in bars if bar.is_progress_bar_enabled()]
-    for name in CHATTER:
-        logging.getLogger(name).addFilter(_matters)
-    for bar in shown:
+    for bar in bars:
         bar.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            for message in WARNINGS:
-                warnings.filterwarnings("ignore", message)
-            yield
-    finally:
-        for bar in shown:
-            bar.enable_progress_bar()
-        for name in CHATTER:
-            logging.getLogger(name).removeFilter(_matters)
 
 
 def _matters(record: logging.LogRecord) -> bool:
     return not any(text in record.getMessage() for text in CHATTER[record.name])
-
-
-def reading(dtype: torch.dtype, weights: Iterable[Path]) -> dict[str, Any]:
-    """Returns the arguments of `from_pretrained`, which read what is there and ask no Hub.
-
-    Args:
-        dtype: of the weights.
-        weights: the files; their names tell the variant.
-    """
-    variant = re.compile(r"\.([^.]+?)(-\d+-of-\d+)?\.safetensors$")
-    variants = {found[1] for path in weights if (found := variant.search(path.name))}
-    # Since 2026 it is called `dtype`, a name that releases before ignore.
-    choices: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True}
-    choices["use_safetensors"] = True
-    if len(variants) == 1:
-        choices["variant"] = variants.pop()
-    return choices

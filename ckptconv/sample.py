@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float32]
 
-__all__ = ["Tensor", "layout_of", "write_sample"]
-
 Tensor = tuple[str, str, tuple[int, ...]]
 """Name, dtype and shape."""
 
@@ -42,15 +40,7 @@ NOT_WIDTHS = {1000, 49408}
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """`sample.yaml`: how to shrink the published layout to a small model.
-
-    Attributes:
-        metadata: of its header.
-        divide: by prefix of the keys, what divides every axis that is a width.
-        exact: by prefix, the new lengths of certain axes; they go first.
-        repeats: by container, the entries to keep.
-        spread: by key, the standard deviation of its values.
-    """
+    """`sample.yaml`: how to shrink the published layout to a small model."""
 
     divide: Mapping[str, int]
     metadata: Mapping[str, str] = field(default_factory=dict)

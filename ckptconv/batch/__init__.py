@@ -1,1 +1,1 @@
-"""Many files: what is done to each, in one process, in several, or on many machines."""
+"""Many files: the same work on each, in one process, in several, or on many machines."""

@@ -1,4 +1,4 @@
-"""Works on files on many machines: those of a Dask cluster that is there already."""
+"""Works on files on many machines: the workers of a Dask cluster that is already running."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import UsageError, option
 from ..version import __version__
 from .storage import EXTRA, Staged
 from .work import Outcome, Pair, attempt
@@ -15,38 +15,26 @@ from .work import Outcome, Pair, attempt
 if TYPE_CHECKING:
     from distributed import Client
 
-
 TIMEOUT = "10s"
 """How long the scheduler has to answer."""
 
 
 def each(staged: Staged, pairs: Sequence[Pair], scheduler: str) -> Generator[tuple[int, Outcome]]:
-    """Works on files on the workers of a cluster; yields index and outcome of each as it ends.
+    """Yields the index and the outcome of each file as it ends.
 
     A file whose worker is lost is given to another, as often as the scheduler allows
-    (`distributed.scheduler.allowed-failures`).
-
-    Args:
-        staged: what to do.
-        pairs: the files: URLs, or paths that the workers can reach.
-        scheduler: its address.
-
-    Raises:
-        UsageError: Dask is not installed, the scheduler does not answer, or a worker has no
-            ckptconv of this version.
+    (`distributed.scheduler.allowed-failures`). Paths must be such that the workers can reach them.
     """
     try:
         from distributed import Client, as_completed
     except ImportError as error:
-        raise UsageError(
-            f"--dask needs Dask, which is not installed: {error}", hint=EXTRA
-        ) from error
+        message = f"{option('dask')} needs Dask, which is not installed: {error}"
+        raise UsageError(message, hint=EXTRA) from error
     try:
         client = Client(scheduler, timeout=TIMEOUT, set_as_default=False)  # type: ignore[no-untyped-call]  # theirs is untyped
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{scheduler}: no Dask scheduler answers: {error}", hint="check its address"
-        ) from error
+        message = f"{scheduler}: no Dask scheduler answers: {error}"
+        raise UsageError(message, hint="check its address") from error
     with contextlib.closing(client):
         _check_workers(client, scheduler)
         futures = client.map(_on_worker, [staged] * len(pairs), pairs, pure=False)
@@ -70,18 +58,14 @@ def _outcome(future: Any, pair: Pair) -> Outcome:
     if future.status == "finished":
         outcome: Outcome = future.result()
         return outcome
-    error = future.exception()  # it is Dask's, such as KilledWorker: `attempt` raises none
+    error = future.exception()  # Dask's own, such as KilledWorker: `attempt` raises none
     return Outcome(pair, error=f"{pair.source}: the worker was lost: {error}")
 
 
 def _check_workers(client: Client, scheduler: str) -> None:
-    """Checks that the workers that are there can do the work.
-
-    Raises:
-        UsageError: one of them cannot.
-    """
-    told: Any = client.get_versions(packages=["ckptconv"])
-    versions = {name: each["packages"].get("ckptconv") for name, each in told["workers"].items()}
+    """Checks that every worker has this version of ckptconv."""
+    answer: Any = client.get_versions(packages=["ckptconv"])
+    versions = {name: each["packages"].get("ckptconv") for name, each in answer["workers"].items()}
     if wrong := {name: version for name, version in versions.items() if version != __version__}:
         raise UsageError(
             f"{scheduler}: not every worker has ckptconv {__version__}",

@@ -1,7 +1,6 @@
-"""Files elsewhere: what a URL names, and work that fetches its input and puts its output away.
+"""Remote files: what a URL names, and work that downloads its input and uploads its output.
 
-fsspec knows the protocols (`s3://`, `gs://`, `hf://`, ...). Nothing here is reached unless a URL
-was given.
+fsspec knows the protocols (`s3://`, `gs://`, `hf://`, ...). It is imported only if a URL was given.
 """
 
 from __future__ import annotations
@@ -13,158 +12,121 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeGuard
+from typing import Any
 
-from ..errors import CkptconvError, FileRefused, OutputError, UsageError
+from ..errors import CkptconvError, FileRefused, OutputError, UsageError, option
 from ..files import read_json
 from ..folder.names import INDEX, RECORD
 from ..planning.step import ASIDE
-from .work import Moved, Pair, Work
+from .work import Conversion, Moved, Pair, Work
 
+CHECK = "check the address and your rights there"
 EXTRA = "pip install 'ckptconv[fleet]'"
 INDEX_SUFFIX = ".safetensors.index.json"
 MARK = f"{ASIDE}/uploading"
-"""Lies in a folder while it is being uploaded, and names the run."""
+"""A file in a folder that is being uploaded; it names the run."""
 
 
-def is_url(text: str | None) -> TypeGuard[str]:
+def is_url(text: str) -> bool:
     """Whether a text is a URL and not a path.
 
     >>> is_url("s3://bucket/model.safetensors"), is_url("model.safetensors")
     (True, False)
     """
-    return bool(text and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text))
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
 
 
 def check_urls(urls: Iterable[str]) -> None:
-    """Checks that there are libraries for some URLs, before anything starts; asks no storage.
-
-    Raises:
-        UsageError: a protocol is unknown, or its library is not installed.
-    """
+    """Checks that the libraries for some URLs are installed; contacts no storage."""
     for url in {url.partition("://")[0]: url for url in urls}.values():
         _filesystem(url)
 
 
 def listed(url: str) -> list[str]:
-    """Returns the URLs that a pattern matches, sorted.
-
-    Raises:
-        UsageError: the protocol is unknown, or its library is not installed.
-        FileRefused: the storage cannot be listed.
-    """
-    fs, path = _filesystem(url)
-    with _telling(f"{url}: cannot be listed"):
+    """Returns the URLs that a pattern matches, sorted."""
+    with _storage(url, "cannot be listed") as (fs, path):
         return [str(fs.unstrip_protocol(name)) for name in sorted(fs.glob(path))]
 
 
 def size_of(url: str) -> int:
-    """Returns the size of a file in bytes.
-
-    Raises:
-        UsageError: the protocol is unknown, or its library is not installed.
-        FileRefused: it cannot be looked at.
-    """
-    fs, path = _filesystem(url)
-    with _telling(f"{url}: cannot be looked at"):
+    """Returns the size of a file in bytes."""
+    with _storage(url, "cannot be looked at") as (fs, path):
         return int(fs.size(path) or 0)
 
 
 @dataclass(frozen=True)
 class Staged:
-    """Work on files elsewhere, done on this machine's disk.
+    """Work on remote files, done on this machine's disk.
 
-    The input is copied to a scratch folder that is removed at the end, whatever happens. The output
-    is uploaded with its index last, so that a folder that is not whole does not load; nothing that
-    exists is replaced unless the work may. A folder whose proof failed is not uploaded.
+    The input is copied to a scratch folder, which is always removed. A conversion is uploaded with
+    its index last, so that an incomplete folder does not load, and replaces nothing that exists
+    unless it may. A folder that failed its verification is not uploaded.
 
     Attributes:
         work: what is done.
-        run: names the run. A folder that the same run began to upload, on a machine that was lost,
-            may be uploaded again.
-        scratch: where the scratch folder is made; where the system keeps such by default.
+        run: names the run. A folder that a lost machine of the same run began to upload may be
+            uploaded again.
+        scratch: where the scratch folder is made; by default where the system keeps such folders.
     """
 
     work: Work
     run: str
     scratch: str | None = None
 
-    @property
-    def makes(self) -> bool:
-        """Whether the work makes a folder."""
-        return self.work.makes
-
-    @property
-    def overwrite(self) -> bool:
-        """Whether the work may replace a folder."""
-        return self.work.overwrite
-
     def __call__(self, pair: Pair, moved: Moved, /) -> tuple[dict[str, Any], str]:
-        """Fetches, works, and uploads; paths of the scratch folder are told as URLs."""
+        """Downloads, works, and uploads; messages name the URLs, not the scratch folder."""
         if not is_url(pair.source) and not is_url(pair.out):
             return self.work(pair, moved)
         with tempfile.TemporaryDirectory(prefix="ckptconv-", dir=self.scratch) as folder:
-            local = _local(pair, Path(folder))
-            names = {
-                here: there
-                for here, there in ((local.source, pair.source), (local.out, pair.out))
-                if here and there
-            }
+            local = Pair(
+                _local(pair.source, Path(folder, "in")), _local(pair.out, Path(folder, "out"))
+            )
+            names = {local.source: pair.source, local.out: pair.out}
             try:
                 data, error = self._staged(pair, local, moved)
             except CkptconvError as refused:
-                problems = [_told(text, names) for text in refused.problems]
-                message = _told(refused.message, names)
+                problems = [_renamed(text, names) for text in refused.problems]
+                message = _renamed(refused.message, names)
                 raise type(refused)(message, problems=problems, hint=refused.hint) from refused
-            return _told(data, names), _told(error, names)
+            return _renamed(data, names), _renamed(error, names)
 
     def _staged(self, pair: Pair, local: Pair, moved: Moved) -> tuple[dict[str, Any], str]:
-        out = pair.out if pair.out and is_url(pair.out) else None
-        if out and self.work.makes:
-            _check_destination(out, self)
+        conversion = self.work if is_url(pair.out) and isinstance(self.work, Conversion) else None
+        if conversion:
+            _check_destination(pair.out, self.run, overwrite=conversion.overwrite)
         if is_url(pair.source):
             _fetch(pair.source, Path(local.source), moved)
-        if out and not self.work.makes:
-            _fetch_folder(out, Path(str(local.out)))
+        if is_url(pair.out) and not conversion:
+            _fetch_folder(pair.out, Path(local.out))
         data, error = self.work(local, moved)
-        if out and self.work.makes:
-            if error:
-                return data, f"{error}\nhint: the folder was not uploaded"
-            _upload(Path(str(local.out)), out, self)
+        if conversion and error:
+            return data, f"{error}\nhint: the folder was not uploaded"
+        if conversion:
+            _upload(Path(local.out), pair.out, self.run, overwrite=conversion.overwrite)
         return data, error
 
 
-def _local(pair: Pair, folder: Path) -> Pair:
-    """Returns where the files of a pair lie on this machine while they are worked on."""
-    source, out = pair.source, pair.out
-    if is_url(source):
-        source = str(folder / "in" / PurePosixPath(source).name)
-    if out and is_url(out):
-        out = str(folder / "out" / PurePosixPath(out).name)
-    for name in ("in", "out"):
-        (folder / name).mkdir()
-    return Pair(source, out)
+def _local(place: str, folder: Path) -> str:
+    """Returns where a file or folder lies on this machine while it is worked on."""
+    folder.mkdir()
+    return str(folder / PurePosixPath(place).name) if is_url(place) else place
 
 
-def _told(data: Any, names: dict[str, str]) -> Any:
+def _renamed(data: Any, names: dict[str, str]) -> Any:
     """Returns plain data with other names for some paths."""
     if isinstance(data, str):
         for here, there in names.items():
-            data = data.replace(here, there)
+            data = data.replace(here, there) if here else data
         return data
     if isinstance(data, list):
-        return [_told(each, names) for each in data]
+        return [_renamed(each, names) for each in data]
     if isinstance(data, dict):
-        return {key: _told(value, names) for key, value in data.items()}
+        return {key: _renamed(value, names) for key, value in data.items()}
     return data
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """Returns the file system of a URL, and the path in it.
-
-    Raises:
-        UsageError: the protocol is unknown, or its library is not installed.
-    """
+    """Returns the file system of a URL, and the path in it."""
     try:
         from fsspec.core import url_to_fs  # type: ignore[import-untyped]  # no stubs
 
@@ -180,37 +142,36 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _telling(what: str, kind: type[CkptconvError] = FileRefused) -> Iterator[None]:
-    """Turns what a storage raises into our error.
+def _storage(
+    url: str, failed: str, kind: type[CkptconvError] = FileRefused
+) -> Iterator[tuple[Any, str]]:
+    """Gives the file system of a URL and the path in it, and turns what they raise into our error.
 
-    Raises:
-        CkptconvError: of the given kind.
+    `failed` says what then failed, such as `cannot be listed`.
     """
+    fs, path = _filesystem(url)
     try:
-        yield
+        yield fs, path
     except CkptconvError:
         raise
     except Exception as error:  # every protocol's library has exceptions of its own
-        why = "no such file" if isinstance(error, FileNotFoundError) else str(error)
-        why = why or type(error).__name__
-        raise kind(f"{what}: {why}", hint="check the address and your rights there") from error
+        why = "no such file" if isinstance(error, FileNotFoundError) else _reason(error)
+        raise kind(f"{url}: {failed}: {why}", hint=CHECK) from error
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 def _fetch(url: str, to: Path, moved: Moved) -> None:
-    """Copies a file from a storage; with an index come its shards.
-
-    Raises:
-        FileRefused: it is not there or cannot be read.
-        OutputError: the scratch disk is too small.
-    """
-    fs, path = _filesystem(url)
-    with _telling(f"{url}: cannot be fetched"):
+    """Downloads a file and, if it is an index, its shards."""
+    with _storage(url, "cannot be fetched") as (fs, path):
         _fetch_one(fs, path, to, moved)
         if not url.endswith(INDEX_SUFFIX):
             return
         shards = read_json(to).get("weight_map")
         for name in sorted(set(shards.values())) if isinstance(shards, dict) else ():
-            if isinstance(name, str) and Path(name).name == name:  # others the reader refuses
+            if isinstance(name, str) and Path(name).name == name:  # the reader refuses others
                 _fetch_one(fs, f"{path.rpartition('/')[0]}/{name}", to.parent / name, moved)
 
 
@@ -224,19 +185,13 @@ def _fetch_one(fs: Any, path: str, to: Path, moved: Moved) -> None:
     from fsspec.callbacks import Callback  # type: ignore[import-untyped]  # no stubs
 
     def hook(size: int | None, value: int, **_: Any) -> None:
-        moved(0, size or need)  # it is alive; the bytes that count are those of the work
+        moved(0, size or need)  # a sign of life: only the bytes of the work count
 
     fs.get_file(path, str(to), callback=Callback(hooks={"moved": hook}))
 
 
 def _fetch_folder(url: str, to: Path) -> None:
-    """Copies a folder from a storage.
-
-    Raises:
-        FileRefused: it is not there or cannot be read.
-    """
-    fs, path = _filesystem(url)
-    with _telling(f"{url}: cannot be fetched"):
+    with _storage(url, "cannot be fetched") as (fs, path):
         names = _existing(fs, path)
         if not names:
             raise FileRefused(f"{url}: no such folder", hint="check the address")
@@ -256,47 +211,34 @@ def _existing(fs: Any, path: str) -> set[str]:
     return {str(name)[len(path) :].lstrip("/") for name in names}
 
 
-def _check_destination(url: str, staged: Staged) -> set[str]:
-    """Checks that a folder of a storage may be written; returns the files that are there.
-
-    Raises:
-        OutputError: it exists and may not be replaced, or it cannot be looked at.
-    """
-    fs, path = _filesystem(url)
-    with _telling(f"{url}: cannot be looked at", OutputError):
+def _check_destination(url: str, run: str, *, overwrite: bool) -> set[str]:
+    """Checks that a folder of a storage may be written; returns the files that are there."""
+    with _storage(url, "cannot be looked at", OutputError) as (fs, path):
         names = _existing(fs, path)
-        if not names:
-            return names
         mark = fs.cat_file(f"{path}/{MARK}").decode() if MARK in names else ""
-        if mark == staged.run:
-            return names  # a worker of this run began it, and was lost
-        if not staged.overwrite:
-            what = (
-                "exists" if not mark else "is being uploaded by another run, or that one was lost"
-            )
-            raise OutputError(
-                f"{url}: {what}", hint="--overwrite replaces it; or choose another name"
-            )
+        if not names or mark == run:  # a worker of this run began it, and was lost
+            return names
+        if not overwrite:
+            what = "is being uploaded by another run, or that one was lost" if mark else "exists"
+            hint = f"{option('overwrite', True)} replaces it; or choose another name"
+            raise OutputError(f"{url}: {what}", hint=hint)
         if not mark and f"{ASIDE}/{RECORD}" not in names:
             raise OutputError(
-                f"{url}: exists and is not a converted folder, so --overwrite does not remove it",
+                f"{url}: exists and is not a converted folder, so {option('overwrite', True)} "
+                "does not remove it",
                 hint="remove it yourself, or choose another name",
             )
         return names
 
 
-def _upload(folder: Path, url: str, staged: Staged) -> None:
-    """Uploads a folder; it loads when it is whole, and not before.
-
-    Raises:
-        OutputError: it exists, or the storage cannot be written; what was uploaded is removed.
-    """
+def _upload(folder: Path, url: str, run: str, *, overwrite: bool) -> None:
+    """Uploads a folder, its index last. If that fails, what was uploaded is removed."""
+    old = _check_destination(url, run, overwrite=overwrite)
     fs, path = _filesystem(url)
-    old = _check_destination(url, staged)
     files = (str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     names = sorted(files, key=_order)
     mark = folder.parent / "mark"
-    mark.write_text(staged.run, encoding="utf-8")
+    mark.write_text(run, encoding="utf-8")
     try:
         fs.put_file(str(mark), f"{path}/{MARK}")
         _remove(fs, path, old & {INDEX})
@@ -307,28 +249,26 @@ def _upload(folder: Path, url: str, staged: Staged) -> None:
         _remove(fs, path, old - {*names, MARK})
         _remove(fs, path, {MARK})
     except BaseException as error:
-        left = "a part of it is there, without an index" if old else ""
+        left = "a part of it is there, without an index"
         if not old:
             left = _removed(fs, path, {*names, MARK})
         if not isinstance(error, Exception):
             raise
-        why = "; ".join(filter(None, (str(error) or type(error).__name__, left)))
-        raise OutputError(
-            f"{url}: cannot be written: {why}", hint="check the address and your rights there"
-        ) from error
+        why = "; ".join(filter(None, (_reason(error), left)))
+        raise OutputError(f"{url}: cannot be written: {why}", hint=CHECK) from error
 
 
 def _removed(fs: Any, path: str, names: set[str]) -> str:
     """Removes what was uploaded; returns what to say if that fails as well."""
     try:
         _remove(fs, path, names)
-    except Exception as error:  # noqa: BLE001  (told beside the error that led here)
+    except Exception as error:  # noqa: BLE001  (reported beside the error that led here)
         return f"what was uploaded could not be removed: {error}"
     return ""
 
 
 def _order(name: str) -> tuple[bool, bool, bool, str]:
-    """Sorts what makes a folder load behind what it needs: weights, configurations, the index."""
+    """Sorts weights before configurations, and those before the index that makes a folder load."""
     return name == INDEX, "/" not in name, name.endswith(".json"), name
 
 

@@ -1,6 +1,6 @@
 """What is done to one file of a run, and what came of it.
 
-A work is a value: it can be sent to another process or to another machine.
+Work is a value, so it can be sent to another process or another machine.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 from ..conversion.convert import convert
 from ..conversion.write import Packaging, Report
-from ..detection.detect import inspect
+from ..detection.detect import Detection, inspect
 from ..errors import CkptconvError, on_the_command_line
 from ..maps.architecture import KeyMaps
 from ..options import Options
-from ..planning.plan import build_plan
+from ..planning.plan import Plan, build_plan
 from ..reports.report import hashes, inspection
 from ..verification.result import Verification
 from ..verification.verify import verify, verify_report
 
 Moved = Callable[[int, int], None]
-"""Is called with bytes that were moved and bytes in all, of one file."""
+"""Is called with the bytes of one file that were moved so far, and its bytes in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,15 @@ class Pair:
 
     Attributes:
         source: path or URL of the file.
-        out: path or URL of the folder that is made from it or compared with it, if any is.
+        out: path or URL of the folder to make from it or to compare with it; empty for none.
     """
 
     source: str
-    out: str | None = None
+    out: str = ""
+
+    def mapped(self, function: Callable[[str], str]) -> Pair:
+        """Returns the pair with a function applied to both places."""
+        return Pair(function(self.source), function(self.out))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +51,10 @@ class Outcome:
 
     Attributes:
         pair: the file.
-        data: what the command's `--json` says of it; empty if the file was refused.
-        error: why it is not done, as the command line prints it; empty if it is.
-        traceback: of an error that is ckptconv's own.
-        seconds: that it took.
+        data: what the command's `--json` says about it; empty if the file was refused.
+        error: why the work failed, as the command line prints it; empty if it did not.
+        traceback: of an error that is a bug in ckptconv.
+        seconds: how long it took.
     """
 
     pair: Pair
@@ -60,41 +64,26 @@ class Outcome:
     seconds: float = 0
 
     def as_data(self) -> dict[str, Any]:
-        """Returns it as plain data, for JSON."""
-        told = {"file": self.pair.source, "error": self.error or None, **self.data}
-        return told | ({"traceback": self.traceback} if self.traceback else {})
+        """Returns plain data, for JSON."""
+        data = {"file": self.pair.source, "error": self.error or None, **self.data}
+        return data | ({"traceback": self.traceback} if self.traceback else {})
 
 
-class Work(Protocol):
-    """What is done to each file."""
-
-    @property
-    def makes(self) -> bool:
-        """Whether it makes the folder `out`, rather than reads it."""
-
-    @property
-    def overwrite(self) -> bool:
-        """Whether it may replace a folder."""
-
-    def __call__(self, pair: Pair, moved: Moved, /) -> tuple[dict[str, Any], str]:
-        """Does it; returns what there is to tell as plain data, and what is wrong, if anything.
-
-        Raises:
-            CkptconvError: the file is refused.
-        """
+Work = Callable[[Pair, Moved], tuple[dict[str, Any], str]]
+"""Works on one file. Returns the data and the error of its `Outcome`, or raises a CkptconvError."""
 
 
 def attempt(work: Work, pair: Pair, moved: Moved) -> Outcome:
-    """Does the work on one file; whatever happens to it, the run can go on."""
+    """Works on one file. Whatever goes wrong is part of the outcome, so that the run goes on."""
     started = time.monotonic()
     data: Mapping[str, Any] = {}
     trace = ""
     try:
-        with on_the_command_line():  # which a worker's process does not know
+        with on_the_command_line():  # a worker's process does not know it
             data, error = work(pair, moved)
     except CkptconvError as refused:
         error = str(refused)
-    except Exception as crash:  # noqa: BLE001  (told with its traceback; the other files wait)
+    except Exception as crash:  # noqa: BLE001  (reported with its traceback)
         error = f"{pair.source}: ckptconv failed: {type(crash).__name__}: {crash}"
         trace = traceback.format_exc()
     return Outcome(pair, data, error, trace, time.monotonic() - started)
@@ -102,15 +91,7 @@ def attempt(work: Work, pair: Pair, moved: Moved) -> Outcome:
 
 @dataclass(frozen=True)
 class Conversion:
-    """Converts, and proves the folder on demand.
-
-    Attributes:
-        options: what becomes of the file.
-        packaging: how the weights are divided among files.
-        overwrite: replace a converted folder that is there.
-        ignore_unclaimed: leave out keys that no map knows.
-        verified: prove the folder once it is written.
-    """
+    """Converts a file as `ckptconv.convert` does, and verifies the folder if `verified` is set."""
 
     options: Options = field(default_factory=Options)
     packaging: Packaging = field(default_factory=Packaging)
@@ -118,10 +99,8 @@ class Conversion:
     ignore_unclaimed: bool = False
     verified: bool = False
 
-    makes: ClassVar[bool] = True
-
-    def convert(self, source: str | Path, out: str | Path, moved: Moved) -> Report:
-        """Converts one file; raises as `ckptconv.convert` does."""
+    def convert(self, source: str, out: str, moved: Moved) -> Report:
+        """Converts one file."""
         return convert(
             source,
             out,
@@ -134,42 +113,32 @@ class Conversion:
             **self.options.as_words(),
         )
 
-    def verify(self, report: Report, source: str | Path, moved: Moved) -> Verification:
+    def verify(self, report: Report, source: str, moved: Moved) -> Verification:
         """Verifies what was just converted."""
         ignore = self.ignore_unclaimed
         return verify_report(report, source, self.options, ignore_unclaimed=ignore, progress=moved)
 
     def __call__(self, pair: Pair, moved: Moved, /) -> tuple[dict[str, Any], str]:
-        """Converts one of several files: the folder that holds their folders is made."""
-        assert pair.out is not None  # noqa: S101  (ours)
+        """Converts one of several files, and makes the folder that holds their folders."""
         with contextlib.suppress(OSError):  # `convert` says what is wrong with the place
             Path(pair.out).parent.mkdir(exist_ok=True)
         if not self.verified:
-            return conversion(self.convert(pair.source, pair.out, moved)), ""
-        report = self.convert(pair.source, pair.out, lambda done, all_: moved(done, 2 * all_))
-        found = self.verify(report, pair.source, lambda done, all_: moved(all_ + done, 2 * all_))
-        return conversion(report, found), _problems(found)
+            return self.convert(pair.source, pair.out, moved).as_data(), ""
+        report = self.convert(pair.source, pair.out, lambda done, total: moved(done, 2 * total))
+        found = self.verify(report, pair.source, lambda done, total: moved(total + done, 2 * total))
+        return report.as_data() | {"verification": found.as_data()}, _failure(found)
 
 
 @dataclass(frozen=True)
 class Proof:
-    """Verifies a folder against its file.
-
-    Attributes:
-        options: what the conversion was told.
-        finite: look for NaN and infinities as well.
-        ignore_unclaimed: keys that no map knows are no problem.
-    """
+    """Verifies a folder against its file, as `ckptconv.verify` does."""
 
     options: Options = field(default_factory=Options)
     finite: bool = False
     ignore_unclaimed: bool = False
 
-    makes: ClassVar[bool] = False
-    overwrite: ClassVar[bool] = False
-
-    def verify(self, source: str | Path | None, out: str | Path, moved: Moved) -> Verification:
-        """Verifies one folder; raises as `ckptconv.verify` does."""
+    def verify(self, source: str | None, out: str, moved: Moved) -> Verification:
+        """Verifies one folder, alone if there is no source."""
         return verify(
             source,
             out,
@@ -181,64 +150,43 @@ class Proof:
 
     def __call__(self, pair: Pair, moved: Moved, /) -> tuple[dict[str, Any], str]:
         """Verifies one of several folders."""
-        assert pair.out is not None  # noqa: S101  (ours)
         found = self.verify(pair.source, pair.out, moved)
-        return found.as_data(), _problems(found)
+        return found.as_data(), _failure(found)
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Says what a file is.
-
-    Attributes:
-        hashed: compute the hashes of the file as well.
-        maps: key maps to use; those that come with ckptconv by default.
-    """
+    """Says what a file is, as `ckptconv inspect` does; with its hashes if `hashed` is set."""
 
     hashed: bool = False
     maps: KeyMaps | None = None
 
-    makes: ClassVar[bool] = False
-    overwrite: ClassVar[bool] = False
+    def inspect(self, source: str) -> tuple[Detection, Plan | None, dict[str, Any]]:
+        """Inspects one file. There is no plan for a file that was refused."""
+        detection = inspect(source, maps=self.maps)
+        plan = None if detection.refusal else build_plan(detection)
+        data = inspection(detection, plan)
+        if self.hashed:
+            data["hashes"] = hashes(detection.header)
+        return detection, plan, data
 
     def __call__(self, pair: Pair, moved: Moved, /) -> tuple[dict[str, Any], str]:
         """Inspects one of several files; a file that cannot be converted is an error."""
-        detection = inspect(pair.source, maps=self.maps)
-        data = inspection(detection, None if detection.refusal else build_plan(detection))
-        if self.hashed:
-            data["hashes"] = hashes(detection.header)
-        if detection.refusal:
-            return data, str(detection.refusal)
-        problems = CkptconvError(f"{pair.source}: cannot be converted", problems=data["problems"])
-        return data, str(problems) if data["problems"] else ""
+        detection, _, data = self.inspect(pair.source)
+        error = detection.refusal and str(detection.refusal)
+        if data["problems"]:  # a file that was refused has none
+            message = f"{pair.source}: cannot be converted"
+            error = str(CkptconvError(message, problems=data["problems"]))
+        return data, error or ""
 
 
-def _problems(found: Verification) -> str:
-    """Returns what a verification found wrong, as an error prints it."""
+def problems(count: int) -> str:
+    """Returns a number of problems in words."""
+    return f"{count:,} problem{'s' if count > 1 else ''}"
+
+
+def _failure(found: Verification) -> str:
     if found.passed:
         return ""
-    count = len(found.problems)
-    what = f"{found.folder}: {count:,} problem{'s' if count > 1 else ''}"
-    return str(CkptconvError(what, problems=found.problems))
-
-
-def conversion(report: Report, found: Verification | None = None) -> dict[str, Any]:
-    """Returns a conversion and its proof as plain data, for `--json`."""
-    architecture, task = report.plan.detection.require()
-    data = {
-        "out": str(report.out),
-        "architecture": architecture.name,
-        "task": task.name,
-        "pipeline": task.pipeline,
-        "lossless": report.plan.lossless,
-        "facts": {
-            f.name: {"value": f.value, "source": f.source}
-            for f in report.plan.detection.facts.values()
-        },
-        "missing": list(report.plan.absent),
-        "unclaimed": list(report.plan.unclaimed),
-        "files": dict(report.files),
-        "warnings": list(report.warnings),
-        "seconds": round(report.seconds, 3),
-    }
-    return data | ({"verification": found.as_data()} if found else {})
+    message = f"{found.folder}: {problems(len(found.problems))}"
+    return str(CkptconvError(message, problems=found.problems))

@@ -1,8 +1,8 @@
 """Works on several files at once, each in a process of its own.
 
-A worker takes one file after the other. If it dies (it was killed, or the memory was full), that is
-the outcome of its file, and another worker takes its place. Only the parent hears of Ctrl-C; it
-ends its workers, and they remove what they have begun. A worker whose parent died ends, too.
+A worker takes one file after another. If it dies (killed, or out of memory), only its file fails,
+and another worker takes its place. Only the parent heeds Ctrl-C: it ends its workers, which remove
+what they have begun. A worker whose parent died ends, too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import NoReturn
 
+from ..libraries import quieten
 from .work import Outcome, Pair, Work, attempt
 
 PATIENCE = 10.0
@@ -27,13 +28,9 @@ PATIENCE = 10.0
 def each(
     work: Work, pairs: Sequence[Pair], processes: int, moved: Callable[[int, int, int], None]
 ) -> Generator[tuple[int, Outcome]]:
-    """Works on files in several processes; yields the index and the outcome of each as it ends.
+    """Yields the index and the outcome of each file as it ends.
 
-    Args:
-        work: what to do.
-        pairs: the files.
-        processes: how many at once.
-        moved: is called with the index of a file, the bytes moved and the bytes in all.
+    `moved` is called with the index of a file, its bytes that were moved so far, and all of them.
     """
     waiting = deque(enumerate(pairs))
     busy: dict[Connection, tuple[SpawnProcess, int]] = {}
@@ -44,8 +41,8 @@ def each(
                 connection, worker = _started(work)
                 workers.append(worker)
                 busy[connection] = worker, _hand_over(connection, waiting)
-            for ready in wait(list(busy)):
-                connection = next(c for c in busy if c is ready)
+            ready = wait(list(busy))
+            for connection in [one for one in busy if one in ready]:
                 worker, index = busy[connection]
                 try:
                     message = connection.recv()
@@ -69,7 +66,7 @@ def each(
 
 
 def _started(work: Work) -> tuple[Connection, SpawnProcess]:
-    """Starts a worker, deaf to Ctrl-C from its first moment on."""
+    """Starts a worker that ignores Ctrl-C from its first moment on."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     worker = context.Process(target=_serve, args=(theirs, work))
@@ -84,8 +81,9 @@ def _started(work: Work) -> tuple[Connection, SpawnProcess]:
 
 
 def _hand_over(connection: Connection, waiting: deque[tuple[int, Pair]]) -> int:
+    """Sends the next file to a worker; returns the index of the file."""
     index, pair = waiting.popleft()
-    with contextlib.suppress(OSError):  # a worker that is dead is noticed when it should answer
+    with contextlib.suppress(OSError):  # if the worker is dead, `recv` will notice
         connection.send(pair)
     return index
 
@@ -93,22 +91,21 @@ def _hand_over(connection: Connection, waiting: deque[tuple[int, Pair]]) -> int:
 def _dead(worker: SpawnProcess, pair: Pair) -> Outcome:
     worker.join(PATIENCE)
     code = worker.exitcode
-    how = f"exit code {code}"
-    if code is not None and code < 0:
-        how = signal.Signals(-code).name
-        how += ", as when the memory is full" if -code == signal.SIGKILL else ""
+    how = f"exit code {code}" if code is None or code >= 0 else signal.Signals(-code).name
+    how += ", as when the memory is full" if how == "SIGKILL" else ""
     return Outcome(pair, error=f"{pair.source}: the process that worked on it died: {how}")
 
 
 def _serve(connection: Connection, work: Work) -> None:
-    """Is a worker: does what it is told until nobody tells it any more."""
+    """Runs in a worker: works on the files that it is sent, until the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _terminated)
+    quieten()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             pair = connection.recv()
-            told = attempt(work, pair, lambda done, total: connection.send((done, total)))
-            connection.send(told)
+            outcome = attempt(work, pair, lambda done, total: connection.send((done, total)))
+            connection.send(outcome)
 
 
 def _terminated(_number: int, _frame: object) -> NoReturn:

@@ -6,18 +6,20 @@ from typing import Any
 
 import click
 
-from ..maps.architecture import KeyMaps, Relative
+from ..maps.architecture import Relative
 from ..maps.schema import Named
 from .shared import console, echo_json, json_option, key_maps
 
 WORKS = ("detect", "convert", "verify", "export")
-"""What works with every relative; `run` does with those that are a pipeline of their own."""
+"""What works with every relative."""
+RUN = ("run",)
+"""What also works with those that are a pipeline of their own."""
 
 
 @click.command("architectures")
 @json_option
 def command(*, as_json: bool) -> None:
-    """List the known architectures with their tasks, and the relatives that people hold."""
+    """List the known architectures with their tasks, and popular models that derive from them."""
     maps = key_maps()
     architectures: list[dict[str, Any]] = [
         {
@@ -28,7 +30,16 @@ def command(*, as_json: bool) -> None:
         }
         for a in maps.architectures.values()
     ]
-    relatives = _relatives(maps)
+    known: tuple[Relative, ...] = maps.typed(Named[Relative], "relatives")
+    relatives: list[dict[str, Any]] = [
+        {
+            "name": relative.name,
+            "architecture": relative.architecture,
+            "task": relative.task,
+            "works": [*WORKS, *(() if maps.architectures[relative.architecture].single else RUN)],
+        }
+        for relative in known
+    ]
     if as_json:
         echo_json({"architectures": architectures, "relatives": relatives})
         return
@@ -38,32 +49,14 @@ def command(*, as_json: bool) -> None:
     table.add_column("class", no_wrap=True)
     table.add_column("components")
     for row in architectures:
-        first: tuple[str, ...] = (str(row["architecture"]), str(row["title"]))
-        parts = ", ".join(row["components"])
+        first, parts = (row["architecture"], row["title"]), ", ".join(row["components"])
         for task, pipeline in row["tasks"].items():
             table.add_row(*first, task, pipeline, parts)
             first, parts = ("", ""), ""
         table.add_section()
     console().print(table)
-    table = Table("relative", "architecture", "task", *WORKS, "run")
+    table = Table("relative", "architecture", "task", *WORKS, *RUN)
     for row in relatives:
-        yes = ["yes" if work in row["works"] else "no" for work in (*WORKS, "run")]
+        yes = ["yes" if work in row["works"] else "no" for work in (*WORKS, *RUN)]
         table.add_row(row["name"], row["architecture"], row["task"], *yes)
     console().print(table)
-
-
-def _relatives(maps: KeyMaps) -> list[dict[str, Any]]:
-    """Returns the table of `key_maps/relatives.yaml`."""
-    known: tuple[Relative, ...] = maps.typed(Named[Relative], "relatives")
-    return [
-        {
-            "name": relative.name,
-            "architecture": relative.architecture,
-            "task": relative.task,
-            "works": [
-                *WORKS,
-                *([] if maps.architectures[relative.architecture].single else ["run"]),
-            ],
-        }
-        for relative in known
-    ]

@@ -7,54 +7,57 @@ from typing import Any
 
 import click
 
-from ..batch.work import Conversion, Outcome, conversion
+from ..batch.work import Conversion, Outcome
 from ..conversion.write import Packaging, Report
 from ..errors import UsageError, printable
 from ..reports.numbers import size
 from ..verification.result import Verification
-from .many import PLACE, asked, finish, many_options, outcomes_of, what_it_is, why_not
-from .shared import echo_json, json_option, options_of, plan_options, progress
+from .many import PLACE, Columns, finish, many_options, outcomes_of, what_it_is, why_not
+from .shared import echo_json, exit_unless, json_option, options_of, plan_options, progress
 from .verify import as_text
+
+COLUMNS: Columns = {
+    "result": lambda outcome: "failed" if outcome.error else "done",
+    "is": what_it_is,
+    "size": lambda outcome: size(sum(outcome.data["files"].values())) if outcome.data else "",
+    "seconds": lambda outcome: f"{outcome.seconds:.1f}",
+    "note": why_not,
+}
 
 
 @click.command("convert")
 @click.argument("places", nargs=-1, type=PLACE, metavar="FILE... OUT")
 @plan_options
+@click.option("--variant", default="", help="Add a word such as fp16 to the weight file names.")
 @click.option(
-    "--variant", default="", help="Put a word such as fp16 into the names of the weights."
+    "--max-shard-size", help="Split the weights into files of at most this size, such as 5GB."
 )
-@click.option("--max-shard-size", help="Split the weights into files of at most this size: 5GB.")
 @click.option("--configs-only", is_flag=True, help="Write no weights.")
 @click.option("--ignore-unclaimed", is_flag=True, help="Leave out keys that no key map knows.")
-@click.option("--verify", "verified", is_flag=True, help="Prove the folder once it is written.")
-@click.option("--overwrite", is_flag=True, help="Replace a converted folder that is there.")
+@click.option("--verify", "verified", is_flag=True, help="Verify the folder after writing it.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing converted folder.")
 @many_options
 @json_option
-@click.pass_context
 def command(
-    ctx: click.Context,
-    /,
-    places: tuple[str, ...],
     *,
+    places: tuple[str, ...],
     variant: str,
     max_shard_size: str | None,
     configs_only: bool,
     ignore_unclaimed: bool,
     verified: bool,
     overwrite: bool,
-    jobs: int | None,
-    dask: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Convert the checkpoint FILE into the diffusers folder OUT.
 
     The weights stay as they are, bit for bit, unless --dtype is given. OUT appears when it is
-    complete, or not at all. With --verify, exits with 1 if the proof fails.
+    complete, or not at all. With --verify, the exit code is 1 if the verification fails.
 
-    Several files, or a quoted pattern of them, become folders in OUT, each of the name of its file;
-    so does one file where OUT ends in a slash. A file that fails is reported at the end, and the
-    others are converted. FILE and OUT may be URLs, such as s3://BUCKET/FILE.
+    If there are several files, or a quoted pattern of them, each becomes a folder in OUT with the
+    name of the file; so does a single file if OUT ends in a slash. A file that fails does not stop
+    the others and is reported at the end. FILE and OUT may be URLs, such as s3://BUCKET/FILE.
     """
     *files, out = places or ("",)
     if not files:
@@ -63,8 +66,7 @@ def command(
         raise UsageError("--verify compares weights, and --configs-only writes none")
     packaging = Packaging.of(variant, max_shard_size, configs_only=configs_only)
     work = Conversion(options_of(options), packaging, overwrite, ignore_unclaimed, verified)
-    if pairs := asked(files, out, dask):
-        outcomes = outcomes_of("converting", work, pairs, jobs, dask)
+    if outcomes := outcomes_of("converting", work, files, out, options):
         if not as_json:
             _print_several(outcomes)
         finish(outcomes, COLUMNS, as_json=as_json, err=True)
@@ -76,23 +78,21 @@ def command(
         with progress("verifying") as show:
             found = work.verify(report, files[0], show)
     if as_json:
-        echo_json(conversion(report, found))
+        echo_json(report.as_data() | ({"verification": found.as_data()} if found else {}))
     else:
         _print(report, found)
-    if found and not found.passed:
-        ctx.exit(1)
+    exit_unless(not found or found.passed)
 
 
 def _print(report: Report, found: Verification | None) -> None:
     for warning in report.warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
     architecture, task = report.plan.detection.require()
-    total = size(sum(report.files.values()))
     click.echo(f"{architecture.title}, {task.name}: {task.pipeline}", err=True)
     for fact in report.plan.detection.facts.values():
         if fact.source == "assumed":
             click.echo(f"assumed {fact.name} = {fact.value}: {fact.detail}", err=True)
-    click.echo(f"{total} in {report.seconds:.1f} s", err=True)
+    click.echo(f"{size(sum(report.files.values()))} in {report.seconds:.1f} s", err=True)
     if found:
         click.echo(as_text(found), err=True)
     click.echo(report.out)
@@ -105,14 +105,3 @@ def _print_several(outcomes: Sequence[Outcome]) -> None:
             click.echo(f"warning: {outcome.pair.source}: {printable(warning)}", err=True)
         if not outcome.error:
             click.echo(outcome.pair.out)
-
-
-COLUMNS = {
-    "result": lambda outcome: "failed" if outcome.error else "done",
-    "is": what_it_is,
-    "size": lambda outcome: (
-        size(sum(files.values())) if (files := outcome.data.get("files")) else ""
-    ),
-    "seconds": lambda outcome: f"{outcome.seconds:.1f}",
-    "note": why_not,
-}

@@ -1,4 +1,4 @@
-"""`ckptconv demo`: the whole way, on a small synthetic checkpoint."""
+"""`ckptconv demo`: every step, on a small synthetic checkpoint."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import click
 
 from ..conversion.convert import convert
 from ..detection.detect import inspect
-from ..errors import OutputError, UsageError
-from ..libraries import quiet
+from ..errors import OutputError
+from ..libraries import hide_progress_bars
 from ..planning.plan import build_plan
 from ..reports.report import inspection
 from ..sample import layout_of, write_sample
-from .shared import FILE, key_maps
+from .shared import FILE, architecture_named
 
 STEPS = 2
 SIDE = 64
@@ -27,15 +27,10 @@ SIDE = 64
 def command(folder: Path, *, arch: str) -> None:
     """Make a sample, inspect it, convert it, and draw a two-step image from it, in FOLDER.
 
-    The weights are random, so the image is noise: what it shows is that stock diffusers runs the
-    folder. Nothing is downloaded.
+    The weights are random, so the image is noise; it shows that stock diffusers runs the folder.
+    Nothing is downloaded.
     """
-    known = key_maps().architectures
-    if arch not in known:
-        raise UsageError(
-            f"architecture {arch!r} is unknown", hint=f"it is one of {', '.join(known)}"
-        )
-    started = time.monotonic()
+    architecture, started = architecture_named(arch), time.monotonic()
     try:
         folder.mkdir(exist_ok=True, parents=True)
     except OSError as error:
@@ -43,7 +38,7 @@ def command(folder: Path, *, arch: str) -> None:
             f"{folder}: no folder can be made: {error.strerror}", hint="choose another place"
         ) from error
     sample = folder / f"{arch}.safetensors"
-    write_sample(known[arch], sample, layout_of(known[arch], dtype="fp32"), overwrite=True)
+    write_sample(architecture, sample, layout_of(architecture, dtype="fp32"), overwrite=True)
     click.echo(f"sample:   {sample}")
     plan = build_plan(inspect(sample))
     data = inspection(plan.detection, plan)
@@ -57,19 +52,18 @@ def command(folder: Path, *, arch: str) -> None:
 
 
 def _draw(model: Path, image: Path) -> Path:
-    """Runs stock diffusers on the converted folder."""
+    hide_progress_bars()
     from diffusers import DiffusionPipeline
     from PIL import Image
 
-    with quiet():
-        pipeline = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
-            str(model), local_files_only=True
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        inputs = {"prompt": "a demonstration", "num_inference_steps": STEPS}
-        if "Img2Img" in type(pipeline).__name__:
-            inputs |= {"image": Image.new("RGB", (SIDE, SIDE), "gray"), "strength": 1.0}
-        else:
-            inputs |= {"height": SIDE, "width": SIDE}
-        pipeline(**inputs).images[0].save(image)
+    pipeline = DiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call]
+        str(model), local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    inputs = {"prompt": "a demonstration", "num_inference_steps": STEPS}
+    if "Img2Img" in type(pipeline).__name__:
+        inputs |= {"image": Image.new("RGB", (SIDE, SIDE), "gray"), "strength": 1.0}
+    else:
+        inputs |= {"height": SIDE, "width": SIDE}
+    pipeline(**inputs).images[0].save(image)
     return image

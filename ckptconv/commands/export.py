@@ -4,39 +4,38 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import click
 
 from ..conversion.export import Exported, export
-from ..dtypes import CASTS as DTYPES
+from ..dtypes import CASTS
 from ..reports.numbers import size
 from .shared import FILE, echo_json, json_option, key_maps, progress
 
 
 def _pairs(_ctx: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in given]
-    if bad := [
-        text for text, (key, equals, _) in zip(given, pairs, strict=True) if not (key and equals)
-    ]:
-        raise click.BadParameter(f"{bad[0]!r} is not KEY=VALUE")
-    return {key: value for key, _, value in pairs}
+    pairs = {}
+    for text in given:
+        key, equals, pairs[key] = text.partition("=")
+        if not (key and equals):
+            raise click.BadParameter(f"{text!r} is not KEY=VALUE")
+    return pairs
 
 
 @click.command("export")
 @click.argument("folder", type=FILE, metavar="DIR")
 @click.argument("out", type=FILE, metavar="FILE")
 @click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), help="Cast the weights; as stored by default."
+    "--dtype", type=click.Choice(list(CASTS)), help="Cast the weights; by default they stay as is."
 )
 @click.option(
     "--metadata",
     multiple=True,
     callback=_pairs,
     metavar="KEY=VALUE",
-    help="An entry of the header, such as modelspec.title=Name; repeat it for more.",
+    help="Add an entry to the header, such as modelspec.title=Name; may be repeated.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace FILE if it is there.")
+@click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
 @json_option
 def command(
     folder: Path,
@@ -63,36 +62,22 @@ def command(
             progress=show,
         )
     if as_json:
-        echo_json(as_data(done))
-        return
-    click.echo(f"{done.architecture.title}, {done.task}: {done.tensors:,} tensors", err=True)
-    for note in done.notes:
-        click.echo(f"note: {note}", err=True)
+        echo_json(done.as_data())
+    else:
+        _print(done)
+
+
+def _print(done: Exported) -> None:
+    lines = [f"{done.architecture.title}, {done.task}: {done.tensors:,} tensors"]
+    lines += [f"note: {note}" for note in done.notes]
     if done.restored:
-        click.echo(
-            f"restored, as the conversion kept them: {len(done.restored):,} tensors", err=True
-        )
+        lines.append(f"restored, as the conversion kept them: {len(done.restored):,} tensors")
     for reason, count in Counter(done.lost.values()).items():
         some = [key for key, why in done.lost.items() if why == reason][:3]
         more = ", ..." if count > len(some) else ""
-        click.echo(f"not restored ({reason}): {count:,}: {', '.join(some)}{more}", err=True)
+        lines.append(f"not restored ({reason}): {count:,}: {', '.join(some)}{more}")
     if done.as_source:
-        click.echo("tensor for tensor the source, in its order", err=True)
-    click.echo(f"{size(done.size)} in {done.seconds:.1f} s", err=True)
-    click.echo(out)
-
-
-def as_data(done: Exported) -> dict[str, Any]:
-    """Returns what an export did as plain data, for `--json`."""
-    return {
-        "out": str(done.out),
-        "architecture": done.architecture.name,
-        "task": done.task,
-        "tensors": done.tensors,
-        "size": done.size,
-        "restored": list(done.restored),
-        "lost": dict(done.lost),
-        "as_source": done.as_source,
-        "notes": list(done.notes),
-        "seconds": round(done.seconds, 3),
-    }
+        lines.append("tensor for tensor the source, in its order")
+    lines.append(f"{size(done.size)} in {done.seconds:.1f} s")
+    click.echo("\n".join(lines), err=True)
+    click.echo(done.out)

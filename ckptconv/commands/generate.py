@@ -26,8 +26,9 @@ from ..inference.generation import (
     parse_pixels,
     save_png,
 )
-from ..inference.pipeline import OFFLOADS, load_pipeline, pipeline_class
-from ..libraries import quiet
+from ..inference.model import open_model
+from ..inference.pipeline import OFFLOADS, build_pipeline, pipeline_class
+from ..libraries import hide_progress_bars
 from .shared import FILE, echo_json, json_option, options_of, plan_options, progress
 
 DTYPE_ON_CPU = "fp32"
@@ -103,9 +104,9 @@ def command(
 ) -> None:
     """Make images of PROMPT with the checkpoint (or the diffusers folder) FILE.
 
-    What is not given is the default of the pipeline in diffusers, and the size that of the
-    training. On a CPU the weights become fp32 by default. The PNG carries its parameters in a text
-    chunk; the same seed gives the same image.
+    Options that are not given take the defaults of the diffusers pipeline, and the size is then
+    the one that the model was trained at. On a CPU the weights become fp32 by default. The PNG
+    holds its parameters in a text chunk. The same seed gives the same image.
     """
     settings = Settings(
         prompt,
@@ -113,55 +114,53 @@ def command(
         **{name: options[name] for name in Settings.__annotations__ if name in options},
     )
     paths = check_outputs(out, count, overwrite=overwrite)
-    cls, task = pipeline_class(file, task)
-    check(cls, task, settings)
-    images, adapters = open_images(settings), read_loras(loras)
-    chosen = find_scheduler(scheduler) if scheduler else None
     place, reason = pick_device(device)
     decided = options_of(options)
     if place.type == "cpu" and decided.dtype is None:
         decided = replace(decided, dtype=DTYPE_ON_CPU)
+    model = open_model(file, decided, ignore_unclaimed=ignore_unclaimed)
+    hide_progress_bars()
+    cls, task = pipeline_class(model, task)
+    check(cls, task, settings)
+    images, adapters = open_images(settings), read_loras(loras)
+    chosen = find_scheduler(scheduler) if scheduler else None
     click.echo(f"device {place}: {reason}", err=True)
     started = time.monotonic()
     with progress("loading") as show:
-        pipe = load_pipeline(
-            file,
+        pipe = build_pipeline(
+            model,
             device=str(place),
             task=task,
             offload=offload,
             device_map=device_map,
-            ignore_unclaimed=ignore_unclaimed,
             progress=show,
-            **decided.as_words(),
         )
     loaded = time.monotonic()
-    with quiet():
-        if chosen:
-            for warning in set_scheduler(pipe, chosen):
-                click.echo(f"warning: {printable(warning)}", err=True)
-        add_loras(pipe, adapters)
-        if compiled:
-            pipe.unet.compile()
-        pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
-        arguments = call_arguments(pipe, settings, images)
-        first = secrets.randbelow(2**32) if seed is None else seed
-        made = []
-        for number, path in enumerate(paths):
-            image = generate(pipe, arguments, first + number)
-            values = described(pipe, settings, arguments) | {
-                "seed": first + number,
-                "width": image.width,
-                "height": image.height,
-                "task": task,
-                "model": file.name,
-                "loras": [{"file": lora.path.name, "scale": lora.scale} for lora in adapters],
-                "device": str(place),
-            }
-            save_png(image, path, values)
-            made.append({"file": str(path), **values})
-            click.echo(f"{path}: seed {first + number}", err=True)
-            if not as_json:
-                click.echo(path)
+    for warning in set_scheduler(pipe, chosen) if chosen else ():
+        click.echo(f"warning: {printable(warning)}", err=True)
+    add_loras(pipe, adapters)
+    if compiled:
+        pipe.unet.compile()
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    arguments = call_arguments(pipe, settings, images)
+    first = secrets.randbelow(2**32) if seed is None else seed
+    made = []
+    for number, path in enumerate(paths):
+        image = generate(pipe, arguments, first + number)
+        values = described(pipe, settings, arguments) | {
+            "seed": first + number,
+            "width": image.width,
+            "height": image.height,
+            "task": task,
+            "model": file.name,
+            "loras": [{"file": a.path.name, "scale": a.scale} for a in adapters],
+            "device": str(place),
+        }
+        save_png(image, path, values)
+        made.append({"file": str(path), **values})
+        click.echo(f"{path}: seed {first + number}", err=True)
+        if not as_json:
+            click.echo(path)
     if as_json:
         seconds = {"load": loaded - started, "generate": time.monotonic() - loaded}
         echo_json({"images": made, "seconds": {k: round(v, 3) for k, v in seconds.items()}})

@@ -1,4 +1,4 @@
-"""`ckptconv maps`: for whoever writes key maps."""
+"""`ckptconv maps`: tools for authors of key maps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from ..conversion.write import layout_text
 from ..reading.source import open_header
 from ..verification.map_checks import check_maps
-from .shared import FILE, echo_json, json_option, key_maps
+from .shared import FILE, echo_json, exit_unless, json_option, key_maps
 from .verify import checks_as_text
 
 
@@ -28,12 +28,12 @@ def header(file: Path) -> None:
 @command.command("check")
 @click.argument("folder", type=FILE, metavar="[DIR]", required=False)
 @json_option
-@click.pass_context
-def check(ctx: click.Context, /, folder: Path | None, *, as_json: bool) -> None:
-    """Check every map and every architecture, with those of the folder DIR before all others.
+def check(folder: Path | None, *, as_json: bool) -> None:
+    """Check every key map and every architecture, those in the folder DIR included.
 
     Each architecture is tried on the header of its published file, with the input channels of
-    every task, and as a small sample; the real classes must expect just the tensors that come out.
+    every task, and on a small sample. The tensors that come out must be exactly those that the
+    classes of diffusers and transformers expect.
 
     Exits with 1 if anything is wrong.
     """
@@ -44,5 +44,4 @@ def check(ctx: click.Context, /, folder: Path | None, *, as_json: bool) -> None:
     else:
         click.echo(checks_as_text(checks))
         click.echo("passed" if passed else "FAILED")
-    if not passed:
-        ctx.exit(1)
+    exit_unless(passed)

@@ -10,28 +10,27 @@ import click
 from ..conversion.convert import plan_file
 from ..errors import printable
 from ..reports.report import plan_rows
-from .shared import FILE, echo_json, json_option, options_of, plan_options
+from .shared import FILE, echo_json, exit_unless, json_option, options_of, plan_options
 
 
 @click.command("plan")
 @click.argument("file", type=FILE)
 @plan_options
 @json_option
-@click.pass_context
-def command(ctx: click.Context, /, file: Path, *, as_json: bool, **options: Any) -> None:
+def command(file: Path, *, as_json: bool, **options: Any) -> None:
     """Show what becomes of every key of FILE: source, operation, target, shape.
 
-    Exits with 1 if keys are missing, unknown or of a wrong shape.
+    Exits with 1 if keys are missing, unknown or of the wrong shape.
     """
-    made, _ = plan_file(file, options_of(options))
-    rows = plan_rows(made)
+    plan, _ = plan_file(file, options_of(options))
+    rows = plan_rows(plan)
     if as_json:
         echo_json(
             {
                 "file": str(file),
-                "lossless": made.lossless,
-                "problems": list(made.problems),
-                "absent": list(made.absent),
+                "lossless": plan.lossless,
+                "problems": list(plan.problems),
+                "absent": list(plan.absent),
                 "keys": rows,
             }
         )
@@ -43,9 +42,8 @@ def command(ctx: click.Context, /, file: Path, *, as_json: bool, **options: Any)
             dtype = row["dtype"] if cast == row["dtype"] else f"{row['dtype']} to {cast}"
             cells = (row["source"], row["op"], f"{targets}{reason}", f"{dtype} {row['shape']}")
             click.echo("\t".join(map(printable, cells)))
-        counts = f"{len(rows):,} keys; {'lossless' if made.lossless else 'not lossless'}"
-        click.echo(f"{counts}; missing components: {', '.join(made.absent) or 'none'}", err=True)
-        for problem in made.problems:
+        counts = f"{len(rows):,} keys; {'lossless' if plan.lossless else 'not lossless'}"
+        click.echo(f"{counts}; missing components: {', '.join(plan.absent) or 'none'}", err=True)
+        for problem in plan.problems:
             click.echo(f"problem: {printable(problem)}", err=True)
-    if made.problems or made.unclaimed:
-        ctx.exit(1)
+    exit_unless(not (plan.problems or plan.unclaimed))

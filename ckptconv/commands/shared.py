@@ -1,4 +1,4 @@
-"""What several commands share: options, JSON, sizes and the progress bar."""
+"""What several commands share: options, JSON, the exit code and the progress bar."""
 
 from __future__ import annotations
 
@@ -14,27 +14,38 @@ import click
 
 from ..dtypes import CASTS
 from ..errors import UsageError
-from ..maps.architecture import KeyMaps, bundled
+from ..maps.architecture import Architecture, KeyMaps, bundled
 from ..options import FACTS, HELP, Options
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 FILE = click.Path(path_type=Path)
-"""Not checked by click: a missing file is refused with exit code 1 and our own sentence."""
+"""Not checked by click: a missing file is refused with exit code 1 and a message of our own."""
+
+
+def joined(*options: Decorator) -> Decorator:
+    """Returns one decorator that adds several options, in their order in the help."""
+
+    def add_all(command: Callable[..., Any]) -> Callable[..., Any]:
+        """Adds the options to a command."""
+        return functools.reduce(lambda f, add: add(f), reversed(options), command)
+
+    return add_all
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 
 def _names(_ctx: click.Context, _option: click.Parameter, value: str | None) -> list[str] | None:
     """Splits names at commas."""
-    if value is None:
-        return None
-    if not (names := [name.strip() for name in value.split(",") if name.strip()]):
+    names = [name.strip() for name in (value or "").split(",") if name.strip()]
+    if value is not None and not names:
         raise click.BadParameter("names no component")
-    return names
+    return names or None
 
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 _KINDS: dict[str, dict[str, Any]] = {
     "dtype": {"type": click.Choice(list(CASTS), case_sensitive=False)},
@@ -44,24 +55,19 @@ _KINDS: dict[str, dict[str, Any]] = {
     "zero_terminal_snr": {"default": None},
     **{name: {"type": click.Choice(FACTS[name])} for name in ("prediction_type", "family")},
 }
-"""By option, what click needs to know; whatever is not here takes a path."""
+"""By field of `Options`, what click needs to know; all others take a path."""
 
 
-def _option(name: str) -> Callable[..., Any]:
-    """Returns the option that sets a field of `Options`."""
+def _option(name: str) -> Decorator:
     words = f"--{name.replace('_', '-')}"
-    if _KINDS.get(name) == {"default": None}:
+    if name == "zero_terminal_snr":
         words += f"/--no{words[1:]}"
     text = HELP[name].replace("`", "")
     return click.option(words, help=text[0].upper() + text[1:], **_KINDS.get(name, {"type": FILE}))
 
 
-_PLAN_OPTIONS = [_option(name) for name in HELP if name != "maps"]
-
-
-def plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options that decide what becomes of a file; `options_of` collects them."""
-    return functools.reduce(lambda f, option: option(f), reversed(_PLAN_OPTIONS), function)
+plan_options = joined(*(_option(name) for name in HELP if name != "maps"))
+"""Adds the options that decide what becomes of a file; `options_of` collects them."""
 
 
 def options_of(words: dict[str, Any]) -> Options:
@@ -70,14 +76,7 @@ def options_of(words: dict[str, Any]) -> Options:
 
 
 def key_maps(folder: Path | None = None) -> KeyMaps:
-    """Returns the key maps to use: a folder before those that come with ckptconv.
-
-    Args:
-        folder: given to the command; the one that `ckptconv --key-maps` names by default.
-
-    Raises:
-        UsageError: it is no folder, or holds no YAML file.
-    """
+    """Returns the key maps of a folder, or of the one that `--key-maps` names, before our own."""
     context = click.get_current_context(silent=True)
     folder = folder or (context.find_root().obj if context else None)
     if folder is None:
@@ -90,9 +89,24 @@ def key_maps(folder: Path | None = None) -> KeyMaps:
     return KeyMaps([folder, *bundled().folders])
 
 
+def architecture_named(name: str) -> Architecture:
+    """Returns an architecture; an unknown name is wrong usage."""
+    known = key_maps().architectures
+    if name not in known:
+        hint = f"it is one of {', '.join(known)}"
+        raise UsageError(f"architecture {name!r} is unknown", hint=hint)
+    return known[name]
+
+
 def echo_json(data: Any) -> None:
     """Prints JSON on stdout."""
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def exit_unless(passed: bool) -> None:
+    """Ends the command with exit code 1 if something is wrong."""
+    if not passed:
+        click.get_current_context().exit(1)
 
 
 def console() -> Console:
@@ -107,22 +121,19 @@ def console() -> Console:
 def progress(what: str) -> Iterator[Callable[..., None]]:
     """Shows a progress bar on stderr, or nothing where that is not a terminal.
 
-    The bar takes the bytes done, the bytes in all and, if it changed, the description.
+    It is moved by the bytes done, the bytes in all and, if it changed, the description.
     """
     if not sys.stderr.isatty():
         yield lambda _done, _total, _what="": None
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress("{task.description}", *columns, console=Console(stderr=True)) as bar:
+    columns = (
+        *("{task.description}", rich.BarColumn(), rich.DownloadColumn()),
+        *(rich.TransferSpeedColumn(), rich.TimeRemainingColumn()),
+    )
+    with rich.Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total, what=what: bar.update(
             task, description=what, completed=done, total=total

@@ -8,60 +8,48 @@ from typing import Any
 
 import click
 
-from ..batch.work import Proof
+from ..batch.work import Proof, problems
 from ..destination import check_destination, new_file, writing
 from ..errors import SHOWN, printable
 from ..options import Options
-from ..reports.html import check_page, page, write_page
+from ..reports.html import PAGE, page, write_page
 from ..reports.junit import junit
 from ..reports.markdown import markdown
 from ..reports.numbers import size
 from ..verification.result import Check, Verification
-from .many import (
-    PLACE,
-    asked,
-    finish,
-    many_options,
-    outcomes_of,
-    refuse_for_several,
-    what_it_is,
-    why_not,
-)
-from .shared import (
-    FILE,
-    echo_json,
-    json_option,
-    options_of,
-    plan_options,
-    progress,
-)
+from .many import PLACE, Columns, finish, many_options, outcomes_of, what_it_is, why_not
+from .shared import FILE, echo_json, exit_unless, json_option, options_of, plan_options, progress
+
+COLUMNS: Columns = {
+    "folder": lambda outcome: outcome.pair.out,
+    "result": lambda outcome: "FAILED" if outcome.error else "passed",
+    "is": what_it_is,
+    "compared": lambda outcome: size(outcome.data.get("bytes_compared", 0)),
+    "seconds": lambda outcome: f"{outcome.seconds:.1f}",
+    "note": why_not,
+}
 
 
 @click.command("verify")
-@click.argument("paths", nargs=-1, type=PLACE, required=True, metavar="[FILE]... DIR")
-@click.option("--finite", is_flag=True, help="Look for NaN and infinities as well.")
-@click.option("--ignore-unclaimed", is_flag=True, help="Keys that no key map knows are fine.")
+@click.argument("places", nargs=-1, type=PLACE, required=True, metavar="[FILE]... DIR")
+@click.option("--finite", is_flag=True, help="Also look for NaN and infinities.")
+@click.option("--ignore-unclaimed", is_flag=True, help="Accept keys that no key map knows.")
 @click.option("--junit", "report", type=FILE, help="Write a JUnit XML report to this file.")
-@click.option("--html", type=FILE, help="Write a page with the checks and the file's drawing.")
+@click.option("--html", type=FILE, help="Write a page with the checks and a drawing of the file.")
 @click.option("--markdown", "summary", type=FILE, help="Append a summary to this file.")
-@click.option("--overwrite", is_flag=True, help="Replace a page that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing page.")
 @plan_options
 @many_options
 @json_option
-@click.pass_context
 def command(
-    ctx: click.Context,
-    /,
-    paths: tuple[str, ...],
     *,
+    places: tuple[str, ...],
     finite: bool,
     ignore_unclaimed: bool,
     report: Path | None,
     html: Path | None,
     summary: Path | None,
     overwrite: bool,
-    jobs: int | None,
-    dask: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -69,20 +57,21 @@ def command(
 
     Whichever program made DIR: every key of FILE is accounted for, the tensors are those that the
     classes of diffusers and transformers expect, every value is equal bit for bit (or rounded
-    exactly, where the dtype differs), and configurations and tokenizers are right. DIR alone is
-    checked as far as that goes. Options of the conversion that DIR does not note are given again.
+    exactly, where the dtype differs), and configurations and tokenizers are right. Without FILE,
+    DIR is checked as far as that goes. Repeat those options of the conversion that DIR has no
+    record of.
 
-    Several files, or a quoted pattern of them, are compared each with the folder in DIR that has
-    its name, as `convert` makes them.
+    If there are several files, or a quoted pattern of them, each is compared with the folder in DIR
+    that has its name, as `convert` makes them.
 
     Exits with 1 if anything is wrong.
     """
-    *files, folder = paths
+    *files, folder = places
     work = Proof(options_of(options), finite, ignore_unclaimed)
-    if files and (pairs := asked(files, folder, dask)):
-        refuse_for_several(junit=report, html=html, markdown=summary)
-        outcomes = outcomes_of("verifying", work, pairs, jobs, dask)
-        finish(outcomes, COLUMNS, as_json=as_json, err=False)
+    for_one = {"junit": report, "html": html, "markdown": summary}
+    outcomes = files and outcomes_of("verifying", work, files, folder, options, **for_one)
+    if outcomes:
+        finish(outcomes, COLUMNS, as_json=as_json)
         return
     source = files[0] if files else None
     if report:  # a job that runs again replaces its report
@@ -91,7 +80,7 @@ def command(
     if summary:
         check_destination(summary, append=True, inputs=_inputs(source, folder, work.options))
     if html:
-        check_page(html, overwrite=overwrite)
+        check_destination(html, overwrite=overwrite, kind=PAGE)
     with progress("verifying") as show:
         found = work.verify(source, folder, show)
     detection = found.plan.detection if found.plan else None
@@ -108,18 +97,7 @@ def command(
         echo_json(found.as_data())
     else:
         click.echo(as_text(found))
-    if not found.passed:
-        ctx.exit(1)
-
-
-COLUMNS = {
-    "folder": lambda outcome: outcome.pair.out or "",
-    "result": lambda outcome: "FAILED" if outcome.error else "passed",
-    "is": what_it_is,
-    "compared": lambda outcome: size(outcome.data.get("bytes_compared", 0)),
-    "seconds": lambda outcome: f"{outcome.seconds:.1f}",
-    "note": why_not,
-}
+    exit_unless(found.passed)
 
 
 def _inputs(source: str | None, folder: str, options: Options) -> Iterator[Path]:
@@ -136,7 +114,7 @@ def as_text(found: Verification) -> str:
     """Returns a verification for a terminal: every check, and the first problems."""
     what = f"{found.folder} is " + (f"{found.source}, converted" if found.source else "consistent")
     if not found.passed:
-        what = f"{found.folder}: {_problems(len(found.problems))}"
+        what = f"{found.folder}: {problems(len(found.problems))}"
     compared = f"{size(found.nbytes)} compared in " if found.source else ""
     state = "passed" if found.passed else "FAILED"
     return f"{checks_as_text(found.checks)}\n{state}: {what} ({compared}{found.seconds:.1f} s)"
@@ -147,7 +125,7 @@ def checks_as_text(checks: Sequence[Check]) -> str:
     lines, left = [], SHOWN
     width = max(len(check.component) for check in checks)
     for check in checks:
-        state = _problems(len(check.problems)) if check.problems else "ok"
+        state = problems(len(check.problems)) if check.problems else "ok"
         line = f"{check.component:{width}}  {check.kind:12}  {state}"
         lines.append(f"{line}: {check.extent}" if check.extent else line)
         lines += [f"    note: {printable(note)}" for note in check.notes]
@@ -155,7 +133,3 @@ def checks_as_text(checks: Sequence[Check]) -> str:
         left -= min(left, len(check.problems))
     hidden = sum(len(check.problems) for check in checks) - SHOWN
     return "\n".join([*lines, *([f"  ... and {hidden:,} more (--json shows all)"] * (hidden > 0))])
-
-
-def _problems(count: int) -> str:
-    return f"{count:,} problem{'s' if count > 1 else ''}"

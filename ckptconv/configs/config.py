@@ -35,11 +35,6 @@ from ..maps.holes import (
 from ..planning.plan import Plan
 from ..planning.step import Target
 
-__all__ = ["Config", "class_of", "configs", "find_class", "model_index"]
-
-LIBRARIES = ("diffusers", "transformers")
-"""Classes come from nowhere else."""
-
 TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
@@ -118,20 +113,6 @@ def class_of(config: Config) -> str:
     """Returns the name of the class that a configuration is for, as it says itself."""
     said = next(config.values[name] for name in CLASS_ENTRIES if name in config.values)
     return str(said[0] if isinstance(said, list) else said)
-
-
-def find_class(home: str, name: str) -> type | None:
-    """Returns the class that a library offers by a name, or None; imports the library.
-
-    Args:
-        home: `diffusers`, `transformers` or a package of `diffusers.pipelines`.
-        name: of the class.
-    """
-    import importlib
-
-    module = home if home in LIBRARIES else f"diffusers.pipelines.{home}"
-    found = getattr(importlib.import_module(module), name, None)
-    return found if isinstance(found, type) else None
 
 
 def versioned(config: Config) -> dict[str, Any]:

@@ -17,8 +17,6 @@ from ..maps.architecture import KeyMaps
 from ..maps.schema import Many, word
 from .config import Config
 
-__all__ = ["OriginalConfig", "read_original_config"]
-
 SOURCE = "original config"
 
 
@@ -34,10 +32,8 @@ class FactPath:
 class ValuePath:
     """Where the YAML tells a value; the first of the paths counts.
 
-    Attributes:
-        paths: of the entry.
-        times: of an entry that multiplies each number of a list.
-        divides: another value of the component, each number of which the entry divides.
+    `times` are the paths of an entry that multiplies each number of a list. `divides` is another
+    value of the component, each number of which the entry divides.
     """
 
     paths: Many[str] = field(metadata=word("path"))

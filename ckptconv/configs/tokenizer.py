@@ -12,8 +12,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["merges_text", "tokenizer_files", "vocabulary"]
-
 END_OF_WORD = "</w>"
 SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
@@ -16,7 +16,6 @@ from ..files import read_json
 from ..folder.weights import component_headers
 from ..maps.architecture import Architecture
 from ..options import Choices, Options, checked
-from ..planning.adapters import read_adapter
 from ..planning.components import Donor
 from ..planning.plan import Plan, build_plan
 from ..reading.source import open_header
@@ -94,8 +93,13 @@ def configured(plan: Plan, original: OriginalConfig | None) -> tuple[dict[str, C
     return configs(plan, overrides), notes
 
 
-def plan_file(path: str | Path, options: Options) -> tuple[Plan, OriginalConfig | None]:
-    """Reads a checkpoint and what its options name, and accounts for every key."""
+def plan_file(
+    path: str | Path, options: Options, *, without: Collection[str] = ()
+) -> tuple[Plan, OriginalConfig | None]:
+    """Reads a checkpoint and what its options name, and accounts for every key.
+
+    Components that `without` names are left out, and may be missing.
+    """
     header = open_header(path)
     original = None
     if options.original_config:
@@ -104,12 +108,14 @@ def plan_file(path: str | Path, options: Options) -> tuple[Plan, OriginalConfig 
     decided |= {name: option_fact(name, value) for name, value in options.facts.items()}
     detection = detect(header, maps=options.maps, decided=decided)
     architecture, _ = detection.require()
+    if without:
+        only = architecture.components if options.only is None else options.only
+        options = replace(options, only=frozenset(only) - set(without))
     donors = {name: _donor(architecture, name, place) for name, place in options.donors.items()}
     plan = build_plan(
         detection,
         options,
         donors=donors,
-        adapters=[read_adapter(file) for file in options.lora],
     )
     _require_fit(plan)
     return plan, original

@@ -79,6 +79,21 @@ class Exported:
     def __repr__(self) -> str:
         return f"<Exported {self.out}: {self.tensors:,} tensors, {self.size:,} bytes>"
 
+    def as_data(self) -> dict[str, Any]:
+        """Returns plain data, for JSON."""
+        return {
+            "out": str(self.out),
+            "architecture": self.architecture.name,
+            "task": self.task,
+            "tensors": self.tensors,
+            "size": self.size,
+            "restored": list(self.restored),
+            "lost": dict(self.lost),
+            "as_source": self.as_source,
+            "notes": list(self.notes),
+            "seconds": round(self.seconds, 3),
+        }
+
 
 def export(
     folder: str | Path,

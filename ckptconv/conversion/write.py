@@ -85,6 +85,26 @@ class Report:
         total = sum(self.files.values())
         return f"<Report on {self.out}: {len(self.files)} files, {total:,} bytes>"
 
+    def as_data(self) -> dict[str, Any]:
+        """Returns plain data, for JSON."""
+        detection = self.plan.detection
+        architecture, task = detection.require()
+        return {
+            "out": str(self.out),
+            "architecture": architecture.name,
+            "task": task.name,
+            "pipeline": task.pipeline,
+            "lossless": self.plan.lossless,
+            "facts": {
+                name: {"value": f.value, "source": f.source} for name, f in detection.facts.items()
+            },
+            "missing": list(self.plan.absent),
+            "unclaimed": list(self.plan.unclaimed),
+            "files": dict(self.files),
+            "warnings": list(self.warnings),
+            "seconds": round(self.seconds, 3),
+        }
+
 
 def parse_size(size: str | int) -> int:
     """Returns the bytes that a size means.

@@ -25,8 +25,6 @@ from .spellings import in_original_names
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Detection", "Line", "Verdict", "detect", "inspect", "judge", "option_fact"]
-
 CONV_OUT = "out.2.weight"
 """Its last, which a ControlNet, the copy of the first half of a UNet, does not have."""
 

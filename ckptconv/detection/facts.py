@@ -30,8 +30,6 @@ from ..maps.evidence import (
 from ..maps.schema import word
 from ..reading.tensor import Header
 
-__all__ = ["Fact", "Hints", "find_fact", "first_match", "hold", "notes_of", "values_of"]
-
 FEW = 4096
 """Elements that a witness may read at most: it looks, it does not load."""
 
@@ -59,14 +57,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """What a report notes of a file that looks like another.
-
-    Attributes:
-        text: the note.
-        words: phrases in the name of the file or its metadata.
-        keys: patterns of keys.
-        facts: that hold together.
-    """
+    """What a report notes of a file that looks like another: if a phrase, key or fact says so."""
 
     text: str = field(metadata=word("hint"))
     words: tuple[str, ...] = ()

@@ -13,8 +13,6 @@ from dataclasses import replace
 from ..maps.architecture import Architecture, KeyMaps, Source
 from ..reading.tensor import Header
 
-__all__ = ["EMA_NAMES", "EMA_OF", "EMA_PREFIX", "in_original_names", "present_name"]
-
 EMA_PREFIX = "model_ema."
 EMA_OF = "model.diffusion_model."
 EMA_NAMES = ("model_ema.diffusion_model", "model_ema.")

@@ -9,7 +9,7 @@ known by the name that `ckptconv convert` writes, and keeps the one that it has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -142,14 +142,15 @@ def _component(folder: Path, config: str, *, weights: bool) -> ComponentFolder:
     return ComponentFolder(
         folder,
         values,
-        {_current_name(key, stored): tensor for key, tensor in stored.items()},
+        {current_name(key, stored): tensor for key, tensor in stored.items()},
         tuple(problems),
         tuple(sorted(p.name for p in folder.glob("*.safetensors") if p not in read)),
         headers,
     )
 
 
-def _current_name(key: str, stored: Mapping[str, Tensor]) -> str:
+def current_name(key: str, stored: Container[str]) -> str:
+    """Returns the name that a tensor has today, given the names of its whole component."""
     if FLAT in stored and not key.startswith("text_projection."):
         return f"text_model.{key}"
     return present_name(key)

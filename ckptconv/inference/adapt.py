@@ -5,62 +5,36 @@ from __future__ import annotations
 import importlib.util
 import inspect as python_inspect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..errors import FileRefused, UsageError
+from ..options import AdapterFile, adapter_file
 from ..reading.header import read_header
 from .generation import Pipeline
 
-__all__ = ["Lora", "add_loras", "find_scheduler", "read_loras", "set_scheduler"]
-
-
 PUBLISHED = {"skip_prk_steps": True}
 """What the published configurations of these models say, where a scheduler's default is another."""
-
 
 EDM = "sigma_data"
 """What only schedulers of the EDM formulation take (https://arxiv.org/abs/2206.00364)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lora:
-    """A LoRA file, and how strongly it applies."""
-
-    path: Path
-    scale: float = 1.0
-
-
-def read_loras(texts: Iterable[str]) -> list[Lora]:
-    """Returns what `FILE` or `FILE:SCALE` mean, once their headers are read.
+def read_loras(texts: Iterable[str]) -> list[AdapterFile]:
+    """Reads the headers of the LoRA files that `FILE` or `FILE:SCALE` name.
 
     Raises:
-        HeaderError: a file is not a whole, well-formed safetensors file.
-        UsageError: PEFT is missing.
+        FileRefused: a file is not a whole, well-formed safetensors file.
+        UsageError: PEFT is missing, or a scale is not finite.
     """
-    loras = [_parsed(text) for text in texts]
+    loras = [adapter_file(text) for text in texts]
     if loras and not importlib.util.find_spec("peft"):
         raise UsageError("a LoRA needs the library PEFT", hint="pip install peft")
     for lora in loras:
-        read_header(lora.path)
+        read_header(lora.path)  # diffusers would unpickle a PyTorch file
     return loras
 
 
-def _parsed(text: str) -> Lora:
-    """Splits the scale off.
-
-    >>> _parsed("style.safetensors:0.8").scale
-    0.8
-    """
-    name, colon, scale = text.rpartition(":")
-    try:
-        return Lora(Path(name), float(scale)) if colon and name else Lora(Path(text))
-    except ValueError:  # a colon in the name of the file
-        return Lora(Path(text))
-
-
-def add_loras(pipe: Pipeline, loras: Sequence[Lora]) -> None:
+def add_loras(pipe: Pipeline, loras: Sequence[AdapterFile]) -> None:
     """Loads LoRA files into a pipeline, by diffusers, each with its scale.
 
     Raises:

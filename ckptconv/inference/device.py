@@ -12,14 +12,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = [
-    "check_dtype",
-    "free_memory",
-    "memory_errors",
-    "pick_device",
-    "spread",
-]
-
 SPARE = 0.15
 """The part of a GPU's free memory that stays free for activations when a model is spread."""
 
@@ -75,14 +67,13 @@ def check_dtype(device: torch.device, dtype: str) -> None:
     """
     import torch
 
-    from ..dtypes import CASTS as DTYPES
-    from ..dtypes import torch_dtype
+    from ..dtypes import CASTS, torch_dtype
 
     if device.type == "cuda":  # asked, not tried: loading the convolution library takes long
         with torch.cuda.device(device):
             able = dtype != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        probe = torch.ones(1, 1, 1, 1, device=device, dtype=torch_dtype(DTYPES[dtype]))
+        probe = torch.ones(1, 1, 1, 1, device=device, dtype=torch_dtype(CASTS[dtype]))
         try:
             torch.nn.functional.conv2d(probe, probe)
             able = True
@@ -108,7 +99,7 @@ def memory_errors(doing: str, hint: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         first = str(error).partition("\n")[0].strip() or type(error).__name__
         raise DeviceError(f"out of memory while {doing}", problems=[first], hint=hint) from error
@@ -138,55 +129,31 @@ def spread(
     Raises:
         DeviceError: they do not fit.
     """
-    units = {name: dict(_units(module, dtype.itemsize)) for name, module in modules.items()}
-    sizes = {name: sum(parts.values()) for name, parts in units.items()}
+    from accelerate import infer_auto_device_map  # type: ignore[import-untyped]  # it has none
+
+    sizes = {
+        name: sum(parameter.numel() for parameter in module.parameters()) * dtype.itemsize
+        for name, module in modules.items()
+    }
     largest, first = max(sizes, key=lambda name: sizes[name]), min(room)
     left = {gpu: int(free * (1 - SPARE)) for gpu, free in room.items()}
-    left[first] -= sum(size for name, size in sizes.items() if name != largest)
-    scale = min(1.0, sizes[largest] / max(1, sum(left.values())))
-    shares = {gpu: int(free * scale) for gpu, free in left.items()}
-    split = _filled(units[largest], shares, left) or _filled(units[largest], left, left)
-    if min(left.values()) < 0 or split is None:
-        free = ", ".join(f"{nbytes:,}" for nbytes in room.values())
-        raise DeviceError(
-            f"out of memory: free on the GPUs are {free} bytes, and the "
-            f"weights need {sum(sizes.values()):,}, in blocks that stay whole, with some to spare",
-            hint="take a smaller --dtype, or --offload sequential on one GPU",
-        )
-    return {name: {"": first} for name in sizes} | {largest: split}
-
-
-def _units(module: nn.Module, width: int) -> Iterator[tuple[str, int]]:
-    """Yields names and bytes of the parts of a module that stay whole, in its own order."""
-    whole = set(getattr(module, "_no_split_modules", None) or ())
-
-    def walk(part: nn.Module, name: str) -> Iterator[tuple[str, int]]:
-        divides = type(part).__name__ not in whole and not list(part.parameters(recurse=False))
-        children = list(part.named_children()) if divides else []
-        for child, below in children:
-            yield from walk(below, f"{name}.{child}" if name else child)
-        if not children:
-            yield name, sum(p.numel() * width for p in part.parameters())
-
-    yield from walk(module, "")
-
-
-def _filled(
-    units: Mapping[str, int], shares: Mapping[int, int], room: Mapping[int, int]
-) -> dict[str, int] | None:
-    """Fills the GPUs in turn, each up to its share; None if the units do not fit so."""
-    placed: dict[str, int] = {}
-    gpus = iter(sorted(room))
-    gpu, used = next(gpus), 0
-    for name, size in units.items():
-        while used >= shares[gpu] or used + size > room[gpu]:
-            following = next(gpus, None)
-            if following is None:
-                return None
-            gpu, used = following, 0
-        placed[name] = gpu
-        used += size
-    return placed
+    left[first] -= sum(sizes.values()) - sizes[largest]
+    share = min(1.0, sizes[largest] / max(1, sum(left.values())))
+    whole = list(getattr(modules[largest], "_no_split_modules", None) or ())
+    for part in (share, 1.0):  # blocks stay whole, so equal shares may not hold them
+        limits: dict[int | str, int] = {gpu: int(part * free) for gpu, free in left.items()}
+        # accelerate keeps room for a layer that waits in main memory on the first device, unless
+        # that is MPS; here no layer waits.
+        limits["mps"] = 0
+        split = infer_auto_device_map(modules[largest], limits, whole, dtype)
+        if min(left.values()) >= 0 and set(split.values()) <= room.keys():
+            return {name: {"": first} for name in sizes} | {largest: dict(split)}
+    free = ", ".join(f"{nbytes:,}" for nbytes in room.values())
+    raise DeviceError(
+        f"out of memory: free on the GPUs are {free} bytes, and the "
+        f"weights need {sum(sizes.values()):,}, in blocks that stay whole, with some to spare",
+        hint="take a smaller --dtype, or --offload sequential on one GPU",
+    )
 
 
 def _counts() -> dict[str, int]:
@@ -207,8 +174,8 @@ def _title(device: torch.device) -> str:
     )
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """CUDA and XPU have a class for it; the CPU's allocator, MPS and `mmap` have only a text."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: some devices have a class for it, some a text."""
     import torch
 
     texts = ("out of memory", "can't allocate memory", "Cannot allocate memory")

@@ -24,20 +24,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL import Image
 
-__all__ = [
-    "TASKS",
-    "Pipeline",
-    "Settings",
-    "call_arguments",
-    "check",
-    "check_outputs",
-    "described",
-    "generate",
-    "open_images",
-    "parse_pixels",
-    "save_png",
-]
-
 Pipeline = Any
 """A pipeline of diffusers, whose attributes depend on its class."""
 

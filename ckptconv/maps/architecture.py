@@ -22,8 +22,6 @@ from .keymap import KeyMap, MapFile
 from .schema import GIVEN, Fault, Many, Named, word
 from .yaml_files import HINT, Folders, laid_over
 
-__all__ = ["Architecture", "Component", "Entry", "KeyMaps", "Relative", "Source", "Task", "bundled"]
-
 CLASS_ENTRIES = ("_class_name", "architectures", "tokenizer_class", "image_processor_type")
 """Where a configuration says which class it is for."""
 
@@ -34,17 +32,7 @@ in the original layout begins, and its input channels tell the task."""
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a file can do.
-
-    Attributes:
-        name: of the task.
-        pipeline: the class that does it: a pipeline's, or that of a component that stands alone.
-        channels: input channels of the network, the second axis of its root; None for any.
-        key: a key, with its prefix, that the file must hold; empty for none.
-        also: further tasks that the same weights can do, and the classes of their pipelines.
-        scale: how much larger the result is than the image that is painted on; None if the pipeline
-            looks at an image and does not paint on it.
-    """
+    """What a file can do, as docs/key-maps.md describes it; `key` is the word `has`."""
 
     name: str = field(metadata=GIVEN)
     pipeline: str
@@ -56,14 +44,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A place where a component may be found: the prefix of its keys, and the map to use.
-
-    Attributes:
-        prefix: of the original keys, with the dot at its end.
-        keymap: name of the map.
-        has: a key, without prefix, that must be there; empty for none.
-        lacks: a key, without prefix, that must not be there; empty for none.
-    """
+    """A place where a component may be found, if it has one key and lacks another (or "")."""
 
     prefix: str
     keymap: str = field(metadata=word("map"))
@@ -73,13 +54,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A configuration with its holes, for files of certain facts.
-
-    Attributes:
-        values: that are laid over those of the file `extends`.
-        extends: name of a file; empty for none.
-        facts: that must hold.
-    """
+    """A configuration with its holes, laid over the file `extends`, for files of certain facts."""
 
     values: Mapping[str, Any] = field(metadata=GIVEN)
     extends: str = ""
@@ -99,22 +74,7 @@ class Variant:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Component:
-    """One folder of the converted model.
-
-    Attributes:
-        name: of the folder, as in `model_index.json`.
-        library: where its class is, and how its weights are named.
-        kind: a model has weights; a processor prepares images for one.
-        package: of `diffusers.pipelines`, if diffusers does not offer the class at its top.
-        sources: where a model's weights may be, in order of preference.
-        config: the first whose facts hold is its configuration.
-        tasks: names of the tasks whose pipelines have it; empty for all.
-        donors: further classes that can stand in its place if it comes from elsewhere.
-        layout: the header of its tensors, where `layout.json` has none, since most files lack it.
-        supply: where it may be taken from, if a file has none; for people.
-        fits: by key of one of its tensors, `COMPONENT/KEY` of another's: the last axis of the one
-            is as long as the first of the other, which a donor may not know.
-    """
+    """One folder of the converted model, as docs/key-maps.md describes it."""
 
     name: str = field(metadata=GIVEN)
     library: Literal["diffusers", "transformers"]

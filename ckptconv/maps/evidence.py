@@ -8,8 +8,6 @@ from typing import Any
 
 from .schema import Many, word
 
-__all__ = ["Condition", "Facts", "Witness"]
-
 # How to know an architecture: conditions on the keys of its network, without their prefix.
 
 

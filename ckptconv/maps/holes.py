@@ -15,20 +15,6 @@ from . import schema
 from .schema import Fault, Path
 from .yaml_files import Tag
 
-__all__ = [
-    "Count",
-    "Depth",
-    "Dim",
-    "Dtype",
-    "FactValue",
-    "Heads",
-    "Hole",
-    "Keyed",
-    "Side",
-    "UpDepths",
-    "Values",
-]
-
 
 class Hole:
     """A value that is not known before there is a file; `word` is its tag."""

@@ -25,8 +25,6 @@ from . import schema
 from .ops import DROP, OPS, RENAME, Op
 from .schema import GIVEN, Fault
 
-__all__ = ["KeyMap", "MapFile", "Match", "Origin", "Rule"]
-
 Segments = tuple[str, ...]
 
 LAST = "-1"
@@ -57,12 +55,7 @@ class Pattern(tuple[str, ...]):
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """The right-hand side of a line: a kind or an operation, and its targets.
-
-    Attributes:
-        word: the name of the kind or the operation; that of renaming by default.
-        targets: several for `split_rows`.
-    """
+    """The right-hand side of a line: a kind or an operation, none for a rename, and its targets."""
 
     word: str = field(metadata=GIVEN)
     targets: tuple[Pattern, ...] = field(metadata=GIVEN)
@@ -70,7 +63,7 @@ class Line:
     @classmethod
     def from_data(cls, data: Any, path: schema.Path, faults: list[Fault]) -> Line:
         """Reads a name, or a mapping of one kind or operation."""
-        word, names = RENAME.name, data
+        word, names = "", data
         if isinstance(data, Mapping) and len(data) == 1:
             ((word, names),) = data.items()
             many = word == SPLITS
@@ -88,15 +81,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class MapFile:
-    """The content of a map's file.
-
-    Attributes:
-        kinds: tables of lines that `blocks` uses by name.
-        blocks: lines by the pattern on the original side.
-        drop: why keys are not converted.
-        optional: keys that a file may hold beyond the published layout.
-        repeats: containers whose entries are counted.
-    """
+    """The content of a map's file, as docs/key-maps.md describes it."""
 
     kinds: Mapping[str, Mapping[Pattern, Line]] = field(default_factory=dict)
     blocks: Mapping[Pattern, Line] = field(default_factory=dict)
@@ -106,7 +91,7 @@ class MapFile:
 
     def rules(self, faults: list[Fault]) -> Iterator[Rule]:
         """Yields every line, with the lines of its kind written out."""
-        words = OPS.keys() - {DROP.name, RENAME.name}
+        words = ["", *(name for name in OPS if name not in (DROP.name, RENAME.name))]
         for kind in self.kinds.keys() & OPS.keys():
             faults.append(Fault(("kinds", kind), "has the name of an operation"))
         for section, kinds in (
@@ -114,8 +99,8 @@ class MapFile:
             (self.blocks, self.kinds),
         ):
             for source, line in section.items():
-                if line.word not in {RENAME.name, *words, *kinds}:
-                    known = schema.nearest(line.word, [*kinds, *words])
+                if line.word not in (*words, *kinds):
+                    known = schema.nearest(line.word, [*kinds, *words[1:]])
                     text = f"{line.word!r} is neither a kind of this map nor an operation{known}"
                     faults.append(Fault((".".join(source),), text))
         if faults:
@@ -382,5 +367,4 @@ def _last_is_placed(rule: Rule) -> bool:
 
 
 def _rule(source: Segments, line: Line) -> Rule:
-    op = OPS[line.word]
-    return Rule(source, line.targets, op, exact=op is not RENAME)
+    return Rule(source, line.targets, OPS[line.word or RENAME.name], exact=bool(line.word))

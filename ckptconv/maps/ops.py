@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["DROP", "OPS", "RENAME", "Op", "Shape"]
-
 Shape = tuple[int, ...]
 
 

@@ -21,8 +21,6 @@ from collections.abc import Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-__all__ = ["GIVEN", "Fault", "Many", "Named", "Path", "nearest", "read", "vocabulary", "word"]
-
 T = TypeVar("T")
 Many = Annotated[tuple[T, ...], "many"]
 Named = Annotated[tuple[T, ...], "named"]

@@ -6,6 +6,7 @@ takes a few lines of every architecture, and all of one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,12 @@ from ..errors import MapError
 from . import schema
 from .schema import Fault
 
-__all__ = ["Document", "Folders", "Tag", "laid_over"]
-
 T = TypeVar("T")
+
+ENTRY = re.compile(r"^(?=[A-Za-z_])", re.MULTILINE)
+"""Where an entry begins at the top of a file."""
+ODD = re.compile(r"^(?![A-Za-z_][\w-]*:(?:\s|$))[^\s#]", re.MULTILINE)
+"""A line at the top that begins no entry with a plain name: such a file is parsed as a whole."""
 
 HINT = "docs/key-maps.md describes every word of the format"
 
@@ -64,29 +68,30 @@ class Document:
     """One YAML file: a mapping, or a list, which is the only entry and has no name."""
 
     def __init__(self, path: Path) -> None:
-        """Parses a file.
+        """Reads a file.
 
         Raises:
             MapError: it cannot be read as YAML.
         """
         self.path = path
         self._data: dict[str, Any] = {}
-        self._loader = self._tried(lambda: _Loader(path.read_text(encoding="utf-8")))
-        node = self._tried(self._loader.get_single_node)
-        if isinstance(node, yaml.MappingNode):
-            self._nodes = {key.value: value for key, value in node.value if key.id == "scalar"}
-            if len(self._nodes) < len(node.value):
-                self._tried(lambda: self._loader.construct_document(node))  # says which is wrong
-        elif isinstance(node, yaml.SequenceNode):
-            self._nodes = {"": node}
-        else:
-            raise MapError(f"{path}: needs a mapping at the top")
-        self.entries = self._nodes.keys()
+        try:
+            self._text = path.read_text(encoding="utf-8")
+        except (ValueError, OSError) as error:
+            raise self._refusal(error) from error
+        texts = ENTRY.split(self._text)[1:] if not ODD.search(self._text) else []
+        self._entries = {text.partition(":")[0]: text for text in texts}
+        if not texts or len(self._entries) < len(texts):
+            self._parse()
+        self.entries = self._entries.keys() or self._data.keys()
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._data:
-            node = self._nodes[name]
-            self._data[name] = self._tried(lambda: self._loader.construct_document(node))
+            try:
+                data = yaml.load(self._entries[name], _Loader)  # noqa: S506  (a safe loader)
+                self._data[name] = data.get(name)
+            except (yaml.YAMLError, ValueError, RecursionError):
+                self._parse()  # says which line of the file is wrong
         return self._data[name]
 
     @property
@@ -94,11 +99,17 @@ class Document:
         """All of the data."""
         return self[""] if "" in self.entries else {name: self[name] for name in self.entries}
 
-    def _tried(self, read: Callable[[], Any]) -> Any:
+    def _parse(self) -> None:
         try:
-            return read()
-        except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
-            raise MapError(f"{self.path}: not a YAML file: {error}") from error
+            data = yaml.load(self._text, _Loader)  # noqa: S506
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise self._refusal(error) from error
+        if not isinstance(data, dict | list):
+            raise MapError(f"{self.path}: needs a mapping at the top")
+        self._data = data if isinstance(data, dict) else {"": data}
+
+    def _refusal(self, error: Exception) -> MapError:
+        return MapError(f"{self.path}: not a YAML file: {error}")
 
 
 class Folders:

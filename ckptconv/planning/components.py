@@ -1,7 +1,7 @@
-"""The components of a file: which of its keys are whose, what becomes of them, and what is wrong.
+"""The components of a file: which keys belong to which, what they become, and what is wrong.
 
-The keys that come out are compared with those of the published layout, so that a file that lacks
-one, or holds one too many, is found before anything is written.
+The resulting keys are compared with those of the published layout, so that a file that lacks a key
+or holds one too many is found before anything is written.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..maps.architecture import Architecture, Component, Source
-from ..maps.keymap import KeyMap, Rule
+from ..maps.keymap import KeyMap, Match, Rule
 from ..maps.ops import DROP, RENAME
-from ..reading.tensor import Header
+from ..reading.tensor import Header, Tensor
 from .step import Step, Target, dropped
 
 TRANSFORMERS_MAP = "shared/maps/transformers"
@@ -37,74 +37,63 @@ class Donor:
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
-    """What becomes of the keys of a component, if its weights are where one of its sources says.
+class ComponentMatch:
+    """What becomes of the keys of a component, if its weights are where a source says.
 
     Attributes:
-        known: how many of the keys that it gives are in the published layout.
+        known: how many of the resulting keys are in the published layout.
         steps: by original key.
         problems: keys that are missing, unknown or of a wrong shape.
     """
 
     known: int
     steps: Mapping[str, Step]
-    problems: tuple[str, ...]
+    problems: tuple[str, ...] = ()
 
 
 def best_match(
     architecture: Architecture, component: Component, header: Header, sources: Iterable[Source]
-) -> Match:
-    """Returns the match of the source that fits best.
-
-    Args:
-        architecture: whose published layout counts.
-        component: of the architecture.
-        header: of the file.
-        sources: to try.
-    """
+) -> ComponentMatch:
+    """Returns the match of the source that fits best."""
     matches = [_match(architecture, component, header, source) for source in sources]
     return max(matches, key=lambda match: (match.known, -len(match.problems)))
 
 
 def _match(
     architecture: Architecture, component: Component, header: Header, source: Source
-) -> Match:
+) -> ComponentMatch:
     keymap = _bound(architecture, component, source, header)
     if not keymap:
-        return Match(0, {}, ())
+        return ComponentMatch(0, {})
     layout = _layout(architecture, component)
     steps: dict[str, Step] = {}
     problems: list[str] = []
-    known, given = 0, set[str]()
-    for key, tensor in header.tensors.items():
-        short = key.removeprefix(source.prefix)
-        found = keymap.match(short) if key.startswith(source.prefix) else None
-        if not found:
+    known, found = 0, set[str]()
+    for key, tensor, match in _matched(header, source, keymap):
+        if match.op is DROP:
+            steps[key] = dropped(tensor, match.reason, keep=True)
             continue
-        if found.op is DROP:
-            steps[key] = dropped(tensor, found.reason, keep=True)
-            continue
-        given.update(found.targets)
-        ranks = [layout.get(keymap.template(target)) for target in found.targets]
+        found.update(match.targets)
+        ranks = [layout.get(keymap.template(target)) for target in match.targets]
         if None not in ranks:
             known += len(ranks)
-        elif not keymap.is_optional(short):
+        elif not keymap.is_optional(key.removeprefix(source.prefix)):
             problems.append(f"{key}: not a key of a {architecture.title} {component.name}")
         try:
-            shapes = found.op.forward(tensor.shape, len(found.targets))
+            shapes = match.op.forward(tensor.shape, len(match.targets))
         except ValueError as error:
-            problems.append(f"{key}: {found.op.name} {error}")
+            problems.append(f"{key}: {match.op.name} {error}")
             continue
         for shape, rank in zip(shapes, ranks, strict=True):
             if rank not in (None, len(shape)):
                 problems.append(f"{key}: has shape {list(tensor.shape)}, needed {rank} axes")
         targets = tuple(
             Target(component.name, name, tensor.dtype, shape)
-            for name, shape in zip(found.targets, shapes, strict=True)
+            for name, shape in zip(match.targets, shapes, strict=True)
         )
-        steps[key] = Step(found.op, (tensor,), targets)
-    problems += [f"{component.name}: {line}" for line in _missing(layout, given, keymap)]
-    return Match(known, steps, tuple(problems))
+        steps[key] = Step(match.op, (tensor,), targets)
+    problems += [f"{component.name}: {line}" for line in _missing(layout, found, keymap)]
+    return ComponentMatch(known, steps, tuple(problems))
 
 
 def _bound(
@@ -123,54 +112,61 @@ def _bound(
     return architecture.maps.keymap(source.keymap).bound(keys)
 
 
+def _matched(header: Header, source: Source, keymap: KeyMap) -> Iterator[tuple[str, Tensor, Match]]:
+    """Yields every tensor under the prefix of a source that the map covers."""
+    for key, tensor in header.tensors.items():
+        if key.startswith(source.prefix) and (match := keymap.match(key[len(source.prefix) :])):
+            yield key, tensor, match
+
+
 @functools.cache
 def _layout(architecture: Architecture, component: Component) -> dict[str, int]:
     """Returns the templates of a component's published keys, and the rank of each."""
     header = architecture.layout(component.tasks[0] if component.layout else "")
-    best: dict[str, int] = {}
+    layouts = []
     for source in component.sources:
-        if not (keymap := _bound(architecture, component, source, header)):
-            continue
-        ranks: dict[str, int] = {}
-        for key, info in header.tensors.items():
-            short = key.removeprefix(source.prefix)
-            match = keymap.match(short) if key.startswith(source.prefix) else None
-            if match and match.op is not DROP:
-                shapes = match.op.forward(info.shape, len(match.targets))
-                for target, shape in zip(match.targets, shapes, strict=True):
-                    ranks[keymap.template(target)] = len(shape)
-        best = max(best, ranks, key=len)
-    return best
+        if keymap := _bound(architecture, component, source, header):
+            layouts.append(
+                {
+                    keymap.template(target): len(shape)
+                    for _, tensor, match in _matched(header, source, keymap)
+                    for target, shape in zip(
+                        match.targets,
+                        match.op.forward(tensor.shape, len(match.targets)),
+                        strict=True,
+                    )
+                }
+            )
+    return max(layouts, key=len, default={})
 
 
-def _missing(layout: Mapping[str, int], given: set[str], keymap: KeyMap) -> Iterator[str]:
-    """Yields the keys of the layout that are not given, for every entry of a container."""
+def _missing(layout: Mapping[str, int], found: set[str], keymap: KeyMap) -> Iterator[str]:
+    """Yields the keys of the layout that were not found, for every entry of a container."""
     entries: dict[str, set[int]] = {}
-    for key in given:
+    for key in found:
         before, star, _ = keymap.template(key).partition("*")
         if star:
             entries.setdefault(before, set()).add(int(key[len(before) :].partition(".")[0]))
-    for before, found in entries.items():
-        if len(found) <= max(found):
-            yield f"{before}* has only the entries {', '.join(map(str, sorted(found)))}"
+    for before, held in entries.items():
+        if len(held) <= max(held):
+            yield f"{before}* has only the entries {', '.join(map(str, sorted(held)))}"
     for template in layout:
         before, star, after = template.partition("*")
         names = [f"{before}{n}{after}" for n in sorted(entries.get(before, ()))]
         for name in names if star and names else [template]:
-            if name not in given:
+            if name not in found:
                 yield f"{name} is missing"
 
 
-def donated(
-    architecture: Architecture, component: Component, donor: Donor, problems: list[str]
-) -> list[Step]:
-    """Returns the steps for a component that comes from elsewhere."""
+def donor_match(architecture: Architecture, component: Component, donor: Donor) -> ComponentMatch:
+    """Matches a component that comes from elsewhere, in any layout that a map of it can read."""
     if donor.config:  # a folder in the diffusers layout: its own configuration describes it
-        return [
-            Step(RENAME, (tensor,), (Target(component.name, key, tensor.dtype, tensor.shape),))
+        steps = {
+            key: Step(RENAME, (tensor,), (Target(component.name, key, tensor.dtype, tensor.shape),))
             for header in donor.headers
             for key, tensor in header.tensors.items()
-        ]
+        }
+        return ComponentMatch(len(steps), steps)
     (header,) = donor.headers
     readable = {source.keymap for source in component.sources}
     elsewhere = [
@@ -186,8 +182,8 @@ def donated(
         as_is.insert(0, Source("", TRANSFORMERS_MAP))
     sources = dict.fromkeys([*component.sources, *elsewhere, *alone, *as_is])
     match = best_match(architecture, component, header, sources)
-    if match.known:
-        problems += match.problems
-    else:
-        problems.append(f"{component.name}: {header.path} holds none in a layout that is known")
-    return [replace(s, targets=()) if s.op is DROP else s for s in match.steps.values()]
+    steps = {k: replace(s, targets=()) if s.op is DROP else s for k, s in match.steps.items()}
+    if not match.known:
+        problem = f"{component.name}: {header.path} holds none in a layout that is known"
+        return ComponentMatch(0, steps, (problem,))
+    return replace(match, steps=steps)

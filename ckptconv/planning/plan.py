@@ -6,7 +6,7 @@ A key map is abstract; a plan has the real keys, dtypes and shapes, so its inver
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,14 +17,15 @@ from ..errors import Incomplete, UsageError, option
 from ..maps.architecture import Architecture
 from ..maps.ops import DROP
 from ..options import Options
+from ..reading.source import open_header
 from ..reading.tensor import Header
 from .adapters import Adapter, with_adapters
-from .components import Donor, best_match, donated
+from .components import Donor, best_match, donor_match
 from .scaled import read_scales, scaled
 from .step import Step, Target, dropped
 
 SCALED_DTYPE = "fp16"
-"""What scaled weights become by default: once multiplied, they are no longer values of fp8."""
+"""What scaled weights become by default: times their scale, they are no longer values of fp8."""
 
 TRAINING_MAP = "shared/maps/training"
 
@@ -114,21 +115,17 @@ def build_plan(
     options: Options | None = None,
     *,
     donors: Mapping[str, Donor] | None = None,
-    adapters: Sequence[Adapter] = (),
 ) -> Plan:
     """Accounts for every key of a checkpoint.
 
-    Args:
-        detection: of the checkpoint.
-        options: of them, `dtype`, `ema` and `only` count here.
-        donors: components that come from elsewhere, by name.
-        adapters: to add to the weights, in this order.
+    The donors are those that the options name. Of the options themselves, `dtype`, `ema`, `only`
+    and `lora` count here.
 
     Raises:
         NotACheckpoint: no architecture matched.
         UsageError: a component that the architecture does not have, or `ema` without the UNet.
         Incomplete: `ema` is set and the file has no complete EMA copy.
-        FileRefused: an adapter does not fit.
+        FileRefused: an adapter cannot be read, or does not fit.
     """
     architecture, _ = detection.require()
     header, donors, options = detection.header, donors or {}, options or Options()
@@ -138,18 +135,19 @@ def build_plan(
     own = read_scales(header)
     theirs = {n: read_scales(d.headers[0]) for n, d in donors.items() if not d.config}
     every = (own, *theirs.values())
-    scales = {weight: scale for each in every for weight, scale in each.by_weight}
-    problems = [text for each in every for text in each.problems]
+    scales = {weight: scale for each in every for weight, scale in each.by_weight.items()}
+    problems = [problem for each in every for problem in each.problems]
     steps: dict[str, Step] = {}
-    given: list[Step] = []
+    from_donors: list[Step] = []
     absent = []
     for component in architecture.models:
+        name = component.name
         match = best_match(architecture, component, own.header, component.sources)
-        if (name := component.name) in donors:
-            donor = donors[name]
-            if name in theirs:
-                donor = replace(donor, headers=(theirs[name].header,))
-            given += donated(architecture, component, donor, problems)
+        if donor := donors.get(name):
+            headers = (theirs[name].header,) if name in theirs else donor.headers
+            donated = donor_match(architecture, component, replace(donor, headers=headers))
+            from_donors += donated.steps.values()
+            problems += donated.problems
             steps |= {key: dropped(s.sources[0], "replaced") for key, s in match.steps.items()}
         elif not match.known:
             absent.append(name)
@@ -159,12 +157,12 @@ def build_plan(
         else:
             steps |= {key: dropped(s.sources[0], "left out") for key, s in match.steps.items()}
     steps |= _rest(architecture, own.header, steps, keep=only is None)
-    steps |= own.steps(header)
+    steps |= own.steps
     if options.ema:
         if "unet" not in wanted:
             raise UsageError("the EMA copy is one of the UNet, and the UNet is not to be written")
         steps |= _from_ema(header, steps)
-    ordered = [steps[key] for key in header.tensors if key in steps] + given
+    ordered = [steps[key] for key in header.tensors if key in steps] + from_donors
     notes = []
     if scales and dtype is None:
         dtype = SCALED_DTYPE
@@ -173,6 +171,7 @@ def build_plan(
             f"{option('dtype')} decides otherwise"
         )
     cast = [scaled(_cast(step, dtype), scales, problems) for step in ordered]
+    adapters = tuple(Adapter(open_header(file.path), file.scale) for file in options.lora)
     left_out = [c.name for c in architecture.models if c.name not in wanted]
     changed, passed_over = with_adapters(architecture, cast, adapters, left_out)
     return Plan(
@@ -182,7 +181,7 @@ def build_plan(
         tuple(problems),
         tuple(name for name in absent if name in wanted),
         donors,
-        tuple(adapters),
+        adapters,
         (*notes, *passed_over),
     )
 
@@ -207,7 +206,7 @@ def _check_names(
 def _rest(
     architecture: Architecture, header: Header, steps: Mapping[str, Step], *, keep: bool
 ) -> dict[str, Step]:
-    """Returns the steps for what is no component's: EMA copies and leftovers of the training."""
+    """Returns the steps for what belongs to no component: EMA copies and remains of training."""
     training = architecture.maps.keymap(TRAINING_MAP)
     rest = {}
     for key in header.tensors.keys() - steps.keys():
@@ -219,11 +218,7 @@ def _rest(
 
 
 def _from_ema(header: Header, steps: Mapping[str, Step]) -> dict[str, Step]:
-    """Returns the UNet's steps with the EMA copies as sources, and drops for its own weights.
-
-    Raises:
-        Incomplete: a copy is missing or has another shape.
-    """
+    """Returns the UNet's steps with the EMA copies as sources, and drops for its own weights."""
     turned: dict[str, Step] = {}
     problems = []
     for key, step in steps.items():

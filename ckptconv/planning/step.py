@@ -8,19 +8,12 @@ from ..maps.ops import DROP, Op
 from ..reading.tensor import Shape, Tensor
 
 ASIDE = "ckptconv"
-"""The folder of what no pipeline reads: the tensors that were dropped, for the way back."""
+"""The folder for what no pipeline reads: the dropped tensors that an export needs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A tensor to write.
-
-    Attributes:
-        component: the folder that it goes to; empty in a single file.
-        key: its name there.
-        dtype: a key of `ckptconv.dtypes.BITS`.
-        shape: number of elements along each axis.
-    """
+    """A tensor to write into the folder of a component; `component` is empty in a single file."""
 
     component: str
     key: str
@@ -30,12 +23,12 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What is done to the values of a target, besides moving and casting them.
+    """What is done to the values of one target, besides moving and casting them.
 
     Attributes:
         key: of the target.
-        kind: how the values change: a key of `ckptconv.streaming.deltas.KINDS`.
-        parts: the tensors that say by how much, by their role.
+        kind: a key of `ckptconv.streaming.deltas.KINDS`.
+        parts: the tensors that the change is computed from, by role.
         factor: multiplies what is added.
     """
 
@@ -51,10 +44,10 @@ class Step:
 
     Attributes:
         op: from the key map.
-        sources: one tensor; on the way back, as many as the operation had targets.
-        targets: the tensors to write; none if a dropped tensor is not kept.
+        sources: one tensor; in an export, as many as the operation had targets.
+        targets: the tensors to write; none for a dropped tensor that is not kept.
         reason: why the tensor is dropped; empty otherwise.
-        changes: what is done to the values, in this order.
+        changes: applied to the values in this order.
     """
 
     op: Op
@@ -70,12 +63,6 @@ class Step:
 
 
 def dropped(tensor: Tensor, reason: str, *, keep: bool = False) -> Step:
-    """Returns the step of a tensor that is not converted.
-
-    Args:
-        tensor: of the file.
-        reason: why.
-        keep: write it beside the components, for the way back.
-    """
+    """Returns the step of a tensor that is not converted; `keep` writes it aside."""
     aside = (Target(ASIDE, tensor.name, tensor.dtype, tensor.shape),) if keep else ()
     return Step(DROP, (tensor,), aside, reason)

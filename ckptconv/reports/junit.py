@@ -1,4 +1,4 @@
-"""A verification as a JUnit XML report, which every CI system shows."""
+"""A verification as a JUnit XML report, which every CI system can display."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]
 
 
 def junit(verification: Verification) -> bytes:
-    """Returns the report: one test case per component and check.
-
-    Args:
-        verification: what was found.
-    """
+    """Returns the report, with a test case for each check of a component."""
     failed = sum(bool(check.problems) for check in verification.checks)
     counts = {"tests": str(len(verification.checks)), "failures": str(failed), "errors": "0"}
     seconds = f"{verification.seconds:.3f}"
@@ -30,8 +26,8 @@ def junit(verification: Verification) -> bytes:
             message = f"{check.component}: {check.problems[0]} (of {len(check.problems):,})"
             failure = ET.SubElement(case, "failure", {"message": _text(message), "type": "problem"})
             failure.text = _text("\n".join(map(str, check.problems)))
-        said = [f"{CHECKS[check.kind]}: {check.extent}", *(f"note: {n}" for n in check.notes)]
-        ET.SubElement(case, "system-out").text = _text("\n".join(said))
+        lines = [f"{CHECKS[check.kind]}: {check.extent}", *(f"note: {n}" for n in check.notes)]
+        ET.SubElement(case, "system-out").text = _text("\n".join(lines))
     ET.indent(suites)
     return bytes(ET.tostring(suites, encoding="utf-8", xml_declaration=True))
 

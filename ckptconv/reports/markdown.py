@@ -1,4 +1,4 @@
-"""A verification as Markdown, for the summary of a CI job and the like."""
+"""A verification as Markdown, such as for the summary of a CI job."""
 
 from __future__ import annotations
 
@@ -12,18 +12,14 @@ _SPACE = re.compile(r"[\x00-\x20\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff
 
 
 def markdown(verification: Verification, detection: Detection | None = None) -> str:
-    """Returns a heading, the checks as a table, and the first problems.
+    """Returns a heading, what the file is, the checks as a table, and the first problems.
 
-    Nothing that a file holds can leave the code span that it is put into.
-
-    Args:
-        verification: what was found.
-        detection: of the file, for what it is and what was assumed.
+    No text from a file can escape from its code span.
     """
     source, folder = verification.source, _code(verification.folder)
     of = f"is {_code(source)} converted" if source else "is consistent"
-    said = f"Verified: {folder} {of}" if verification.passed else f"Not verified: {folder}"
-    lines = [f"### {said}", ""]
+    verdict = f"Verified: {folder} {of}" if verification.passed else f"Not verified: {folder}"
+    lines = [f"### {verdict}", ""]
     if detection and detection.architecture and detection.task:
         what = f"{detection.architecture.title}, {detection.task.name}"
         facts = [f for f in detection.facts.values() if f.source == "assumed"]
@@ -34,8 +30,7 @@ def markdown(verification: Verification, detection: Detection | None = None) -> 
         f"| {_code(check.component)} | {check.kind} | {_result(check)} |"
         for check in verification.checks
     ]
-    problems = verification.problems
-    if problems:
+    if problems := verification.problems:
         lines += ["", f"{len(problems):,} problem{'s' * (len(problems) > 1)}:", ""]
         lines += [f"- {_code(problem)}" for problem in problems[:SHOWN]]
     if len(problems) > SHOWN:

@@ -13,25 +13,15 @@ from ..planning.step import Target
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One block of a component.
+    """One block of a component."""
 
-    Attributes:
-        name: as diffusers names it, such as `down_blocks.0`.
-        channels: number of output channels; 0 where that means nothing.
-        resnets: number of residual layers.
-        attention: for each attention module, the number of transformer blocks in it.
-        resamples: `down`, `up` or empty.
-        parameters: number of elements of its tensors.
-        original: the blocks of the file that its tensors come from.
-    """
-
-    name: str
-    channels: int
+    name: str  # as diffusers names it, such as `down_blocks.0`
+    channels: int  # of the output; 0 where that means nothing
     resnets: int
-    attention: tuple[int, ...]
-    resamples: str
+    attention: tuple[int, ...]  # the number of transformer blocks in each attention module
+    resamples: str  # `down`, `up` or empty
     parameters: int
-    original: tuple[str, ...]
+    original: tuple[str, ...]  # the blocks of the file that its tensors come from
 
 
 _BLOCK = re.compile(
@@ -40,7 +30,7 @@ _BLOCK = re.compile(
 )
 _ORIGINAL = re.compile(r".*?(?:blocks?|layers|down|up)(?:\.\d+)+|.*?(?=\.(?:weight|bias)$)")
 _WIDTHS = ("resnets.0.conv2.weight", "weight", "linear_2.weight", "mlp.fc2.weight")
-"""The tensor whose first axis has the output channels of a block: the first of these it has."""
+"""The first of these tensors in a block has as many rows as the block has output channels."""
 _RESAMPLERS = {"downsamplers": "down", "upsamplers": "up"}
 _ORDER = (
     *("embeddings", "conv_in", "time_embedding", "add_embedding"),
@@ -50,12 +40,7 @@ _ORDER = (
 
 
 def blocks(plan: Plan, component: str) -> list[Block]:
-    """Returns the blocks of a component in the order in which data pass through them.
-
-    Args:
-        plan: of the file.
-        component: such as `unet`, `vae` or `text_encoder`.
-    """
+    """Returns the blocks of a component in the order in which data pass through them."""
     members: dict[str, dict[str, Target]] = {}
     originals: dict[str, list[str]] = {}
     for step in plan.steps:

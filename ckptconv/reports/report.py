@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..configs.config import class_of, configs
@@ -19,14 +19,9 @@ UNKNOWN = "no key map knows it"
 
 
 def inspection(detection: Detection, plan: Plan | None) -> dict[str, Any]:
-    """Returns everything that is known of a file.
+    """Returns everything that is known of a file; there is no plan of one that was refused.
 
-    Args:
-        detection: what the file is.
-        plan: what becomes of its keys; None if it was refused.
-
-    Returns:
-        Plain data; `architecture` is None if nothing matched, and `refusal` says why.
+    `architecture` is None if nothing matched; then `refusal` says why.
     """
     header, refusal = detection.header, detection.refusal
     data: dict[str, Any] = {
@@ -67,10 +62,16 @@ def inspection(detection: Detection, plan: Plan | None) -> dict[str, Any]:
     }
     if plan.problems:
         return data
-    built, sources = configs(plan), groups(plan)
-    for name in (component.name for component in architecture.models if component.name in built):
-        known = {"class": class_of(built[name]), "tensors": len(plan.tensors(name))}
-        data["components"][name] = known | weights(sources[name])
+    built, parts = configs(plan), tensors_by_part(plan)
+    data["components"] = {
+        c.name: {
+            "class": class_of(built[c.name]),
+            "tensors": len(plan.tensors(c.name)),
+            **amounts(parts[c.name]),
+        }
+        for c in architecture.models
+        if c.name in built
+    }
     data["assumed"] = {
         f"{name}.{key}": config.values[key]
         for name, config in built.items()
@@ -80,19 +81,19 @@ def inspection(detection: Detection, plan: Plan | None) -> dict[str, Any]:
     return data
 
 
-def groups(plan: Plan) -> dict[str, list[Tensor]]:
+def tensors_by_part(plan: Plan) -> dict[str, list[Tensor]]:
     """Returns the tensors that are read, by component or by the reason why they are left out."""
-    found: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[Tensor]] = {}
     for step in plan.steps:
         name = f"not converted: {step.reason}" if step.reason else step.targets[0].component
-        found.setdefault(name, []).extend(step.sources)
+        parts.setdefault(name, []).extend(step.sources)
     if plan.unclaimed:
         tensors = plan.detection.header.tensors
-        found[f"not converted: {UNKNOWN}"] = [tensors[key] for key in plan.unclaimed]
-    return found
+        parts[f"not converted: {UNKNOWN}"] = [tensors[key] for key in plan.unclaimed]
+    return parts
 
 
-def weights(tensors: Sequence[Tensor]) -> dict[str, Any]:
+def amounts(tensors: Sequence[Tensor]) -> dict[str, Any]:
     """Returns how much some tensors hold."""
     return {
         "parameters": sum(tensor.numel for tensor in tensors),
@@ -103,22 +104,22 @@ def weights(tensors: Sequence[Tensor]) -> dict[str, Any]:
 
 def plan_rows(plan: Plan) -> list[dict[str, Any]]:
     """Returns a row for every key of the file: what becomes of it."""
-    unclaimed = {key: plan.detection.header.tensors[key] for key in plan.unclaimed}
+    tensors = plan.detection.header.tensors
     rows = [
         _row(source.name, source, step.op.name, step.targets, step.reason)
         for step in plan.steps
         for source in step.sources
     ]
-    return rows + [_row(key, info, "unclaimed", (), UNKNOWN) for key, info in unclaimed.items()]
+    return rows + [_row(key, tensors[key], "unclaimed", (), UNKNOWN) for key in plan.unclaimed]
 
 
 def header_rows(header: Header) -> list[dict[str, Any]]:
     """Returns such rows for a file that was refused: nothing becomes of its keys."""
-    return [_row(key, tensor, "", (), "") for key, tensor in header.tensors.items()]
+    return [_row(key, tensor) for key, tensor in header.tensors.items()]
 
 
 def _row(
-    key: str, source: Tensor, op: str, targets: Iterable[Target], reason: str
+    key: str, source: Tensor, op: str = "", targets: Sequence[Target] = (), reason: str = ""
 ) -> dict[str, Any]:
     return {
         "source": key,
@@ -127,21 +128,16 @@ def _row(
         "shape": list(source.shape),
         "target_shapes": [list(target.shape) for target in targets],
         "dtype": source.dtype,
-        "target_dtype": next((target.dtype for target in targets), None),
+        "target_dtype": targets[0].dtype if targets else None,
         "reason": reason,
     }
 
 
 def hashes(header: Header) -> dict[str, str]:
-    """Returns the hashes by which users know a file, from one pass over it.
+    """Returns the hashes by which users know a file, from one pass over it; none for shards.
 
-    Args:
-        header: of the file.
-
-    Returns:
-        `sha256` of the whole file, its first ten digits (`short`), and, for a safetensors file,
-        `sshs_model_hash`, the SHA-256 of what follows the header, as training tools write it.
-        Nothing for a checkpoint that lies in several files.
+    `sha256` is of the whole file, and `short` its first ten digits. A safetensors file has a
+    `sshs_model_hash` too, as training tools write it: the SHA-256 of what follows the header.
     """
     if len(header.files) > 1:
         return {}

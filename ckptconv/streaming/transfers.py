@@ -129,7 +129,7 @@ def joined(todo: Iterable[Transfer]) -> Iterator[Transfer]:
     last: Transfer | None = None
     for each in todo:
         if last and each.continues(last):
-            last = replace(last, count=last.count + each.count)
+            last = Transfer(last.source, last.target, last.count + each.count, last.dtypes)
             continue
         if last:
             yield last

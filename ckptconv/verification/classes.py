@@ -16,10 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from ..configs.config import LIBRARIES, find_class
-from ..libraries import quiet
-
-__all__ = ["LIBRARIES", "Expected", "Unbuildable", "defaults", "expected", "has_class"]
+from ..libraries import LIBRARIES, find_class
 
 MOST_LAYERS = 200
 """More of anything that a configuration counts would only take time and memory: the largest
@@ -91,8 +88,7 @@ def has_class(library: str, name: str) -> bool:
 
 @functools.cache
 def _class(library: str, name: str) -> Any:
-    with quiet():
-        found = find_class(library, name)
+    found = find_class(library, name)
     if found is None:
         raise Unbuildable(f"{library} has no class {name}")
     return found

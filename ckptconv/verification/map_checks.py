@@ -31,8 +31,6 @@ from ..sample import Sample, layout_of
 from .classes import Unbuildable, defaults, expected, has_class
 from .result import Check, Problem
 
-__all__ = ["check_maps"]
-
 FILES: dict[str, Any] = {
     "*/sample": Sample,
     "shared/configs/*": Variant,

@@ -141,7 +141,7 @@ def test_a_bad_file_gives_no_traceback_in_a_process_of_its_own(tmp_path: Path) -
     refused = process("convert", path, tmp_path / "out")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr.startswith(f"error: {path}: the file names code")
-    assert "hint: delete the file if you do not know" in refused.stderr
+    assert "hint: delete the file unless you know" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 

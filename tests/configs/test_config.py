@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import inspect
 import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,24 +18,14 @@ from ckptconv.maps.architecture import KeyMaps, bundled
 from ckptconv.options import Options
 from ckptconv.planning.components import Donor
 from ckptconv.planning.plan import Plan, build_plan
-from tests.conftest import made, published, shapes
-from tests.support.published import FOLDERS, meaning
+from tests.conftest import made, shapes
+from tests.support.published import HEADERS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ckptconv.reading.tensor import Header
 
-HEADERS = {
-    "sd15": published("sd15-emaonly-fp32"),
-    "sd15-inpainting": published("sd15-inpainting-fp16"),
-    "sd21": published("sd21-768-fp32"),
-    "sd21-base": replace(
-        published("sd21-768-fp32"), metadata={"modelspec.architecture": "stable-diffusion-v2-512"}
-    ),
-    "sdxl": published("sdxl-base-fp16"),
-    "sdxl-refiner": published("sdxl-refiner-fp16"),
-}
 UNET = "model.diffusion_model."
 
 
@@ -52,34 +41,6 @@ def plain(name: str) -> dict[str, Config]:
 
 def plan_of(header: Header) -> Plan:
     return build_plan(detect(header))
-
-
-@pytest.mark.parametrize(
-    ("name", "component"),
-    [(name, part) for name, parts in FOLDERS.items() for part in parts if part != "model_index"],
-)
-def test_a_configuration_means_what_the_published_one_says(name: str, component: str) -> None:
-    ours = plain(name)[component].values
-    assert meaning(component, ours) == meaning(component, FOLDERS[name][component])
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_the_model_index_means_what_the_published_one_says(name: str) -> None:
-    ours = model_index(plan_of(HEADERS[name]), plain(name))
-    assert ours["_diffusers_version"] == importlib.metadata.version("diffusers")
-    assert meaning("model_index", ours) == meaning("model_index", FOLDERS[name]["model_index"])
-    assert set(plain(name)) == set(FOLDERS[name]) - {"model_index"}
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_a_configuration_holds_no_value_that_its_class_does_not_know(name: str) -> None:
-    import diffusers
-
-    config = plain(name)
-    for component in ("unet", "vae"):
-        reader = getattr(diffusers, class_of(config[component]))
-        known = inspect.signature(reader.__init__).parameters
-        assert set(config[component].values) - set(known) == {"_class_name"}
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])

@@ -14,7 +14,7 @@ import pytest
 
 from ckptconv import inspect
 from ckptconv.detection.detect import option_fact
-from ckptconv.detection.facts import FEW, Fact, find_fact
+from ckptconv.detection.facts import FEW, Fact, find_fact, values_of
 from ckptconv.errors import MapError, UsageError
 from ckptconv.maps.architecture import KeyMaps, bundled
 from ckptconv.maps.evidence import Marker, Witness
@@ -24,6 +24,8 @@ from ckptconv.reading.header import encode_header, read_header
 from ckptconv.reading.tensor import Header
 from ckptconv.sample import layout_of, write_sample
 from tests.conftest import Sample, made
+from tests.support.checkpoints import save
+from tests.support.markers import floats
 
 SPREAD = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 PREFIXED = f"model.diffusion_model.{SPREAD}"
@@ -218,6 +220,34 @@ def test_values_that_say_nothing_are_no_answer(
 def test_large_values_do_not_overflow(tmp_path: Path) -> None:
     header = saved(tmp_path / "f.safetensors", {PREFIXED: [1e308, -1e308]}, dtype="F64")
     assert ask("sd2", "prediction_type", header).value == "v_prediction"
+
+
+def test_values_keep_every_bit(tmp_path: Path) -> None:
+    means = [-1.6574, 1.886, -1.383, 2.5155]
+    header = read_header(
+        save(
+            {
+                "half": floats(*means, letter="e"),
+                "single": floats(0.1, 1 / 3, 3.4028234663852886e38, 1e-45, -0.0, 122.878044),
+            },
+            tmp_path / "f.safetensors",
+        )
+    )
+    assert values_of(header, "half") == [-1.6572265625, 1.8857421875, -1.3828125, 2.515625]
+    assert values_of(header, "single")[:2] == [0.1, 0.33333334]
+    again = struct.pack("<6f", *values_of(header, "single"))
+    assert again == floats(0.1, 1 / 3, 3.4028234663852886e38, 1e-45, -0.0, 122.878044)[2]
+    assert values_of(header, "missing") == []
+
+
+def test_a_default_answers_always_and_needs_a_reason() -> None:
+    faults: list[Fault] = []
+    data = [{"has": "a", "value": 1}, {"value": 2, "because": "so"}]
+    witnesses = read(tuple[Witness, ...], data, (), faults)
+    assert find_fact("f", witnesses, made({}), "text-to-image") == Fact("f", 2, "structure", "so")
+    assert not faults
+    read(tuple[Witness, ...], [{"value": 2}], (), faults)
+    assert list(map(str, faults)) == ["[0]: 'because' is missing"]
 
 
 @pytest.mark.parametrize(

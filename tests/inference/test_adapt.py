@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ckptconv.errors import UsageError
-from ckptconv.inference.adapt import Lora, find_scheduler, read_loras
+from ckptconv.inference.adapt import find_scheduler, read_loras
 from ckptconv.inference.pipeline import load_pipeline
 from tests.conftest import Sample
 from tests.support.pipelines import SMALL, Run, parameters, pixels, runner
@@ -129,4 +129,11 @@ def test_a_lora_needs_peft(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> N
 def test_how_the_scale_of_a_lora_is_written(tmp_path: Path) -> None:
     odd = tmp_path / "a:b.safetensors"
     save_file({"x": torch.ones(1)}, odd)
-    assert read_loras([f"{odd}:-0.5", str(odd)]) == [Lora(odd, -0.5), Lora(odd, 1.0)]
+    found = read_loras([f"{odd}:-0.5", str(odd)])
+    assert [(lora.path, lora.scale) for lora in found] == [(odd, -0.5), (odd, 1.0)]
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "-inf"])
+def test_a_scale_that_is_not_finite_is_refused(scale: str, sample: Sample, run: Run) -> None:
+    result = run(sample("sd1"), "--lora", f"{sample('sd1')}:{scale}", code=2)
+    assert f"the scale is {scale}" in result.stderr

@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from ckptconv import CkptconvError, load_pipeline
-from ckptconv.configs.config import configs
 from ckptconv.detection.detect import detect
 from ckptconv.errors import DeviceError, UsageError
 from ckptconv.inference.device import check_dtype, memory_errors, pick_device, spread
-from ckptconv.inference.weights import empty_module
 from ckptconv.maps.architecture import bundled
 from ckptconv.planning.plan import build_plan
 from tests.conftest import Sample
+from tests.support.pipelines import empty
 
 NOTHING = {"cuda": 0, "mps": 0, "cpu": 1}
 
@@ -174,8 +173,7 @@ def test_a_lack_of_memory_while_loading(sample: Sample, monkeypatch: pytest.Monk
 def sdxl() -> dict[str, torch.nn.Module]:
     """The modules of SDXL in full size, on the meta device."""
     made = build_plan(detect(bundled().architectures["sdxl"].layout()))
-    built = configs(made)
-    return {name: empty_module(built[name]) for name in ("unet", "vae", "text_encoder_2")}
+    return {name: empty(made, name) for name in ("unet", "vae", "text_encoder_2")}
 
 
 def test_a_model_that_outgrows_one_gpu_is_spread() -> None:

@@ -22,7 +22,9 @@ from safetensors.torch import load_file, save_file
 from ckptconv.cli import main
 from ckptconv.errors import UsageError
 from ckptconv.inference.generation import Settings, call_arguments, check, generate, parse_pixels
+from ckptconv.inference.model import open_model
 from ckptconv.inference.pipeline import load_pipeline, pipeline_class
+from ckptconv.options import Options
 from tests.conftest import Folder, Sample
 from tests.support.pipelines import SMALL, TASKS, WHOLE, Run, parameters, pixels, runner
 
@@ -33,7 +35,7 @@ CASES = [
     if name in ("sd1", "sdxl-refiner", "sd2-unclip") or task != own.name
 ]
 """The tasks of one architecture, and those that weights can do besides; the tasks of all others are
-run in tests/architectures/test_table.py."""
+run in tests/architectures/."""
 NEEDS = {
     "text-to-image": (),
     "controlnet": ("image",),
@@ -76,7 +78,8 @@ def test_every_task_makes_the_same_image_twice(
     file = sample(architecture, task=own)
     given = {"image": image, "mask": mask}
     options = [part for name in NEEDS[task] for part in (f"--{name}", given[name])]
-    if "strength" in inspect.signature(pipeline_class(file, task)[0].__call__).parameters:
+    cls, _ = pipeline_class(open_model(file, Options()), task)
+    if "strength" in inspect.signature(cls.__call__).parameters:
         options += ["--strength", "0.9"]
     if task != own:
         options += ["--task", task]
@@ -89,7 +92,7 @@ def test_every_task_makes_the_same_image_twice(
     assert made.std() > 10
     said = parameters(one)
     assert (said["task"], said["seed"], said["model"]) == (task, 7, file.name)
-    assert said["pipeline"] == pipeline_class(file, task)[0].__name__
+    assert said["pipeline"] == cls.__name__
 
 
 def test_the_whole_program_says_what_matters_and_nothing_else(
@@ -283,7 +286,7 @@ IMAGE, MASK = Path("image.png"), Path("mask.png")
 def test_options_that_do_not_fit_the_task(
     task: str, settings: Mapping[str, Any], problems: list[str], sample: Sample
 ) -> None:
-    cls, name = pipeline_class(sample("sd1"), task)
+    cls, name = pipeline_class(open_model(sample("sd1"), Options()), task)
     with pytest.raises(UsageError, match=f"the options do not fit {task}") as caught:
         check(cls, name, Settings("a cat", **settings))
     assert len(caught.value.problems) == len(problems)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import logging
 import os
-import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import ckptconv
 from ckptconv import load_pipeline
-from ckptconv.configs.config import configs
-from ckptconv.errors import FileRefused, MapError, UsageError
-from ckptconv.inference.weights import empty_module, fill
-from ckptconv.libraries import CHATTER, quiet
+from ckptconv.errors import FileRefused, MapError
+from ckptconv.inference.weights import fill
 from ckptconv.reading.header import read_header
 from tests.conftest import Sample
-from tests.support.pipelines import assert_same, modules
+from tests.support.pipelines import assert_same, empty, modules
 
 CPU = torch.device("cpu")
 
@@ -120,10 +114,10 @@ def test_a_file_that_becomes_shorter_is_refused(sample: Sample, tmp_path: Path) 
     file = tmp_path / "short.safetensors"
     file.write_bytes(sample("sd1").read_bytes())
     made = ckptconv.plan(file, dtype="fp16")
-    unet = {"unet": empty_module(configs(made)["unet"])}
+    unet = {"unet": empty(made, "unet")}
     os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(FileRefused, match="became shorter while it was read"):
-        fill(unet, made, {"unet": {"": CPU}})
+        fill(unet, made.steps, {"unet": {"": CPU}})
 
 
 @pytest.mark.parametrize(
@@ -138,35 +132,7 @@ def test_a_configuration_that_does_not_fit_the_weights_is_our_fault(
     values: Mapping[str, Any], problem: str, sample: Sample
 ) -> None:
     made = ckptconv.plan(sample("sd1"))
-    config = configs(made)["unet"]
-    unet = empty_module(replace(config, values={**config.values, **values}))
+    unet = {"unet": empty(made, "unet", values)}
     with pytest.raises(MapError, match="do not agree") as caught:
-        fill({"unet": unet}, made, {"unet": {"": CPU}})
+        fill(unet, made.steps, {"unet": {"": CPU}})
     assert any(problem in line for line in caught.value.problems)
-
-
-def test_loading_leaves_the_process_as_it_was(sample: Sample) -> None:
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    def state() -> list[Any]:
-        bars: list[Any] = [diffusers_logging, transformers_logging]
-        filters = [f for name in CHATTER for f in logging.getLogger(name).filters]
-        return [
-            gc.isenabled(),
-            *(bar.is_progress_bar_enabled() for bar in bars),
-            [f for f in filters if getattr(f, "__module__", "") == quiet.__module__],
-            list(warnings.filters),
-        ]
-
-    load_pipeline(sample("sd1"), device="cpu")  # what the libraries do once, when imported
-    before = state()
-    assert before[:4] == [True, True, True, []]
-    seen: list[Any] = []
-    load_pipeline(
-        sample("sd1"), device="cpu", progress=lambda _done, _total: seen.append(gc.isenabled())
-    )
-    assert set(seen) == {False}
-    with pytest.raises(UsageError):
-        load_pipeline(sample("sd1"), device="cpu", task="nothing")
-    assert state() == before

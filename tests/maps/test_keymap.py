@@ -104,6 +104,7 @@ def test_a_map_that_breaks_a_law_is_refused_with_the_lines_at_fault(
         ({"drop": {"a": "unsed"}}, ["drop.a: unknown word 'unsed'; did you mean 'unused'?"]),
         ({"drop": {"a": ["unused"]}}, ["drop.a: unknown word ['unused']"]),
         ({"blocks": {"a": {"kin": "x"}}}, ["a: 'kin' is neither a kind of this map nor an opera"]),
+        ({"blocks": {"a": {"rename": "x"}}}, ["a: 'rename' is neither a kind of this map nor an"]),
         ({"blocks": {"a": {"drop": "x"}}}, ["a: 'drop' is neither a kind of this map nor an op"]),
         ({"blocks": {"a": 7}}, ["blocks.a: needs a name or {kind or operation: name}, found 7"]),
         (

@@ -22,7 +22,7 @@ from ckptconv import CkptconvError, load_pipeline
 from ckptconv.cli import main
 from ckptconv.maps.architecture import bundled
 from ckptconv.options import adapter_file
-from ckptconv.planning.adapters import read_adapter
+from ckptconv.reading.source import open_header
 from tests.conftest import Sample
 from tests.support.adapters import Adapter, layers
 from tests.support.pipelines import modules
@@ -356,10 +356,10 @@ def test_how_the_scale_of_an_adapter_is_written(tmp_path: Path) -> None:
     odd = tmp_path / "a:0.5"
     save_file({"x": torch.ones(1)}, odd)
     for text, factor in ((odd, 1.0), (f"{odd}:-2", -2.0)):
-        adapter = read_adapter(adapter_file(text))
-        assert (adapter.header.path, adapter.scale) == (odd, factor)
+        adapter = adapter_file(text)
+        assert (open_header(adapter.path).path, adapter.scale) == (odd, factor)
     for scale in ("inf", "-inf", "nan"):
         with pytest.raises(CkptconvError, match=f"the scale is {scale}"):
             adapter_file(f"{odd}:{scale}")
     with pytest.raises(CkptconvError, match="half: the file cannot be read"):
-        read_adapter(adapter_file(f"{odd}:half"))
+        open_header(adapter_file(f"{odd}:half").path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,12 @@ from PIL import Image
 from torch import nn
 
 from ckptconv.cli import main
+from ckptconv.configs.config import class_of, configs
+from ckptconv.inference.generation import Settings, call_arguments
+from ckptconv.inference.model import Blueprint
+from ckptconv.inference.modules import component_class, empty_module
 from ckptconv.maps.architecture import bundled
+from ckptconv.planning.plan import Plan
 
 WHOLE = ("sd1", "sd2", "sdxl", "sdxl-refiner")
 """Architectures whose every task is run; of their relatives, with the same pipelines, the first."""
@@ -33,6 +38,17 @@ SMALL = ("--size", "64", "--steps", "2", "--seed", "7", "--device", "cpu")
 """Two steps at 64 x 64 pixels: a tiny model takes a tenth of a second."""
 
 Run = Callable[..., Result]
+
+
+def empty(made: Plan, name: str, values: Mapping[str, Any] | None = None) -> nn.Module:
+    """Returns a component of a plan without its weights; `values` win over its configuration."""
+    config = configs(made)[name]
+    blueprint = Blueprint(
+        config.component.library, class_of(config), "model", {**config.values, **(values or {})}
+    )
+    module = empty_module(component_class(name, blueprint), blueprint, {}, torch.float16)
+    assert module is not None
+    return module
 
 
 def modules(pipe: Any) -> dict[str, nn.Module]:
@@ -93,6 +109,12 @@ def assert_same_tokenizer(mine: Any, their: Any) -> None:
     ]
     assert said[0] == said[1]
     assert [len(ids) for ids in said[0]] == [77, 77]
+
+
+def asked(cls: Any, image: Image.Image, **settings: Any) -> dict[str, Any]:
+    """Returns what a pipeline would be called with; it needs no weights for that."""
+    pipe = cls.__new__(cls)
+    return call_arguments(pipe, Settings("a cat", image=Path("x"), **settings), {"image": image})
 
 
 def runner(folder: Path) -> Run:

@@ -21,7 +21,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
+
+from tests.conftest import published
 
 Values = Mapping[str, Any]
 
@@ -279,6 +282,18 @@ FOLDERS: dict[str, dict[str, Values]] = {
         "scheduler": EULER,
     },
 }
+
+HEADERS = {
+    "sd15": published("sd15-emaonly-fp32"),
+    "sd15-inpainting": published("sd15-inpainting-fp16"),
+    "sd21": published("sd21-768-fp32"),
+    "sd21-base": replace(
+        published("sd21-768-fp32"), metadata={"modelspec.architecture": "stable-diffusion-v2-512"}
+    ),
+    "sdxl": published("sdxl-base-fp16"),
+    "sdxl-refiner": published("sdxl-refiner-fp16"),
+}
+"""The header of the file that belongs to each folder."""
 
 
 def meaning(component: str, values: Values) -> dict[str, Any]:

@@ -8,9 +8,15 @@ stable-diffusion-2-1-unclip-small (L): from memory, and from what the original c
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tests.support.published import FOLDERS, FOUR_LEVELS, UNET, Values, meaning
+from ckptconv.maps.architecture import bundled
+from tests.conftest import made, shapes
+from tests.support.published import FOLDERS, FOUR_LEVELS, HEADERS, UNET, Values, meaning
+from tests.support.reference import files
+
+if TYPE_CHECKING:
+    from ckptconv.reading.tensor import Header
 
 VAE = {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 2}
 SD2_VAE = FOLDERS["sd21"]["vae"]
@@ -82,7 +88,8 @@ UNCLIP: dict[str, Values] = {
         "vae": ["diffusers", "AutoencoderKL"],
     },
 }
-EXPECTED: dict[str, dict[str, Values]] = {
+PUBLISHED: dict[str, dict[str, Values]] = {
+    **FOLDERS,
     "sd2-unclip-h": {
         **UNCLIP,
         "unet": {**UNCLIP_UNET, "projection_class_embeddings_input_dim": 2048},
@@ -157,6 +164,20 @@ EXPECTED: dict[str, dict[str, Values]] = {
         },
     },
 }
+
+
+def header(name: str) -> Header:
+    """Returns the header of the file of a published folder, with the statistics that it lacks."""
+    if name in HEADERS:
+        return HEADERS[name]
+    architecture = bundled().architectures[name.removesuffix("-h").removesuffix("-l")]
+    tensors = shapes(architecture.layout(architecture.tasks[0].name))
+    if name == "sd2-unclip-l":
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("embedder.")}
+        tensors |= files.layout({"embedder.model.": files.FILES[name]["embedder.model."]})
+        tensors |= {f"noise_augmentor.data_{part}": (1, 768) for part in ("mean", "std")}
+        tensors |= {"model.diffusion_model.label_emb.0.0.weight": (1280, 1536)}
+    return made(tensors)
 
 
 def understood(component: str, values: Any) -> Any:

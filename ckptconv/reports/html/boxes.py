@@ -39,8 +39,8 @@ class Box:
         return self.y + self.height
 
     @property
-    def middle(self) -> Point:
-        """The center."""
+    def center(self) -> Point:
+        """The point in the middle."""
         return self.x + self.width / 2, self.y + self.height / 2
 
     @property
@@ -54,10 +54,22 @@ class Box:
         return len(self.row) if is_stack(self.row) else 0
 
     @property
+    def names(self) -> str:
+        """The blocks as diffusers names them."""
+        names = [block.name for block in self.row]
+        return places(names) if self.layers else ", ".join(names)
+
+    @property
+    def originals(self) -> str:
+        """The blocks as the file names them, in short where they are many."""
+        names = list(dict.fromkeys(name for block in self.row for name in block.original))
+        return places(names) if len(names) > 8 else ", ".join(names)
+
+    @property
     def name(self) -> str:
         """The headline."""
         if self.layers:
-            return places(block.name for block in self.row)
+            return self.names
         return re.sub(r"^(en|de)coder\.", "", self.row[-1].name) + " + norm" * (len(self.row) == 2)
 
     @property
@@ -80,29 +92,6 @@ class Box:
         """Returns in short where the blocks are in the file, less what all blocks begin with."""
         row = self.row if self.layers else self.row[-1:]
         return places(name.removeprefix(prefix) for block in row for name in block.original)
-
-    def sentence(self, total: int) -> str:
-        """Returns everything about the box, in a sentence.
-
-        Args:
-            total: number of parameters of the component.
-        """
-        block, names = self.row[-1], [block.name for block in self.row]
-        originals = list(dict.fromkeys(name for block in self.row for name in block.original))
-        depth = "+".join(str(n) for n in block.attention if n)
-        words = [
-            f"{block.channels} channels" if block.channels else "",
-            f"{block.resnets} resnets" if block.resnets else "",
-            f"attention of {depth} transformer blocks" if depth else "",
-            f"{len(block.attention)} attention" if block.attention and not depth else "",
-            f"{block.resamples}sample" if block.resamples else "",
-            f"{self.parameters:,} parameters, {self.parameters / total:.1%} of the component",
-        ]
-        return (
-            f"{places(names) if self.layers else ', '.join(names)}: "
-            f"{', '.join(filter(None, words))}. In the file: "
-            f"{places(originals) if len(originals) > 8 else ', '.join(originals)}"
-        )
 
 
 def rows(blocks: Sequence[Block]) -> list[Row]:

@@ -1,6 +1,6 @@
 """Where everything in the drawing of a network goes: a U for what goes down and up, else a stack.
 
-Lengths are in pixels of the page. `drawing.html.j2` makes SVG of a `Drawing`. A UNet is drawn
+Lengths are in pixels of the page, and `drawing.html.j2` turns a `Drawing` into SVG. A UNet is drawn
 twice, for a desktop and for a phone, since text that shrinks with the picture cannot be read; the
 style sheet shows one of the two.
 """
@@ -18,36 +18,23 @@ from .boxes import Box, Point, Row, is_stack, rows, shared
 
 PAD = 8
 FLOW = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")
-"""What the data of a UNet pass through; everything else conditions it."""
+"""What the data of a UNet pass through; everything else is conditioning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Measures of a drawing.
+    """The measures of a drawing."""
 
-    Attributes:
-        name: class of the drawing in the style sheet, which sets the size of the text.
-        width: of the whole.
-        box: width of a box of the U.
-        font: size of the text.
-        glyph: width of the sign of a layer, at most.
-        indent: how much further inside each level stands.
-        gap: between two boxes, one above the other.
-        words: whether there is room for words beside the skip connections.
-        pad: between the edge of a box and what is in it.
-        layer: height of one layer in a stack.
-    """
-
-    name: str
-    width: int
-    box: int
+    name: str  # class in the style sheet, which sets the size of the text
+    width: int  # of the whole
+    box: int  # width of a box of the U
     font: int
-    glyph: int
-    indent: int
-    gap: int
-    words: bool
-    pad: int = PAD
-    layer: int = 8
+    glyph: int  # width of the sign of a layer, at most
+    indent: int  # of each level of the U, to the inside
+    gap: int  # between a box and the one below
+    words: bool  # whether there is room for words beside the skip connections
+    pad: int = PAD  # between the edge of a box and its content
+    layer: int = 8  # height of a layer in a stack
 
 
 WIDE = Sizes("wide", 960, 290, 13, 32, 20, 26, words=True)
@@ -72,25 +59,15 @@ class Arrow:
 
 @dataclass(slots=True)
 class Drawing:
-    """The drawing of a component; it grows while it is drawn.
-
-    Attributes:
-        component: its name.
-        blocks: of the component, in the order of the data.
-        sizes: measures.
-        height: of the whole.
-        boxes: in the order in which a keyboard reaches them.
-        arrows: between the boxes.
-        notes: texts between the boxes: the middle of each, its height on the page, and its words.
-    """
+    """The drawing of a component, whose blocks are in the order of the data."""
 
     component: str
     blocks: Sequence[Block]
     sizes: Sizes
-    height: float = 0
-    boxes: list[Box] = field(default_factory=list)
+    height: float = 0  # of the whole; grows while it is drawn
+    boxes: list[Box] = field(default_factory=list)  # in the order in which a keyboard reaches them
     arrows: list[Arrow] = field(default_factory=list)
-    notes: list[tuple[float, float, str]] = field(default_factory=list)
+    notes: list[tuple[float, float, str]] = field(default_factory=list)  # x of the middle, y, text
 
     @property
     def total(self) -> int:
@@ -184,9 +161,9 @@ class Drawing:
 
     def _middle(self, down: Box, up: Box, row: Row) -> None:
         """Draws the middle of a UNet, below both sides."""
-        sizes, top, first, last = self.sizes, self.height, down.middle[0], up.middle[0]
+        sizes, top, first, last = self.sizes, self.height, down.center[0], up.center[0]
         box = Box(row, (sizes.width - sizes.box) / 2, top, sizes.box, self._height(row))
-        low = box.middle[1]
+        low = box.center[1]
         if first < box.x - PAD:
             self._arrow((first, down.bottom), (first, low), (box.x, low))
             self._arrow((box.right, low), (last, low), (last, up.bottom))
@@ -200,7 +177,7 @@ class Drawing:
     def _turn(self, down: list[Box], up: list[Box], note: str = "") -> None:
         """Draws the arrow from the end of one side to the other, if there are both."""
         if down and up:
-            first, last, low = down[-1].middle[0], up[-1].middle[0], self.height
+            first, last, low = down[-1].center[0], up[-1].center[0], self.height
             self._arrow((first, down[-1].bottom), (first, low), (last, low), (last, up[-1].bottom))
             if note:
                 self.notes.append((self.sizes.width / 2, low - 6, note))
@@ -209,13 +186,13 @@ class Drawing:
     def _flow(self, column: list[Box], *, upwards: bool = False) -> None:
         """Draws the arrows between the boxes of a column."""
         for above, below in itertools.pairwise(column):
-            between = (above.middle[0] + below.middle[0]) / 2
+            between = (above.center[0] + below.center[0]) / 2
             ends = ((between, above.bottom), (between, below.y))
             self._arrow(*(ends[::-1] if upwards else ends))
 
     def _skip(self, left: Box, right: Box, count: int, scale: int) -> None:
         """Draws the skip connections of a level: one for each resnet on the way up."""
-        y, x = left.middle[1], self.sizes.width / 2
+        y, x = left.center[1], self.sizes.width / 2
         self._arrow((left.right, y), (right.x, y), kind="skip")
         above, below = f"\u00d7{count}", f"1/{scale}"
         if self.sizes.words:
@@ -229,20 +206,15 @@ class Drawing:
 
 
 def draw(component: str, blocks: Sequence[Block]) -> list[Drawing]:
-    """Returns the drawings of a component: one, or one for each width of the screen.
-
-    Args:
-        component: such as `unet`.
-        blocks: from `ckptconv.reports.network.blocks`.
-    """
+    """Returns the drawings of a component: one, or one for each width of the screen."""
     names = [block.name for block in blocks]
     if not any("up_blocks" in name for name in names):
-        way, sizes = Drawing.stack, [COMPACT]
+        method, sizes = Drawing.stack, [COMPACT]
     elif any(name.startswith("decoder.") for name in names):
-        way, sizes = Drawing.autoencoder, [COMPACT]
+        method, sizes = Drawing.autoencoder, [COMPACT]
     else:
-        way, sizes = Drawing.unet, [WIDE, NARROW]
+        method, sizes = Drawing.unet, [WIDE, NARROW]
     drawings = [Drawing(component, blocks, each) for each in sizes]
     for drawing in drawings:
-        way(drawing)
+        method(drawing)
     return drawings

@@ -27,14 +27,10 @@ UNSEEN = re.compile(
 
 
 def rendered(template: str | Template, /, **values: object) -> str:
-    """Returns what a template makes of values.
+    """Renders a template, or the template of a name.
 
-    Characters that a reader cannot see are shown as code points, everywhere, so that no template
-    has to think of them.
-
-    Args:
-        template: the template, or its name.
-        **values: what its expressions speak of.
+    Characters that a reader cannot see become code points everywhere, so that no template has to
+    think of them.
     """
     html = environment().get_template(template).render(values)
     return UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", html)
@@ -42,25 +38,27 @@ def rendered(template: str | Template, /, **values: object) -> str:
 
 @functools.cache
 def environment() -> Environment:
-    """Returns the templates and their filters."""
+    """Returns the templates, their filters and their one function."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    made = Environment(
+    templates = Environment(
         loader=PackageLoader(__package__ or ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {
+    templates.filters |= {
         "count": "{:,}".format,
         "json": json.dumps,
         "millions": millions,
         "size": size,
+        "sha256": _sha256,
         "px": _px,
         "points": lambda points: " ".join(f"{_px(x)},{_px(y)}" for x, y in points),
     }
-    return made
+    templates.globals["ours"] = ours
+    return templates
 
 
 def ours(name: str) -> Markup:
@@ -71,16 +69,8 @@ def ours(name: str) -> Markup:
     return Markup(file.read_text(encoding="utf-8"))  # noqa: S704  (ours)
 
 
-def policy(style: str, script: str) -> str:
-    """Returns the Content-Security-Policy that admits a style and a script, and nothing else."""
-    hashes = (
-        base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        for content in (style, script)
-    )
-    return (
-        "default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; "
-        "base-uri 'none'; form-action 'none'"
-    ).format(*hashes)
+def _sha256(content: str) -> str:
+    return base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
 
 
 def _px(length: float) -> str:

@@ -14,7 +14,8 @@ from ...configs.config import TORCH_NAMES, Config, class_of
 from ...errors import option
 from ...folder.names import CONFIG_FILES, INDEX
 from ...folder.read import ComponentFolder
-from ..classes import LIBRARIES, Unbuildable, defaults
+from ...libraries import LIBRARIES
+from ..classes import Unbuildable, defaults
 from ..result import Check, Problem
 
 NAMES = ("_class_name", "architectures", "image_processor_type", "feature_extractor_type")

@@ -5,7 +5,6 @@ files: the input side and the middle of a UNet, one 1x1 convolution behind each 
 (``zero_convs`` and ``middle_block_out``), and a small network for the hint.
 """
 
-from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -104,9 +103,4 @@ CONTROL_SD2 = unet.SD21
 CONTROL_SDXL = unet.SDXL
 TINY_CONTROL_SD1 = unet.TINY_SD1
 TINY_CONTROL_SD2 = unet.TINY_SD2
-TINY_CONTROL_SDXL = replace(
-    unet.TINY_SDXL,
-    input_depth=((0, 0), (1, 1), (2, 2)),
-    output_depth=((2, 2, 2), (1, 1, 1), (0, 0, 0)),
-    middle_depth=2,
-)
+TINY_CONTROL_SDXL = unet.SHALLOW_SDXL

@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,37 @@ TINY_FILES: dict[str, Parts] = {
 }
 
 
+VAE = partial(vae.Vae, vae.TINY_VAE)
+CLIP = partial(text.ClipText, text.TINY_CLIP)
+OPENCLIP = partial(text.OpenClipText, text.TINY_OPENCLIP)
+ENCODERS: dict[str, Parts] = {
+    "sd1": {"cond_stage_model.transformer.": CLIP},
+    "sd2": {"cond_stage_model.model.": OPENCLIP},
+    "sdxl": {
+        "conditioner.embedders.0.transformer.": CLIP,
+        "conditioner.embedders.1.model.": OPENCLIP,
+    },
+    "refiner": {"conditioner.embedders.0.model.": OPENCLIP},
+}
+"""The text encoders of a small checkpoint."""
+
+
+@cache
+def unet_alone(config: unet.UNetConfig) -> Parts:
+    """Return the part of a file with a UNet and nothing else; the same object for the same UNet."""
+    return {"model.diffusion_model.": partial(unet.UNet, config)}
+
+
+def whole(family: str, config: unet.UNetConfig) -> Parts:
+    """Return the parts of a small checkpoint: UNet, VAE and text encoders.
+
+    Args:
+        family: A key of ``ENCODERS``.
+        config: Hyper-parameters of the UNet.
+    """
+    return unet_alone(config) | {"first_stage_model.": VAE} | ENCODERS[family]
+
+
 def layout(parts: Parts) -> dict[str, tuple[int, ...]]:
     """Return every key of a file with its shape; nothing is allocated.
 
@@ -94,6 +125,16 @@ def layout(parts: Parts) -> dict[str, tuple[int, ...]]:
             state = build().state_dict()
         shapes |= {prefix + key: tuple(tensor.shape) for key, tensor in state.items()}
     return shapes
+
+
+def numbered(config: unet.UNetConfig) -> dict[str, Tensor]:
+    """Return the tensors of a UNet that only moves: each holds its own number.
+
+    Args:
+        config: Hyper-parameters of the UNet.
+    """
+    shapes = layout(unet_alone(config))
+    return {k: torch.full(s, n, dtype=torch.float16) for n, (k, s) in enumerate(shapes.items())}
 
 
 def networks(parts: Parts, seed: int) -> dict[str, nn.Module]:

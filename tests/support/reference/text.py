@@ -222,6 +222,25 @@ class ClipText(nn.Module):
         return out
 
 
+class ClipTextWithProjection(ClipText):
+    """CLIP's text encoder with the projection that SD files leave out."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config)
+        self.text_projection = nn.Linear(config.width, config.projection, bias=False)
+        self.logit_scale = nn.Parameter(torch.ones(()))  # is in the files and never used
+
+    def pooled(self, ids: Tensor) -> Tensor:
+        """Return the projected state of the end of text, shape [B, projection].
+
+        Args:
+            ids: As ``forward`` takes them; the end of text is the largest.
+        """
+        last = self(ids).last
+        out: Tensor = last[torch.arange(len(ids)), ids.argmax(-1)] @ self.text_projection.weight.T
+        return out
+
+
 class TowerConfig(Protocol):
     """What the layers of a tower need to know, be it one for text or one for images."""
 

@@ -329,6 +329,12 @@ TINY_SDXL = replace(
     context_dim=128 + 192,
     adm_channels=192 + 6 * 256,
 )
+SHALLOW_SDXL = replace(
+    TINY_SDXL,
+    input_depth=((0, 0), (1, 1), (2, 2)),
+    output_depth=((2, 2, 2), (1, 1, 1), (0, 0, 0)),
+    middle_depth=2,
+)
 TINY_REFINER = replace(
     REFINER,
     model_channels=64,

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import ckptconv
 from ckptconv import load_pipeline
@@ -23,12 +22,12 @@ from ckptconv.maps.architecture import bundled
 from ckptconv.planning.plan import build_plan
 from ckptconv.verification.checks.config import check_config
 from ckptconv.verification.classes import Unbuildable, expected
-from tests.architectures.test_components import loaded, round_trip
-from tests.architectures.test_oracle import agree
 from tests.conftest import made, shapes
-from tests.support.reference import dpt, files, unet
+from tests.support.properties import Convert, PipelineProperties
+from tests.support.reference import dpt, unet
 from tests.support.reference.dpt import Dpt
-from tests.support.reference.probe import noise
+from tests.support.reference.files import TINY_FILES, unet_alone
+from tests.support.relatives import Relative
 
 if TYPE_CHECKING:
     from ckptconv.planning.plan import Plan
@@ -92,50 +91,17 @@ PROCESSOR: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def network() -> Dpt:
-    """The reference network: narrow, of the published depths, which no shape would tell."""
-    config = replace(dpt.TINY_DPT, depths=dpt.DPT_HYBRID.depths)
-    built = files.networks({AT: partial(Dpt, config)}, 1)[AT]
-    assert isinstance(built, Dpt)
-    return built
+# The depths are the published ones, which no shape would tell.
+DEPTH = {AT: partial(Dpt, dpt.TINY_DPT)}
+NARROW = Relative(
+    "SD2 depth-to-image",
+    DEPTH | unet_alone(replace(unet.TINY_SD2_DEPTH, channel_mult=(1, 2, 1, 1))),
+    variant="depth estimator and a narrow UNet",
+)
 
 
-def numbered(config: unet.UNetConfig) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a UNet that only moves: each holds its own number."""
-    shapes = files.layout({"model.diffusion_model.": partial(unet.UNet, config)})
-    return {k: torch.full(s, n, dtype=torch.float16) for n, (k, s) in enumerate(shapes.items())}
-
-
-@pytest.fixture(scope="module")
-def file(network: Dpt, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small file of a UNet, narrower than one that runs, and the depth estimator."""
-    config = replace(unet.TINY_SD2_DEPTH, channel_mult=(1, 2, 1, 1))
-    held = {AT + k: v.float().contiguous() for k, v in network.state_dict().items()}  # as drawn
-    path = tmp_path_factory.mktemp("depth") / "depth.safetensors"
-    save_file(numbered(config) | held, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def folder(file: Path) -> Path:
-    ckptconv.convert(file, file.parent / "out")
-    return file.parent / "out"
-
-
-@torch.no_grad()
-def test_the_depth_estimator_computes_the_same(network: Dpt, folder: Path) -> None:
-    model = loaded(transformers.DPTForDepthEstimation, folder / "depth_estimator")
-    image = noise(2, 3, 64, 64)
-    agree(model(image).predicted_depth, network(image))
-    # Softmax cancels the bias of the keys, so that no output shows a wrong one.
-    joined = network.state_dict()["pretrained.model.blocks.0.attn.qkv.bias"]
-    attention = model.dpt.encoder.layer[0].attention.attention
-    assert torch.equal(attention.key.bias, joined.chunk(3)[1])
-
-
-def test_the_folder_is_proven_and_turns_back(file: Path, folder: Path) -> None:
-    round_trip(file, folder)
+class TestProperties(PipelineProperties):
+    relatives = (Relative("SD2 depth-to-image", TINY_FILES["sd2-depth"], slow=True), NARROW)
 
 
 def published() -> Plan:
@@ -214,10 +180,11 @@ def test_a_model_inside_that_would_come_from_a_hub_is_not_built() -> None:
 
 
 @pytest.fixture(scope="module")
-def without(file: Path) -> Path:
+def without(converted: Convert, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file without its depth estimator."""
-    path = file.parent / "without.safetensors"
-    save_file({k: v for k, v in load_file(file).items() if not k.startswith(AT)}, path)
+    path = tmp_path_factory.mktemp("without") / "without.safetensors"
+    tensors = converted(NARROW).tensors
+    save_file({k: v for k, v in tensors.items() if not k.startswith(AT)}, path)
     return path
 
 
@@ -235,27 +202,14 @@ def test_a_missing_depth_estimator_is_named_with_what_to_do(without: Path, tmp_p
 
 
 def test_a_depth_estimator_of_any_layout_is_taken(
-    file: Path, without: Path, folder: Path, tmp_path: Path
+    converted: Convert, without: Path, tmp_path: Path
 ) -> None:
-    ours = folder / "depth_estimator"
+    ours = converted(NARROW).folder / "depth_estimator"
     midas = tmp_path / "dpt_hybrid.safetensors"  # as MiDaS has it
-    held = load_file(file)
+    held = converted(NARROW).tensors
     save_file({k[len(AT) :]: v for k, v in held.items() if k.startswith(AT)}, midas)
     for donor in (midas, ours / "model.safetensors", ours):
         out = tmp_path / "out"
         ckptconv.convert(without, out, depth_estimator=donor, overwrite=True)
         for name in ("config.json", "model.safetensors"):
             assert (out / "depth_estimator" / name).read_bytes() == (ours / name).read_bytes()
-
-
-@pytest.mark.parametrize("task", ["inpainting", "instruct-pix2pix"])
-def test_the_other_tasks_of_sdxl_turn_back(task: str, tmp_path: Path) -> None:
-    channels = {"inpainting": 9, "instruct-pix2pix": 8}[task]
-    config = replace(unet.TINY_SDXL, in_channels=channels)
-    path = tmp_path / f"{task}.safetensors"
-    save_file(numbered(config), path)
-    report = ckptconv.convert(path, tmp_path / "out")
-    assert report.plan.detection.require()[1].name == task
-    assert report.configs["unet"].values["in_channels"] == channels
-    ckptconv.export(tmp_path / "out", tmp_path / "back.safetensors")
-    assert (tmp_path / "back.safetensors").read_bytes() == path.read_bytes()

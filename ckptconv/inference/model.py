@@ -1,0 +1,253 @@
+"""What a pipeline is made of, read from a checkpoint or a diffusers folder before any weight is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Container, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..configs.config import model_index
+from ..configs.original_config import OriginalConfig
+from ..conversion.convert import configured, option_for, plan_file
+from ..dtypes import CASTS, FLOATS
+from ..errors import FileRefused, Incomplete, UsageError, option
+from ..files import read_json
+from ..folder.names import CONFIG_FILES, INDEX
+from ..folder.read import current_name
+from ..folder.weights import component_headers
+from ..maps.architecture import Architecture
+from ..maps.ops import RENAME
+from ..options import Options
+from ..planning.plan import Plan
+from ..planning.step import Step, Target
+from ..reading.tensor import Tensor
+
+EXACT_IN_FP16 = {"F16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+"""Dtypes whose every value is a value of float16."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """What one component is built from.
+
+    Attributes:
+        library: `diffusers`, `transformers`, or a package of `diffusers.pipelines`.
+        name: of its class.
+        kind: as in `ckptconv.maps.architecture.Component`.
+        config: the content of its configuration file.
+        folder: of a component in the diffusers layout, which its library can load, too.
+    """
+
+    library: str
+    name: str
+    kind: str
+    config: Mapping[str, Any]
+    folder: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a pipeline is made of.
+
+    Attributes:
+        path: the checkpoint, or the folder.
+        pipeline: the name of the class of diffusers that the weights are made for.
+        blueprints: of the components to build, by name.
+        arguments: what else the pipeline is made with; None for a component that is left out.
+        steps: bring the tensors from their files to the components.
+        dtype: of the weights: a key of `CASTS`.
+        notes: what the user should know.
+    """
+
+    path: Path
+    pipeline: str
+    blueprints: Mapping[str, Blueprint]
+    arguments: Mapping[str, Any]
+    steps: tuple[Step, ...]
+    dtype: str
+    notes: tuple[str, ...] = ()
+
+
+def open_model(
+    path: str | Path,
+    options: Options,
+    *,
+    given: Collection[str] = (),
+    ignore_unclaimed: bool = False,
+) -> Model:
+    """Reads what a pipeline is made of, all but the weights.
+
+    Args:
+        path: a checkpoint, or a folder with `model_index.json`.
+        options: that decide what is read; a folder takes `dtype` only.
+        given: names of components that are not needed from it.
+        ignore_unclaimed: take a file that has keys which no map knows.
+
+    Raises:
+        FileRefused: the file, the folder, a donor or the original configuration cannot be used.
+        UsageError: the options contradict each other or the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _from_folder(path, options, given)
+    made, original = _planned(path, options, given)
+    made.require_complete(ignore_unclaimed=ignore_unclaimed)
+    return _from_plan(made, original, options, given)
+
+
+def _planned(
+    path: Path, options: Options, given: Collection[str]
+) -> tuple[Plan, OriginalConfig | None]:
+    """Returns the plan for what is not given, with all weights in one dtype."""
+    made, original = plan_file(path, options, without=given)
+    _refuse_single(path, made.detection.require()[0])
+    if made.absent:
+        supplies = ", ".join(option_for(made, name) for name in made.absent)
+        raise Incomplete(
+            f"{path}: the file has no {' and no '.join(made.absent)}, which its pipeline needs",
+            hint=f"supply what is missing: {supplies}; or, in Python, load_pipeline(..., "
+            f"components={{{made.absent[0]!r}: None}}) leaves it out",
+        )
+    donors = {name for name, donor in made.donors.items() if donor.config}
+    changed = {step.targets[0].component for step in made.steps if step.changes}
+    if lost := ", ".join(sorted(donors & changed)):
+        raise UsageError(
+            f"an adapter changes {lost}, which comes from a diffusers folder",
+            hint=f"convert the file with {option('lora')}, and load the folder that comes out",
+        )
+    if options.dtype is None and (dtype := _common_dtype(_dtypes(made))):
+        log.info("%s: the weights become %s, which holds all of their values", path, dtype)
+        made = made.cast(dtype)
+    return made, original
+
+
+def _refuse_single(path: Path, architecture: Architecture) -> None:
+    if architecture.single:
+        raise FileRefused(
+            f"{path}: is no pipeline: it holds a {architecture.single.replace('_', ' ')} alone",
+            hint="give the checkpoint that it belongs to; `ckptconv convert` makes a folder of it, "
+            "which load_pipeline(..., components=) can take in",
+        )
+
+
+def _dtypes(made: Plan) -> set[str]:
+    """Returns the float dtypes of the components' tensors."""
+    models = {component.name for component in made.detection.require()[0].models}
+    targets = (target for step in made.steps for target in step.targets)
+    return {target.dtype for target in targets if target.component in models} & FLOATS
+
+
+def _common_dtype(stored: set[str]) -> str | None:
+    """Returns what weights of these dtypes are cast to; None if they can stay as they are.
+
+    A pipeline computes in one dtype: no layer takes the output of a layer of another, and in fp8
+    there are no layers at all.
+    """
+    if len(stored) <= 1 and stored <= set(CASTS.values()):
+        return None
+    return "fp16" if stored <= EXACT_IN_FP16 else "fp32"
+
+
+def _from_plan(
+    made: Plan, original: OriginalConfig | None, options: Options, given: Collection[str]
+) -> Model:
+    built, notes = configured(made, original)
+    index = model_index(made, built)
+    blueprints: dict[str, Blueprint] = {}
+    renamed: dict[tuple[str, str], str] = {}
+    for name, config in built.items():
+        if name in given or (options.only is not None and name not in options.only):
+            continue
+        donor = made.donors.get(name)
+        folder = donor.config.parent if donor and donor.config else None
+        kind = config.component.kind
+        library, cls = index[name]
+        blueprints[name] = Blueprint(library, cls, kind, config.values, folder)
+        if folder:
+            keys = made.tensors(name).keys()
+            renamed |= {(name, key): current_name(key, keys) for key in keys}
+    return Model(
+        made.detection.header.path,
+        index["_class_name"],
+        blueprints,
+        _arguments(index, blueprints),
+        tuple(_renamed(step, renamed) for step in made.steps),
+        _name_of(_dtypes(made)),
+        (*made.notes, *notes),
+    )
+
+
+def _renamed(step: Step, names: Mapping[tuple[str, str], str]) -> Step:
+    """Returns a step whose targets have other keys, by component and key."""
+    targets = [replace(t, key=names.get((t.component, t.key), t.key)) for t in step.targets]
+    return replace(step, targets=tuple(targets))
+
+
+def _arguments(index: Mapping[str, Any], blueprints: Container[str]) -> dict[str, Any]:
+    """Returns what an index says beside the components that are built."""
+    return {
+        name: None if isinstance(value, list) else value
+        for name, value in index.items()
+        if not name.startswith("_") and name not in blueprints
+    }
+
+
+def _name_of(stored: Container[str]) -> str:
+    """Returns the name of the one dtype of the weights; fp32 if there are none."""
+    return next((name for name, dtype in CASTS.items() if dtype in stored), "fp32")
+
+
+def _from_folder(path: Path, options: Options, given: Collection[str]) -> Model:
+    """Reads the configurations and the headers of a diffusers folder."""
+    default = Options()
+    names = [field.name for field in fields(Options) if field.name not in ("dtype", "maps")]
+    if unfit := sorted(n for n in names if getattr(options, n) != getattr(default, n)):
+        raise UsageError(
+            f"{', '.join(unfit)}: for a checkpoint only, and {path} is a folder",
+            hint="its configuration files say it all: edit them, or convert the checkpoint anew",
+        )
+    if not (path / INDEX).is_file():
+        raise FileRefused(
+            f"{path}: holds no {INDEX}", hint="give a checkpoint, or a whole diffusers folder"
+        )
+    index = read_json(path / INDEX)
+    entries = {
+        name: (str(entry[0]), str(entry[1]))
+        for name, entry in index.items()
+        if name not in given and isinstance(entry, list) and len(entry) == 2 and None not in entry
+    }
+    if missing := [name for name in entries if not (path / name).is_dir()]:
+        raise FileRefused(
+            f"{path}: diffusers cannot load the folder: it has no {', '.join(missing)}",
+            hint=f"copy the folder again from its source, or correct {INDEX}",
+        )
+    blueprints: dict[str, Blueprint] = {}
+    tensors: dict[tuple[str, str], Tensor] = {}
+    for name, (library, cls) in entries.items():
+        folder, config, kind = path / name, {}, "other"
+        if (folder / CONFIG_FILES["model"]).is_file():
+            config, kind = read_json(folder / CONFIG_FILES["model"]), "model"
+            own = {k: t for header in component_headers(folder) for k, t in header.tensors.items()}
+            tensors |= {(name, current_name(key, own)): tensor for key, tensor in own.items()}
+        blueprints[name] = Blueprint(library, cls, kind, config, folder)
+    stored = {tensor.dtype for tensor in tensors.values()} & FLOATS
+    dtype = options.dtype or _common_dtype(stored) or _name_of(stored)
+    return Model(
+        path,
+        str(index.get("_class_name")),
+        blueprints,
+        _arguments(index, blueprints),
+        tuple(
+            Step(RENAME, (tensor,), (Target(*place, _cast(tensor.dtype, dtype), tensor.shape),))
+            for place, tensor in tensors.items()
+        ),
+        dtype,
+    )
+
+
+def _cast(stored: str, dtype: str) -> str:
+    return CASTS[dtype] if stored in FLOATS else stored
