@@ -7,7 +7,6 @@ weights come from the files through the same steps that `convert` runs.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import inspect as python_inspect
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from ..dtypes import CASTS, torch_dtype
 from ..errors import DeviceError, FileRefused, UsageError
-from ..libraries import find_class
+from ..libraries import find_class, library_version
 from ..maps.architecture import Task, bundled
 from ..options import Choices, Options, checked
 from .device import (
@@ -146,7 +145,7 @@ def pipeline_class(model: Model, task: str | None = None) -> tuple[type[Diffusio
         )
     found = find_class("diffusers", name)
     if found is None or not issubclass(found, find_class("diffusers", "DiffusionPipeline")):
-        version = importlib.metadata.version("diffusers")
+        version = library_version("diffusers")
         raise FileRefused(f"diffusers {version} has no pipeline {name}", hint="upgrade diffusers")
     return found, task or own_task
 
