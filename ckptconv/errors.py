@@ -80,7 +80,7 @@ def option(name: str, value: object = None) -> str:
     """
     if _command_line.get():
         switch = f"--{name.replace('_', '-')}"
-        return switch if value in (None, True) else f"{switch} {value}"
+        return switch if value is None or value is True else f"{switch} {value}"
     if value is None:
         return name
     return f"{name}={value if str(value).isupper() or value is True else repr(value)}"

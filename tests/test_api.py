@@ -189,6 +189,12 @@ def test_a_file_is_read_once_and_judged_once(
         "verify alone": lambda: ckptconv.verify(None, converted),
         "export": lambda: ckptconv.export(converted, tmp_path / "c.safetensors"),
         "load": lambda: ckptconv.load_pipeline(model, device="cpu"),
+        "load without a component": lambda: ckptconv.load_pipeline(
+            model, device="cpu", components={"vae": None}
+        ),
+        "generate": lambda: run(
+            "generate", model, "a cat", "-o", tmp_path / "d.png", "--steps=1", "--size=64"
+        ),
         "load mixed dtypes": lambda: ckptconv.load_pipeline(mixed, device="cpu"),
         "inspect --tree": lambda: run("inspect", small, "--tree"),
     }
