@@ -211,10 +211,10 @@ def adapter(work: Path, source: Path) -> Path:
 
         tensors = {}
         random = np.random.default_rng(0)
-        for key, slot in plan(source).tensors("unet").items():
+        for key, target in plan(source).tensors("unet").items():
             if any(part in key for part in (".to_q.", ".to_k.", ".to_v.", ".to_out.0.weight")):
                 name = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
-                for part, shape in (("down", (16, slot.shape[1])), ("up", (slot.shape[0], 16))):
+                for part, shape in (("down", (16, target.shape[1])), ("up", (target.shape[0], 16))):
                     values = random.standard_normal(shape) / 100
                     tensors[f"{name}.lora_{part}.weight"] = values.astype(np.float16)
                 tensors[f"{name}.alpha"] = np.array(8, np.float16)

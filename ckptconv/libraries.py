@@ -59,6 +59,13 @@ def find_class(library: str, name: str) -> Any:
     return None
 
 
+def library_version(library: str) -> str:
+    """Returns the release of an installed library, such as `0.39.0`; imports none of it."""
+    import importlib.metadata  # slow, and not needed to inspect a file
+
+    return importlib.metadata.version(library)
+
+
 def quieten() -> None:
     """Silences what the libraries say that helps nobody; imports none of them.
 

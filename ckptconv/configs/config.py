@@ -18,6 +18,7 @@ from typing import Any
 from ..detection.facts import hold, values_of
 from ..errors import FileRefused, MapError
 from ..files import read_json
+from ..libraries import library_version
 from ..maps.architecture import CLASS_ENTRIES, Component, Entry, KeyMaps
 from ..maps.holes import (
     Count,
@@ -97,7 +98,7 @@ def model_index(plan: Plan, built: Mapping[str, Config]) -> dict[str, Any]:
     architecture, task = plan.detection.require()
     index: dict[str, Any] = {
         "_class_name": task.pipeline,
-        "_diffusers_version": _version("diffusers"),
+        "_diffusers_version": library_version("diffusers"),
     }
     for name, entry in architecture.index.items():
         value = entry.value if isinstance(entry, Entry) else entry
@@ -121,13 +122,7 @@ def versioned(config: Config) -> dict[str, Any]:
         return dict(config.values)
     library = config.component.library
     entry = "_diffusers_version" if library == "diffusers" else "transformers_version"
-    return {entry: _version(library), **config.values}
-
-
-def _version(library: str) -> str:
-    import importlib.metadata  # slow, and only needed to write a configuration
-
-    return importlib.metadata.version(library)
+    return {entry: library_version(library), **config.values}
 
 
 class OddWidth(Exception):

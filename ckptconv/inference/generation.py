@@ -6,7 +6,6 @@ not fit is found before the weights are loaded.
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect as python_inspect
 import json
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..destination import check_destination, new_file
 from ..errors import DeviceError, FileRefused, UsageError, option
+from ..libraries import library_version
 from ..maps.architecture import bundled
 from ..version import __version__
 from .device import less_memory, memory_errors
@@ -264,7 +264,7 @@ def described(pipe: Pipeline, settings: Settings, arguments: Mapping[str, Any]) 
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "versions": {
             "ckptconv": __version__,
-            **{name: importlib.metadata.version(name) for name in ("diffusers", "torch")},
+            **{name: library_version(name) for name in ("diffusers", "torch")},
         },
     }
 

@@ -6,7 +6,6 @@ Nothing here changes the process: other threads may build modules of their own a
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..configs.tokenizer import tokenizer_files
 from ..errors import FileRefused
-from ..libraries import LIBRARIES, LOCK, find_class
+from ..libraries import LIBRARIES, LOCK, find_class, library_version
 from ..planning.step import Target
 from .model import Blueprint
 from .weights import matched
@@ -37,7 +36,7 @@ def component_class(name: str, blueprint: Blueprint) -> Any:
     found, library = find_class(blueprint.library, blueprint.name), blueprint.library
     if found is None:
         known = library in LIBRARIES
-        version = f" {importlib.metadata.version(library)}" if known else ""
+        version = f" {library_version(library)}" if known else ""
         raise FileRefused(
             f"{name}: the configuration names the class {blueprint.name}, which {library}{version} "
             "does not have",

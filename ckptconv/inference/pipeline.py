@@ -7,7 +7,6 @@ weights come from the files through the same steps that `convert` runs.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import inspect as python_inspect
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from ..dtypes import CASTS, torch_dtype
 from ..errors import DeviceError, FileRefused, UsageError
-from ..libraries import find_class
+from ..libraries import find_class, library_version
 from ..maps.architecture import Task, bundled
 from ..options import Choices, Options, checked
 from .device import (
@@ -41,6 +40,7 @@ OFFLOADS = {
     "sequential": "enable_sequential_cpu_offload",
 }
 """How weights wait in main memory for their turn on the GPU, and the method of diffusers."""
+
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,8 @@ def pipeline_class(model: Model, task: str | None = None) -> tuple[type[Diffusio
     """
     own = str(model.index.get("_class_name"))
     known = bundled().pipelines.get(own, Task(own, own))
-    own_task, classes = known.name, {known.name: own, **known.also}
+    own_task = known.name
+    classes = {own_task: own, **known.also}
     name = classes.get(task or own_task)
     if name is None:
         raise UsageError(
@@ -144,7 +145,7 @@ def pipeline_class(model: Model, task: str | None = None) -> tuple[type[Diffusio
         )
     found = find_class("diffusers", name)
     if found is None or not issubclass(found, find_class("diffusers", "DiffusionPipeline")):
-        version = importlib.metadata.version("diffusers")
+        version = library_version("diffusers")
         raise FileRefused(f"diffusers {version} has no pipeline {name}", hint="upgrade diffusers")
     return found, task or own_task
 

@@ -169,8 +169,10 @@ def _union(kinds: tuple[Any, ...], data: Any, path: Path, faults: list[Fault]) -
     if isinstance(data, Mapping) and first:
         there = [name for name in first if name in data]
         there = [n for n in there if not any(n in words(first[m]) for m in there if m != n)]
-        if len(there) == 1:
-            return read(first[there[0]], data, path, faults)
+        if len(there) == 1:  # and if that is a slip, the one with the most of the words
+            likely = (first[there[0]], *first.values())
+            kind = max(likely, key=lambda k: len(words(k).keys() & data.keys()))
+            return read(kind, data, path, faults)
         unknown = next((n for n in data if not any(n in words(k) for k in first.values())), None)
         if there:
             text = f"has {' and '.join(map(repr, there))}, which exclude each other"

@@ -125,8 +125,6 @@ class _Findings:
 
     def add(self, start: tuple[Path, int], elements: npt.NDArray[np.intp]) -> None:
         """Adds elements of one dtype, numbered from the byte `start` on."""
-        if not len(elements):
-            return
         path, offset = start
         keys = self._keys[path]
         at = bisect.bisect_right(keys, offset, key=lambda item: item[0]) - 1

@@ -188,13 +188,13 @@ def test_the_index_that_makes_a_folder_load_is_written_last(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[str] = []
-    real = Path.write_text
+    real = Path.write_bytes
 
-    def spy(self: Path, *args: Any, **options: Any) -> int:
+    def spy(self: Path, data: bytes) -> int:
         written.append(self.name)
-        return real(self, *args, **options)
+        return real(self, data)
 
-    monkeypatch.setattr(Path, "write_text", spy)
+    monkeypatch.setattr(Path, "write_bytes", spy)
     ckptconv.convert(small, tmp_path / "out")
     assert len(written) > 8
     assert written.index("model_index.json") == len(written) - 1
