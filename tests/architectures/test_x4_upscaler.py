@@ -49,7 +49,7 @@ def test_the_size_of_an_upscaled_image_is_that_of_the_result() -> None:
     with pytest.raises(UsageError) as caught:
         check(cls, "upscaling", settings)
     assert list(caught.value.problems) == [
-        "--strength does not fit: StableDiffusionUpscalePipeline takes none",
-        "--image is missing: upscaling needs it",
-        "--size does not divide by 32, as upscaling needs it",
+        "strength does not fit: StableDiffusionUpscalePipeline takes none",
+        "image is missing: upscaling needs it",
+        "size does not divide by 32, as upscaling needs it",
     ]
