@@ -14,7 +14,7 @@ from ...configs.config import TORCH_NAMES, Config, class_of
 from ...errors import option
 from ...folder.names import CONFIG_FILES, INDEX
 from ...folder.read import ComponentFolder
-from ...libraries import LIBRARIES
+from ...libraries import LIBRARIES, find_class
 from ..classes import Unbuildable, defaults
 from ..result import Check, Problem
 
@@ -204,9 +204,10 @@ def _plain(value: Any, want: Any) -> Any:
     if not isinstance(value, list):
         return value
     plain = [_renamed(item) for item in value]
-    if isinstance(want, list) and plain[1:] == want[1:] and want[0] not in LIBRARIES:
-        return want  # diffusers offers the class in several places
-    return plain
+    if not isinstance(want, list) or plain[1:] != want[1:] or want[0] in (None, *LIBRARIES):
+        return plain
+    # diffusers offers the class in several places
+    return want if isinstance(plain[0], str) and find_class(plain[0], want[1]) else plain
 
 
 def _show(value: Any) -> str:
