@@ -238,6 +238,16 @@ def test_another_scheduler_is_a_note_and_another_schedule_is_a_problem(
     assert [p.where for p in problems["scheduler", "config"]] == ["beta_end"]
 
 
+@pytest.mark.parametrize("entry", [[1, None], [None, 1], ["nonsense", "CLIPImageProcessor"]])
+def test_an_entry_of_the_index_for_an_absent_component_names_nothing(
+    entry: list[object], sample: Sample, copy: Copy
+) -> None:
+    folder = copy("sd1")
+    alter(folder / "model_index.json", feature_extractor=entry)
+    problems = kinds(ckptconv.verify(sample("sd1"), folder))
+    assert [p.where for p in problems["model", "index"]] == ["feature_extractor"]
+
+
 def test_a_part_of_a_model_verifies_when_it_is_said_which(
     sample: Sample, folder: Folder, tmp_path: Path
 ) -> None:
