@@ -18,6 +18,7 @@ from ..errors import DeviceError, FileRefused, UsageError
 from ..libraries import find_class, library_version
 from ..maps.architecture import Task, bundled
 from ..options import Choices, Options, checked
+from ..planning.step import targets_of
 from .device import (
     check_dtype,
     free_memory,
@@ -29,7 +30,7 @@ from .device import (
 )
 from .model import Model, open_model
 from .modules import component_class, empty_module, from_library, without_weights
-from .weights import Devices, fill, targets_of
+from .weights import Devices, fill
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from ..dtypes import BITS, nbytes, torch_dtype
 from ..errors import MapError
 from ..files import ByteCounter, Files
 from ..folder.read import current_name
-from ..planning.step import Step, Target
+from ..planning.step import Step, Target, targets_of
 from ..reading.tensor import Tensor
 from ..streaming.stream import converted, in_threads
 from ..streaming.transfers import Transfer, transfers
@@ -36,15 +36,6 @@ Devices = Mapping[str, "torch.device"]
 THREADS = 4
 CHUNK = 16 << 20
 """Bytes that one thread moves at a time."""
-
-
-def targets_of(steps: Iterable[Step]) -> dict[str, dict[str, Target]]:
-    """Returns the tensors that steps write, by component and key."""
-    found: dict[str, dict[str, Target]] = defaultdict(dict)
-    for step in steps:
-        for target in step.targets:
-            found[target.component][target.key] = target
-    return found
 
 
 def matched(module: nn.Module, targets: Mapping[str, Target]) -> tuple[dict[str, str], list[str]]:

@@ -5,6 +5,7 @@ A key map is abstract; a plan has the real keys, dtypes and shapes, so its inver
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from ..reading.tensor import Header
 from .adapters import Adapter, with_adapters
 from .components import Donor, best_match, donor_match
 from .scaled import read_scales, scaled
-from .step import Step, Target, dropped
+from .step import Step, Target, dropped, targets_of
 
 SCALED_DTYPE = "fp16"
 """What scaled weights become by default: times their scale, they are no longer values of fp8."""
@@ -30,7 +31,7 @@ SCALED_DTYPE = "fp16"
 TRAINING_MAP = "shared/maps/training"
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, repr=False)  # no slots: they leave no room for what is cached
 class Plan:
     """Every key of the source, accounted for.
 
@@ -76,7 +77,11 @@ class Plan:
 
     def tensors(self, component: str) -> dict[str, Target]:
         """Returns the tensors to write into a component's folder, by key, in source order."""
-        return {t.key: t for step in self.steps for t in step.targets if t.component == component}
+        return dict(self._targets.get(component, {}))
+
+    @functools.cached_property
+    def _targets(self) -> Mapping[str, Mapping[str, Target]]:
+        return targets_of(self.steps)
 
     def cast(self, dtype: str) -> Plan:
         """Returns the plan with every float tensor cast to `fp16`, `bf16` or `fp32`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..maps.ops import DROP, Op
@@ -60,6 +62,15 @@ class Step:
     def casts(self) -> bool:
         """Whether the dtype changes."""
         return bool(self.targets) and self.sources[0].dtype != self.targets[0].dtype
+
+
+def targets_of(steps: Iterable[Step]) -> dict[str, dict[str, Target]]:
+    """Returns the tensors that steps write, by component and key, in source order."""
+    found: dict[str, dict[str, Target]] = defaultdict(dict)
+    for step in steps:
+        for target in step.targets:
+            found[target.component][target.key] = target
+    return found
 
 
 def dropped(tensor: Tensor, reason: str, *, keep: bool = False) -> Step:
