@@ -81,7 +81,7 @@ HARMLESS: dict[str, tuple[object, str]] = {
     "pattern": (re.compile("a"), ""),
     "scalar": (np.float32(2), ""),
     "array": ([np.ones((2, 3)), np.ones((3, 2)).T], ""),
-    "random": ([np.random.RandomState(0), torch.get_rng_state()], ""),
+    "state": ([np.random.get_state(), torch.get_rng_state()], ""),
 }
 
 

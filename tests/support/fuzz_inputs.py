@@ -255,8 +255,8 @@ def _index(rng: random.Random) -> Files:
     if rng.random() < 0.2:
         index[rng.choice([*index])] = value(rng)
     files = {"model.safetensors.index.json": _raw(json.dumps(index).encode())}
-    for name, part in zip(names, parts, strict=True):
-        files[name] = file_of(*document(rng, part))
+    for file, part in zip(names, parts, strict=True):
+        files[file] = file_of(*document(rng, part))
     return _flipped(rng, files) if rng.random() < 0.2 else files
 
 
