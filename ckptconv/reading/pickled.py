@@ -68,7 +68,7 @@ def read_pickled(path: str | Path) -> Header:
             content, unknown = _content(file, members)
         except Forbidden as error:
             raise UnsafePickle(
-                f"{path}: the file names code that could do harm; none of it was run",
+                f"{path}: the file names code that weights do not need; none of it was run",
                 problems=[show(name) for name in error.names],
                 hint="delete the file unless you know why it names this code; if you trust its "
                 "source, load it there, and save its state_dict with safetensors",

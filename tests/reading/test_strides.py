@@ -16,6 +16,8 @@ from tests.conftest import Sample
 from tests.support.adapters import Adapter, layers
 from tests.support.checkpoints import raw, raw_folder
 
+pytestmark = pytest.mark.slow
+
 
 def reordered(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the same values with other strides."""
