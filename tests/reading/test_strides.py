@@ -86,3 +86,14 @@ def test_a_difference_is_found_where_it_is(pair: tuple[Path, Path], tmp_path: Pa
     (problem,) = ckptconv.verify(pair[1], folder).problems
     assert problem.startswith("unet: conv_in.weight: 1 of ")
     assert problem.endswith("the first at [1, 0, 0, 0]")
+
+
+def test_two_spellings_of_one_tensor_are_compared_by_value(sample: Sample, tmp_path: Path) -> None:
+    tensors = load_file(sample("sd1"))
+    key = "first_stage_model.encoder.mid.attn_1.q.weight"
+    square = torch.randn(tensors[key].shape[:2]).to(tensors[key].dtype)
+    twin = key.replace(".q.", ".to_q.")
+    for other, alike in ((square.t().contiguous().t(), True), (square.t(), False)):
+        torch.save(tensors | {key: square, twin: other}, tmp_path / "model.ckpt")
+        found = ckptconv.plan(tmp_path / "model.ckpt")
+        assert any("they differ" in problem for problem in found.problems) != alike
