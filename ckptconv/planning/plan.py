@@ -15,7 +15,7 @@ from ..detection.detect import Detection
 from ..detection.spellings import EMA_NAMES, EMA_OF, EMA_PREFIX
 from ..dtypes import CASTS, FLOATS
 from ..errors import Incomplete, UsageError, option
-from ..files import read_range
+from ..files import Files, read_range
 from ..maps.architecture import Architecture
 from ..maps.ops import DROP
 from ..options import Options
@@ -257,7 +257,12 @@ def _unlike_twins(header: Header) -> Iterator[str]:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return (one.dtype, one.shape) == (other.dtype, other.shape) and all(
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    if one.order != other.order:
+        with Files() as files:
+            return one.read(files) == other.read(files)
+    return all(
         read_range(one.file, one.start + done, count)
         == read_range(other.file, other.start + done, count)
         for done in range(0, one.nbytes, COMPARED)
