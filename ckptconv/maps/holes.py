@@ -94,13 +94,6 @@ class UpDepths(Hole):
 
 
 @dataclass(frozen=True)
-class Dtype(Keyed):
-    """The dtype of a tensor, as torch names it."""
-
-    word = "dtype"
-
-
-@dataclass(frozen=True)
 class Values(Keyed):
     """The values of a small tensor of the original file that is not converted.
 
@@ -112,7 +105,7 @@ class Values(Keyed):
 
 
 HOLES: dict[str, type[Hole]] = {
-    hole.word: hole for hole in (Dim, FactValue, Heads, Side, Count, Depth, UpDepths, Dtype, Values)
+    hole.word: hole for hole in (Dim, FactValue, Heads, Side, Count, Depth, UpDepths, Values)
 }
 """By the tag that YAML uses."""
 
