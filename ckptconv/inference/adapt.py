@@ -123,7 +123,8 @@ def set_scheduler(pipe: Pipeline, scheduler: Any, settings: Mapping[str, Any]) -
     try:
         pipe.scheduler = scheduler.from_config(config, **unsaid, **settings)
     except ImportError as error:
-        raise UsageError(f"{scheduler.__name__} lacks a library: {error}") from error
+        hint = "install it, or choose another sampler"
+        raise UsageError(f"{scheduler.__name__} lacks a library: {error}", hint=hint) from error
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in takes:
         name = scheduler.__name__
         return [f"{name} knows no zero terminal SNR, which the model was trained with"]

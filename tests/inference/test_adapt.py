@@ -63,13 +63,9 @@ def test_the_scheduler_keeps_its_configuration(sample: Sample) -> None:
         ("LCM", "LCM", {}),
     ],
 )
-def test_the_samplers_of_web_uis(
-    name: str, cls: str, settings: dict[str, Any], sample: Sample
-) -> None:
-    import diffusers
-
-    config = diffusers.EulerDiscreteScheduler(use_karras_sigmas=True, beta_end=0.012).config
-    pipe = SimpleNamespace(scheduler=SimpleNamespace(config=config))
+def test_the_samplers_of_web_uis(name: str, cls: str, settings: dict[str, Any]) -> None:
+    karras = find_scheduler("EulerDiscreteScheduler")[0](use_karras_sigmas=True, beta_end=0.012)
+    pipe = SimpleNamespace(scheduler=karras)
     assert set_scheduler(pipe, *find_scheduler(name)) == []
     made: Any = pipe.scheduler
     assert type(made).__name__ == f"{cls}Scheduler"
