@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from torch import Tensor
+from torch import Size, Tensor
 
 Tensors = Mapping[str, Tensor]
 Spelling = Callable[[Tensors], dict[str, Tensor]]
@@ -142,3 +142,13 @@ SPELLINGS: Mapping[str, Spelling] = {
     "any other prefix": wrapped("some.trainer.net."),
 }
 """By what they are; each leaves the tensors of a file that does not have them as they are."""
+
+
+def spelled(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
+    """Returns the same file in every spelling that differs."""
+
+    def shapes(each: Tensors) -> dict[str, Size]:
+        return {key: tensor.shape for key, tensor in each.items()}
+
+    found = {name: spell(tensors) for name, spell in SPELLINGS.items()}
+    return {name: each for name, each in found.items() if shapes(each) != shapes(tensors)}
