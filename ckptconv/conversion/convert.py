@@ -9,7 +9,7 @@ from typing import Unpack
 
 from ..configs.config import Config, configs
 from ..configs.original_config import OriginalConfig, read_original_config
-from ..destination import check_destination
+from ..destination import check_destination, without_suffix
 from ..detection.detect import detect, option_fact
 from ..errors import FileRefused, option
 from ..files import read_json
@@ -40,7 +40,7 @@ def plan(path: str | Path, **choices: Unpack[Choices]) -> Plan:
 @checked
 def convert(
     path: str | Path,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     variant: str | None = None,
     max_shard_size: str | int | None = None,
@@ -54,7 +54,8 @@ def convert(
 
     Args:
         path: a safetensors file or a PyTorch checkpoint.
-        out: the folder to make.
+        out: the folder to make; by default, it lies beside the file and has its name without the
+            suffix.
         variant: a word, such as `fp16`, that goes into the names of the weight files.
         max_shard_size: bytes of tensors in one weight file, such as `5GB`; no limit by default.
         configs_only: write no weights.
@@ -69,7 +70,8 @@ def convert(
         UsageError: the choices contradict each other or the file.
         OutputError: the destination exists or cannot be written.
     """
-    out, options = Path(out), Options.of(choices)
+    out = Path(without_suffix(str(path)) if out is None else out)
+    options = Options.of(choices)
     packaging = Packaging.of(variant, max_shard_size, configs_only=configs_only)
     plan, original = plan_file(path, options)
     check_destination(out, overwrite=overwrite, kind=CONVERTED, inputs=plan.files)

@@ -136,6 +136,11 @@ def _refuse_single(path: Path, architecture: Architecture) -> None:
         )
 
 
+def loading_dtype(made: Plan) -> str:
+    """Returns the one dtype, a key of `CASTS`, that holds every weight of a plan."""
+    return _common_dtype(_dtypes(made)) or _name_of(_dtypes(made))
+
+
 def _dtypes(made: Plan) -> set[str]:
     """Returns the float dtypes of the components' tensors."""
     models = {component.name for component in made.detection.require()[0].models}

@@ -98,13 +98,6 @@ class UpDepths(Hole):
 
 
 @dataclass(frozen=True)
-class Dtype(Keyed):
-    """The dtype of a tensor, as torch names it."""
-
-    word = "dtype"
-
-
-@dataclass(frozen=True)
 class Values(Keyed):
     """The values of a small tensor of the original file that is not converted.
 
@@ -116,7 +109,7 @@ class Values(Keyed):
 
 
 HOLES: dict[str, type[Hole]] = {
-    hole.word: hole for hole in (Dim, FactValue, Heads, Side, Count, Depth, UpDepths, Dtype, Values)
+    hole.word: hole for hole in (Dim, FactValue, Heads, Side, Count, Depth, UpDepths, Values)
 }
 """By the tag that YAML uses."""
 

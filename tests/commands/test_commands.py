@@ -206,11 +206,46 @@ def test_demo_draws_an_image_and_prints_where_everything_is(tmp_path: Path) -> N
     run("demo", folder, "--arch", "sd1")  # again, over its own results
 
 
+@pytest.mark.parametrize(
+    ("options", "call"),
+    [
+        ((), "DiffusionPipeline.from_pretrained('OUT')"),
+        (
+            ("--dtype", "FP16"),
+            "DiffusionPipeline.from_pretrained('OUT', torch_dtype=torch.float16)",
+        ),
+        (("--dtype", "bfloat16"), "..., torch_dtype=torch.bfloat16)"),
+        (("--dtype", "half", "--variant", "fp16"), "..., variant='fp16')"),
+        (("--only", "unet"), ""),
+        (("--configs-only",), ""),
+    ],
+)
+def test_convert_ends_with_the_call_that_loads_the_folder(
+    options: tuple[str, ...], call: str, small: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "out"
+    lines = run("convert", small, out, *options).stderr.splitlines()
+    start, _, end = call.replace("OUT", str(out)).rpartition("...")
+    assert lines[-1].startswith(f"load it with {start}") == bool(call)
+    assert lines[-1].endswith(end)
+
+
+def test_convert_without_out_makes_a_folder_next_to_each_file(small: Path, tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b.ckpt"):
+        (tmp_path / name).hardlink_to(small)
+    alone = run("convert", tmp_path / "a.safetensors", "--configs-only")
+    assert alone.stdout == f"{tmp_path / 'a'}\n"
+    assert run("convert", f"{tmp_path}/?.*", "--configs-only", "--overwrite").stdout.split() == [
+        str(tmp_path / name) for name in "ab"
+    ]
+    assert "OUT is missing" in run("convert", "https://host/x.ckpt", code=2).stderr
+
+
 @pytest.mark.parametrize("name", ["taken", "taken/inside"])
 def test_demo_without_a_place_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     result = run("demo", tmp_path / name, code=1)
-    assert "no folder can be made" in result.stderr
+    assert "taken: is not a folder" in result.stderr
 
 
 def test_names_and_metadata_do_not_command_the_terminal(tmp_path: Path) -> None:
