@@ -25,6 +25,9 @@ from .spellings import CONV_OUT, in_original_names, respelled, unwrapped
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+STRAYS = 20
+"""Of so many keys one may be a stray beside a component that is alone in its file."""
+
 INDEX = re.compile(r"0|[1-9][0-9]{0,4}")
 """A number that stands for a `*`."""
 
@@ -278,11 +281,14 @@ def _why(task: Task) -> str:
 
 
 def _alone(prefix: str, tensors: Mapping[str, Tensor]) -> Line:
-    """Whether a component is all that a file holds: in anything more, it is a part of the whole."""
-    other = next((key for key in tensors if not key.startswith(prefix)), None)
-    if other is None:
+    """Whether a component is all that a file holds, but for strays.
+
+    In anything more it is a part of the whole, perhaps of one that is not known.
+    """
+    others = [key for key in tensors if not key.startswith(prefix)]
+    if len(others) * STRAYS <= len(tensors):
         return Line("nothing else is in the file", True)
-    return Line(f"the file holds other things, such as {other}, needed none", False)
+    return Line(f"the file holds other things, such as {others[0]}, needed none", False)
 
 
 def _network(architecture: Architecture) -> str:
