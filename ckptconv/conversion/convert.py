@@ -112,40 +112,13 @@ def plan_file(
         only = architecture.components if options.only is None else options.only
         options = replace(options, only=frozenset(only) - set(without))
     donors = {name: _donor(architecture, name, place) for name, place in options.donors.items()}
-    plan = build_plan(
-        detection,
-        options,
-        donors=donors,
-    )
-    _require_fit(plan)
-    return plan, original
+    return build_plan(detection, options, donors=donors), original
 
 
 def option_for(plan: Plan, name: str) -> str:
     """Returns the option that gives a component which the file lacks, and what it may be given."""
     supply = plan.detection.require()[0].components[name].supply
     return option(name, "FILE") + (f" ({supply})" if supply else "")
-
-
-def _require_fit(plan: Plan) -> None:
-    """Refuses a donor of another width than that of the component that it is joined to."""
-    problems = []
-    for component in plan.detection.require()[0].models:
-        for key, other in component.fits.items():
-            neighbour, _, its = other.partition("/")
-            one, two = plan.tensors(component.name).get(key), plan.tensors(neighbour).get(its)
-            given = not plan.donors.keys().isdisjoint({component.name, neighbour})
-            if given and one and two and one.shape[-1:] != two.shape[:1]:
-                problems.append(
-                    f"{component.name}: {key} has shape {list(one.shape)}, which does not fit "
-                    f"{list(two.shape)}, the shape of {other}"
-                )
-    if problems:
-        raise FileRefused(
-            f"{plan.detection.header.path}: its components do not fit together",
-            problems=problems,
-            hint="give components of the same model",
-        )
 
 
 def _donor(architecture: Architecture, name: str, place: Path) -> Donor:

@@ -141,5 +141,5 @@ def test_a_text_encoder_of_another_width_is_no_donor(sample: Sample, tmp_path: P
     with pytest.raises(FileRefused, match="do not fit together") as caught:
         ckptconv.convert(sample("sd2"), tmp_path / "o", text_encoder=tmp_path / "wide.safetensors")
     (problem,) = caught.value.problems
-    assert problem.startswith("unet: down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k")
+    assert problem.startswith("unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k")
     assert "text_encoder/text_model.final_layer_norm.weight" in problem

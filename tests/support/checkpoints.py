@@ -30,7 +30,9 @@ def midget(path: Path, *, ema: bool = False) -> Path:
         if key.startswith("cond_stage_model."):
             return tuple(64 if n == 49408 else n for n in shape)
         if key.startswith(("model", "first_stage_model.")):
-            return tuple(n // 8 if n >= 32 else n for n in shape)
+            text = (shape[1],) if key.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) else ()
+            narrow = tuple(n // 8 if n >= 32 else n for n in shape)
+            return (narrow[0], *text) if text else narrow
         return shape
 
     architecture = bundled().architectures["sd1"]
