@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
@@ -11,6 +11,7 @@ from ..configs.config import Config, configs
 from ..configs.original_config import OriginalConfig, read_original_config
 from ..destination import check_destination
 from ..detection.detect import detect, option_fact
+from ..detection.facts import Fact
 from ..errors import FileRefused, option
 from ..files import read_json
 from ..folder.weights import component_headers
@@ -87,10 +88,11 @@ def convert(
 def configured(plan: Plan, original: OriginalConfig | None) -> tuple[dict[str, Config], list[str]]:
     """Returns the configurations, and what the original configuration changed in them."""
     measured = configs(plan)
+    notes = [note for config in measured.values() for note in config.notes]
     if not original:
-        return measured, []
-    overrides, notes = original.overrides(measured)
-    return configs(plan, overrides), notes
+        return measured, notes
+    overrides, changed = original.overrides(measured)
+    return configs(plan, overrides), [*notes, *changed]
 
 
 def plan_file(
@@ -111,7 +113,7 @@ def plan_file(
     if without:
         only = architecture.components if options.only is None else options.only
         options = replace(options, only=frozenset(only) - set(without))
-    donors = {name: _donor(architecture, name, place) for name, place in options.donors.items()}
+    donors = {n: _donor(architecture, n, p, decided) for n, p in options.donors.items()}
     return build_plan(detection, options, donors=donors), original
 
 
@@ -121,14 +123,17 @@ def option_for(plan: Plan, name: str) -> str:
     return option(name, "FILE") + (f" ({supply})" if supply else "")
 
 
-def _donor(architecture: Architecture, name: str, place: Path) -> Donor:
+def _donor(
+    architecture: Architecture, name: str, place: Path, decided: Mapping[str, Fact]
+) -> Donor:
     """Reads a donor: a folder of one component, a whole diffusers folder, or a file."""
     try:
         is_folder = place.is_dir()
     except OSError:
         is_folder = False  # its name is too long, say: the reader reports that
     if not is_folder:
-        return Donor((open_header(place),))
+        header = open_header(place)
+        return Donor((header,), detection=detect(header, maps=architecture.maps, decided=decided))
     folder = place / name if (place / name).is_dir() else place
     config = folder / "config.json"
     if not config.is_file():

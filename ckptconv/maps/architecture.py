@@ -86,6 +86,7 @@ class Component:
     donors: Many[str] = ()
     layout: str = ""
     supply: str = ""
+    brings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if bool(self.sources) != (self.kind == "model"):
