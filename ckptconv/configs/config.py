@@ -174,9 +174,7 @@ class _Measure:
         self.detection, self.facts = detection, detection.facts
         self.asked: list[str] = []
 
-    def filled(
-        self, only: Container[str] | None = None
-    ) -> tuple[dict[str, Any], dict[str, str]]:
+    def filled(self, only: Container[str] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
         """Returns the values, or only those of some names, and their origins."""
         fitting = (v for v in self.component.config if hold(v.facts, self.facts))
         variant = next(fitting, None)

@@ -10,7 +10,7 @@ from typing import Unpack
 from ..configs.config import Config, configs
 from ..configs.original_config import OriginalConfig, read_original_config
 from ..destination import check_destination
-from ..detection.detect import detect, option_fact
+from ..detection.detect import detect, option_fact, with_config_beside
 from ..detection.facts import Fact
 from ..errors import FileRefused, option
 from ..files import read_json
@@ -109,6 +109,8 @@ def plan_file(
     decided = dict(original.facts) if original else {}
     decided |= {name: option_fact(name, value) for name, value in options.facts.items()}
     detection = detect(header, maps=options.maps, decided=decided)
+    if not original:
+        detection = with_config_beside(detection)
     architecture, _ = detection.require()
     if without:
         only = architecture.components if options.only is None else options.only

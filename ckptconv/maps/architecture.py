@@ -116,7 +116,7 @@ class Joint:
     """Axes of one length, because one component reads what others give.
 
     Keys are COMPONENT/KEY of converted tensors, with the number of the axis. Each length in
-    `reads`, the word `of`, is the sum of those in `gives`, the word `is`, times `times` plus `plus`.
+    `reads` (the word `of`) is the sum of those in `gives` (`is`), times `times`, plus `plus`.
     """
 
     reads: Mapping[str, int] = field(metadata=word("of"))

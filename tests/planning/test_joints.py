@@ -117,7 +117,10 @@ def test_a_component_that_does_not_fit_is_named_with_both_shapes(
 def test_a_unet_of_too_many_outputs_fits_no_latents(architecture: str, task: str) -> None:
     channels = next(t.channels for a, t in TASKS if (a.name, t.name) == (architecture, task))
     problems = plan_of(architecture, task, {CONV_OUT: (0, 8)}).problems
-    assert [p.partition(" ")[0] for p in problems[:2]] == ["unet/conv_out.weight", "unet/conv_in.weight"]
+    assert [p.partition(" ")[0] for p in problems[:2]] == [
+        "unet/conv_out.weight",
+        "unet/conv_in.weight",
+    ]
     assert f", {channels}, 3, 3], but axis 1 should be " in problems[1]
 
 
