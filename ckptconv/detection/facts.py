@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import MapError, option
-from ..files import read_range
+from ..errors import FileRefused, MapError, option
+from ..files import open_regular, read_range
 from ..maps.evidence import (
     Assumed,
     Default,
@@ -173,9 +173,9 @@ def config_beside(path: Path) -> str:
     """
     beside = path.with_suffix(".yaml")
     try:
-        with beside.open("rb") as file:
+        with open_regular(beside) as (file, _):
             text = file.read(1 << 16)
-    except OSError:
+    except FileRefused:
         return ""
     if not any(word in text for word in (b"unet_config", b"network_config")):
         return ""
