@@ -96,7 +96,7 @@ class Conversion:
     options: Options = field(default_factory=Options)
     packaging: Packaging = field(default_factory=Packaging)
     overwrite: bool = False
-    ignore_unclaimed: bool = False
+    strict: bool = False
     verified: bool = False
 
     def convert(self, source: str, out: str, moved: Moved) -> Report:
@@ -108,15 +108,14 @@ class Conversion:
             max_shard_size=self.packaging.max_shard_size,
             configs_only=not self.packaging.weights,
             overwrite=self.overwrite,
-            ignore_unclaimed=self.ignore_unclaimed,
+            strict=self.strict,
             progress=moved,
             **self.options.as_words(),
         )
 
     def verify(self, report: Report, source: str, moved: Moved) -> Verification:
         """Verifies what was just converted."""
-        ignore = self.ignore_unclaimed
-        return verify_report(report, source, self.options, ignore_unclaimed=ignore, progress=moved)
+        return verify_report(report, source, self.options, strict=self.strict, progress=moved)
 
     def __call__(self, pair: Pair, moved: Moved, /) -> tuple[dict[str, Any], str]:
         """Converts one of several files, and makes the folder that holds their folders."""
@@ -135,7 +134,7 @@ class Proof:
 
     options: Options = field(default_factory=Options)
     finite: bool = False
-    ignore_unclaimed: bool = False
+    strict: bool = False
 
     def verify(self, source: str | None, out: str, moved: Moved) -> Verification:
         """Verifies one folder, alone if there is no source."""
@@ -143,7 +142,7 @@ class Proof:
             source,
             out,
             finite=self.finite,
-            ignore_unclaimed=self.ignore_unclaimed,
+            strict=self.strict,
             progress=moved,
             **self.options.as_words(),
         )

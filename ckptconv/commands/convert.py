@@ -33,7 +33,9 @@ COLUMNS: Columns = {
     "--max-shard-size", help="Split the weights into files of at most this size, such as 5GB."
 )
 @click.option("--configs-only", is_flag=True, help="Write no weights.")
-@click.option("--ignore-unclaimed", is_flag=True, help="Leave out keys that no key map knows.")
+@click.option(
+    "--strict", is_flag=True, help="Refuse keys that no map knows, and incomplete components."
+)
 @click.option("--verify", "verified", is_flag=True, help="Verify the folder after writing it.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing converted folder.")
 @many_options
@@ -44,7 +46,7 @@ def command(
     variant: str,
     max_shard_size: str | None,
     configs_only: bool,
-    ignore_unclaimed: bool,
+    strict: bool,
     verified: bool,
     overwrite: bool,
     as_json: bool,
@@ -65,7 +67,7 @@ def command(
     if verified and configs_only:
         raise UsageError("--verify compares weights, and --configs-only writes none")
     packaging = Packaging.of(variant, max_shard_size, configs_only=configs_only)
-    work = Conversion(options_of(options), packaging, overwrite, ignore_unclaimed, verified)
+    work = Conversion(options_of(options), packaging, overwrite, strict, verified)
     if outcomes := outcomes_of("converting", work, files, out, options):
         if not as_json:
             _print_several(outcomes)

@@ -79,7 +79,6 @@ DTYPE_ON_CPU = "fp32"
     "--compile", "compiled", is_flag=True, help="Compile the UNet: slow start, fast steps."
 )
 @plan_options
-@click.option("--ignore-unclaimed", is_flag=True, help="Leave out keys that no key map knows.")
 @click.option("--overwrite", is_flag=True, help="Replace images that are there.")
 @json_option
 def command(
@@ -97,7 +96,6 @@ def command(
     offload: str | None,
     device_map: str | None,
     compiled: bool,
-    ignore_unclaimed: bool,
     overwrite: bool,
     as_json: bool,
     **options: Any,
@@ -118,7 +116,7 @@ def command(
     decided = options_of(options)
     if place.type == "cpu" and decided.dtype is None:
         decided = replace(decided, dtype=DTYPE_ON_CPU)
-    model = open_model(file, decided, ignore_unclaimed=ignore_unclaimed)
+    model = open_model(file, decided)
     hide_progress_bars()
     cls, task = pipeline_class(model, task)
     check(cls, task, settings)

@@ -238,10 +238,12 @@ class _Measure:
 
     @measured.register
     def _dim(self, hole: Dim) -> Any:
-        if hole.otherwise is not ... and not self._find(hole.key):
-            self.asked.append("measured")
+        self.asked.append("measured")
+        found = [t for key in (hole.key, *hole.also) if (t := self._find(key))]
+        lengths = {target.shape[hole.axis] for target in found}
+        if hole.otherwise is not ... and len(lengths) != 1:
             return hole.otherwise
-        return self._slot(hole.key).shape[hole.axis]
+        return lengths.pop() if lengths else self._slot(hole.key)
 
     @measured.register
     def _heads(self, hole: Heads) -> int:

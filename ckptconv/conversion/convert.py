@@ -47,7 +47,7 @@ def convert(
     max_shard_size: str | int | None = None,
     configs_only: bool = False,
     overwrite: bool = False,
-    ignore_unclaimed: bool = False,
+    strict: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     **choices: Unpack[Choices],
 ) -> Report:
@@ -60,7 +60,8 @@ def convert(
         max_shard_size: bytes of tensors in one weight file, such as `5GB`; no limit by default.
         configs_only: write no weights.
         overwrite: replace a converted folder that is there.
-        ignore_unclaimed: leave out keys that no map knows, instead of refusing the file.
+        strict: refuse keys that no map knows and incomplete components, which are otherwise kept
+            aside with a warning.
         progress: is called with bytes written and bytes in all, from one thread at a time.
         **choices: see `Options`.
 
@@ -73,7 +74,7 @@ def convert(
     packaging = Packaging.of(variant, max_shard_size, configs_only=configs_only)
     plan, original = plan_file(path, options)
     check_destination(out, overwrite=overwrite, kind=CONVERTED, inputs=plan.files)
-    plan.require_complete(ignore_unclaimed=ignore_unclaimed)
+    plan.require_complete(strict=strict)
     configs, notes = configured(plan, original)
     report = write_folder(plan, configs, out, packaging, options.only, progress)
     absent = [

@@ -20,13 +20,10 @@ from ..maps.schema import word
 from ..reading.source import open_header
 from ..reading.tensor import Header, Tensor
 from .facts import Fact, Hints, config_beside, find_fact, first_match, notes_of
-from .spellings import in_original_names
+from .spellings import CONV_OUT, in_original_names, respelled, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-CONV_OUT = "out.2.weight"
-"""Its last, which a ControlNet, the copy of the first half of a UNet, does not have."""
 
 INDEX = re.compile(r"0|[1-9][0-9]{0,4}")
 """A number that stands for a `*`."""
@@ -164,7 +161,7 @@ def detect(
         Ambiguous: several architectures match.
     """
     maps = maps or bundled()
-    given, header = header, in_original_names(header, maps)
+    given, header = header, in_original_names(unwrapped(header, maps), maps)
     keys = Keys(header.tensors)
     verdicts = tuple(judge(a, keys) for a in maps.architectures.values())
     matching = [v for v in verdicts if v.matches]
@@ -176,13 +173,14 @@ def detect(
             ],
             hint="their conditions in arch.yaml overlap: add one that only one of them meets",
         )
-    refusal = _foreign(given, maps, whole=True)
+    refusal = _foreign(header, maps, whole=True)
     if refusal or not matching:
         refusal = refusal or _refusal(header, given, verdicts, maps)
         return Detection(given, verdicts, refusal=refusal, notes=given.notes)
     architecture, task = maps.architectures[matching[0].architecture], matching[0].task
     assert task is not None  # noqa: S101  (without one, a line fails)
     architecture = architecture.for_task(task)
+    header = respelled(header, architecture)
     found = {
         name: find_fact(name, witnesses, header, task.name)
         for name, witnesses in architecture.facts.items()

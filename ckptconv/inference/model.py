@@ -79,7 +79,6 @@ def open_model(
     options: Options,
     *,
     given: Collection[str] = (),
-    ignore_unclaimed: bool = False,
 ) -> Model:
     """Reads what a pipeline is made of, all but the weights.
 
@@ -87,7 +86,6 @@ def open_model(
         path: a checkpoint, or a folder with `model_index.json`.
         options: that decide what is read; a folder takes `dtype` only.
         given: names of components that are not needed from it.
-        ignore_unclaimed: take a file that has keys which no map knows.
 
     Raises:
         FileRefused: the file, the folder, a donor or the original configuration cannot be used.
@@ -102,6 +100,7 @@ def open_model(
         supplies = ", ".join(option_for(made, name) for name in made.absent)
         raise Incomplete(
             f"{path}: the file has no {' and no '.join(made.absent)}, which its pipeline needs",
+            problems=[line for lines in made.incomplete.values() for line in lines],
             hint=f"supply what is missing: {supplies}; or, in Python, load_pipeline(..., "
             f"components={{{made.absent[0]!r}: None}}) leaves it out",
         )
@@ -115,7 +114,7 @@ def open_model(
     if options.dtype is None and (dtype := _common_dtype(_dtypes(made))):
         log.info("%s: the weights become %s, which holds all of their values", path, dtype)
         made = made.cast(dtype)
-    made.require_complete(ignore_unclaimed=ignore_unclaimed)
+    made.require_complete()
     built, notes = configured(made, original)
     index = model_index(made, built)
     blueprints = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,7 @@ class Header:
         data_start: offset of the first byte after the header.
         size: size of the file, or of all shards, in bytes.
         notes: sentences on what the file holds beside tensors and metadata.
+        twins: by key, the key of the tensor that it is another spelling of.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Header:
     data_start: int
     size: int
     notes: tuple[str, ...] = ()
+    twins: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[Path, ...]:

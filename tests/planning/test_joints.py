@@ -108,7 +108,7 @@ def test_a_component_that_does_not_fit_is_named_with_both_shapes(
     (problem,) = plan.problems
     assert said in problem
     with pytest.raises(Incomplete, match="its components do not fit together"):
-        plan.require_complete(ignore_unclaimed=True)
+        plan.require_complete()
 
 
 @pytest.mark.parametrize(
