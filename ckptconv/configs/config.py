@@ -11,15 +11,16 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..detection.detect import Detection
 from ..detection.facts import hold, values_of
 from ..errors import FileRefused, MapError
 from ..files import read_json
 from ..libraries import library_version
-from ..maps.architecture import CLASS_ENTRIES, Component, Entry, KeyMaps
+from ..maps.architecture import CLASS_ENTRIES, Component, Entry
 from ..maps.holes import (
     Count,
     Depth,
@@ -32,6 +33,7 @@ from ..maps.holes import (
     UpDepths,
     Values,
 )
+from ..planning.components import Donor
 from ..planning.plan import Plan
 from ..planning.step import Target
 
@@ -48,11 +50,13 @@ class Config:
         values: as they are written.
         origins: by name of the value, where it comes from: `constant`, `measured`, or the source
             of the fact that decided it (`assumed`, `metadata`, ...).
+        notes: what the user should know of it.
     """
 
     component: Component
     values: Mapping[str, Any]
     origins: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def configs(
@@ -61,7 +65,8 @@ def configs(
     """Returns the configuration of every component that the plan does not leave absent.
 
     Args:
-        plan: its tensors are measured; a donor folder brings its own configuration.
+        plan: its tensors are measured. A donor folder brings its own configuration, and a donor
+            file the values in which its model differs.
         overrides: by component, values that win over the architecture's.
 
     Raises:
@@ -74,23 +79,53 @@ def configs(
         if component.kind == "model" and not plan.tensors(name):
             continue
         donor = plan.donors.get(name)
+        theirs = _of_donor(plan, component, donor) if donor else {}
+        notes = tuple(_differing(plan, component, theirs))
         if donor and donor.config:
-            values = read_json(donor.config)
-            result[name] = Config(component, values, dict.fromkeys(values, "donor"))
+            result[name] = Config(component, theirs, dict.fromkeys(theirs, "donor"), notes)
             continue
         try:
-            values, origins = _Measure(plan, component).filled(architecture.maps)
+            values, origins = _Measure(plan, component, plan.detection).filled()
         except OddWidth as error:
             raise FileRefused(
                 f"{plan.detection.header.path}: the {name} is of no width that its heads fit",
                 problems=[str(error)],
                 hint="the file is damaged, or of a relative that is not known",
             ) from error
+        if theirs:
+            values = {k: v for k, v in values.items() if k not in component.brings} | theirs
         wins = (overrides or {}).get(name, {})
-        result[name] = Config(
-            component, values | dict(wins), origins | dict.fromkeys(wins, "original config")
-        )
+        origins |= dict.fromkeys(theirs, "donor") | dict.fromkeys(wins, "original config")
+        result[name] = Config(component, values | dict(wins), origins, notes)
     return result
+
+
+def _of_donor(plan: Plan, component: Component, donor: Donor) -> dict[str, Any]:
+    """Returns the configuration of a donor folder, or what is known of that of a donor file."""
+    if donor.config:
+        return read_json(donor.config)
+    found = donor.detection
+    whole = found.architecture.components if found and found.architecture else {}
+    if not found or component.name not in whole:
+        return {}
+    measure = _Measure(plan, whole[component.name], found)
+    values, origins = measure.filled(component.brings)
+    return {name: value for name, value in values.items() if origins[name] != "assumed"}
+
+
+def _differing(plan: Plan, component: Component, theirs: Mapping[str, Any]) -> Iterator[str]:
+    """Yields where a donor of the component's own class differs from the one it replaces."""
+    architecture, _ = plan.detection.require()
+    if not theirs or theirs.get("_class_name") not in (None, *architecture.maps.classes(component)):
+        return
+    ours, _ = _Measure(plan, component, plan.detection).filled(component.brings)
+    for name, default in component.brings.items():
+        have, want = theirs.get(name, default), ours.get(name, default)
+        if have != want:
+            yield (
+                f"{component.name} comes from another model: its {name} is {have}, where "
+                f"{architecture.title} has {want}, so this UNet may not understand its latents"
+            )
 
 
 def model_index(plan: Plan, built: Mapping[str, Config]) -> dict[str, Any]:
@@ -138,15 +173,15 @@ class OddWidth(Exception):
 class _Measure:
     """Fills the holes of one component's configuration, and notes what was asked."""
 
-    def __init__(self, plan: Plan, component: Component) -> None:
+    def __init__(self, plan: Plan, component: Component, detection: Detection) -> None:
         self.plan = plan
         self.component = component
         self.tensors = plan.tensors(component.name)
-        self.facts = plan.detection.facts
+        self.detection, self.facts = detection, detection.facts
         self.asked: list[str] = []
 
-    def filled(self, maps: KeyMaps) -> tuple[dict[str, Any], dict[str, str]]:
-        """Returns the values and their origins."""
+    def filled(self, only: Container[str] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+        """Returns the values, or only those of some names, and their origins."""
         fitting = (v for v in self.component.config if hold(v.facts, self.facts))
         variant = next(fitting, None)
         if variant is None:
@@ -156,7 +191,9 @@ class _Measure:
                 hint="let the last of the list ask for no facts",
             )
         values, origins = {}, {}
-        for key, value in maps.values(variant).items():
+        for key, value in self.detection.require()[0].maps.values(variant).items():
+            if only is not None and key not in only:
+                continue
             self.asked.clear()
             try:
                 values[key] = self.fill(value)
@@ -266,7 +303,7 @@ class _Measure:
 
     @measured.register
     def _values(self, hole: Values) -> Any:
-        found, many = values_of(self.plan.detection.header, hole.key), hole.published
+        found, many = values_of(self.detection.header, hole.key), hole.published
         if len(found) != (len(many) if isinstance(many, list) else 1):
             self.asked.append("assumed")
             return many

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
@@ -10,7 +10,8 @@ from typing import Unpack
 from ..configs.config import Config, configs
 from ..configs.original_config import OriginalConfig, read_original_config
 from ..destination import check_destination, without_suffix
-from ..detection.detect import detect, option_fact
+from ..detection.detect import detect, option_fact, with_config_beside
+from ..detection.facts import Fact
 from ..errors import FileRefused, option
 from ..files import read_json
 from ..folder.weights import component_headers
@@ -90,10 +91,11 @@ def convert(
 def configured(plan: Plan, original: OriginalConfig | None) -> tuple[dict[str, Config], list[str]]:
     """Returns the configurations, and what the original configuration changed in them."""
     measured = configs(plan)
+    notes = [note for config in measured.values() for note in config.notes]
     if not original:
-        return measured, []
-    overrides, notes = original.overrides(measured)
-    return configs(plan, overrides), notes
+        return measured, notes
+    overrides, changed = original.overrides(measured)
+    return configs(plan, overrides), [*notes, *changed]
 
 
 def plan_file(
@@ -110,18 +112,14 @@ def plan_file(
     decided = dict(original.facts) if original else {}
     decided |= {name: option_fact(name, value) for name, value in options.facts.items()}
     detection = detect(header, maps=options.maps, decided=decided)
+    if not original:
+        detection = with_config_beside(detection)
     architecture, _ = detection.require()
     if without:
         only = architecture.components if options.only is None else options.only
         options = replace(options, only=frozenset(only) - set(without))
-    donors = {name: _donor(architecture, name, place) for name, place in options.donors.items()}
-    plan = build_plan(
-        detection,
-        options,
-        donors=donors,
-    )
-    _require_fit(plan)
-    return plan, original
+    donors = {n: _donor(architecture, n, p, decided) for n, p in options.donors.items()}
+    return build_plan(detection, options, donors=donors), original
 
 
 def option_for(plan: Plan, name: str) -> str:
@@ -130,35 +128,17 @@ def option_for(plan: Plan, name: str) -> str:
     return option(name, "FILE") + (f" ({supply})" if supply else "")
 
 
-def _require_fit(plan: Plan) -> None:
-    """Refuses a donor of another width than that of the component that it is joined to."""
-    problems = []
-    for component in plan.detection.require()[0].models:
-        for key, other in component.fits.items():
-            neighbour, _, its = other.partition("/")
-            one, two = plan.tensors(component.name).get(key), plan.tensors(neighbour).get(its)
-            given = not plan.donors.keys().isdisjoint({component.name, neighbour})
-            if given and one and two and one.shape[-1:] != two.shape[:1]:
-                problems.append(
-                    f"{component.name}: {key} has shape {list(one.shape)}, which does not fit "
-                    f"{list(two.shape)}, the shape of {other}"
-                )
-    if problems:
-        raise FileRefused(
-            f"{plan.detection.header.path}: its components do not fit together",
-            problems=problems,
-            hint="give components of the same model",
-        )
-
-
-def _donor(architecture: Architecture, name: str, place: Path) -> Donor:
+def _donor(
+    architecture: Architecture, name: str, place: Path, decided: Mapping[str, Fact]
+) -> Donor:
     """Reads a donor: a folder of one component, a whole diffusers folder, or a file."""
     try:
         is_folder = place.is_dir()
     except OSError:
         is_folder = False  # its name is too long, say: the reader reports that
     if not is_folder:
-        return Donor((open_header(place),))
+        header = open_header(place)
+        return Donor((header,), detection=detect(header, maps=architecture.maps, decided=decided))
     folder = place / name if (place / name).is_dir() else place
     config = folder / "config.json"
     if not config.is_file():

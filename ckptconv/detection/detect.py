@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from ..maps.evidence import Condition, Has, Indices, Lacks, Rank
 from ..maps.schema import word
 from ..reading.source import open_header
 from ..reading.tensor import Header, Tensor
-from .facts import Fact, Hints, find_fact, first_match, notes_of
+from .facts import Fact, Hints, config_beside, find_fact, first_match, notes_of
 from .spellings import CONV_OUT, in_original_names, respelled, unwrapped
 
 if TYPE_CHECKING:
@@ -122,11 +122,15 @@ class Detection:
 
 @dataclass(frozen=True, slots=True)
 class ForeignFormat:
-    """One entry of `foreign.yaml`: what a file is that has a key of these patterns, and a hint."""
+    """One entry of `foreign.yaml`: what a file is that has a key of these patterns, and a hint.
+
+    Only a `whole` model may hold a UNet in the original layout.
+    """
 
     keys: tuple[str, ...] = field(metadata=word("has"))
     what: str
     hint: str
+    whole: bool = False
 
 
 def inspect(path: str | Path, *, maps: KeyMaps | None = None) -> Detection:
@@ -140,7 +144,7 @@ def inspect(path: str | Path, *, maps: KeyMaps | None = None) -> Detection:
         FileRefused: the file cannot be read, or is neither, or it names code.
         Ambiguous: several architectures match.
     """
-    return detect(open_header(path), maps=maps)
+    return with_config_beside(detect(open_header(path), maps=maps))
 
 
 def detect(
@@ -172,8 +176,9 @@ def detect(
             ],
             hint="their conditions in arch.yaml overlap: add one that only one of them meets",
         )
-    if not matching:
-        refusal = _refusal(header, given, verdicts, maps)
+    refusal = _foreign(header, maps, whole=True)
+    if refusal or not matching:
+        refusal = refusal or _refusal(header, given, verdicts, maps)
         return Detection(given, verdicts, refusal=refusal, notes=given.notes)
     architecture, task = maps.architectures[matching[0].architecture], matching[0].task
     assert task is not None  # noqa: S101  (without one, a line fails)
@@ -204,6 +209,12 @@ def detect(
             ),
         ),
     )
+
+
+def with_config_beside(detection: Detection) -> Detection:
+    """Adds a note of the original configuration that lies beside a checkpoint, if there is one."""
+    note = "" if detection.refusal else config_beside(detection.header.path)
+    return replace(detection, notes=(*detection.notes, note)) if note else detection
 
 
 def option_fact(name: str, value: Any) -> Fact:
@@ -340,13 +351,8 @@ def _refusal(
     nearest = min(whole, key=lambda verdict: len(verdict.failing))
     ends = [(v.prefix + UNET_ROOT, v.prefix + CONV_OUT) for v in whole]
     if not any(first in header.tensors and last in header.tensors for first, last in ends):
-        for entry in maps.typed(tuple[ForeignFormat, ...], "foreign"):
-            if key := first_match(given.tensors, entry.keys):
-                return NotACheckpoint(
-                    f"{header.path}: this is {entry.what}",
-                    problems=[f"it holds the key {key!r}"],
-                    hint=entry.hint,
-                )
+        if found := _foreign(given, maps, whole=False):
+            return found
         some = ", ".join(list(given.tensors)[:3])
         return NotACheckpoint(
             f"{header.path}: this is not a Stable Diffusion checkpoint: no key is one of theirs",
@@ -358,6 +364,18 @@ def _refusal(
         problems=[line.text for line in nearest.failing],
         hint="`ckptconv inspect --verdicts FILE` shows what every architecture says of the file",
     )
+
+
+def _foreign(header: Header, maps: KeyMaps, *, whole: bool) -> NotACheckpoint | None:
+    """Says what a file is that holds a key of another family; of a whole model, or of anything."""
+    for entry in maps.typed(tuple[ForeignFormat, ...], "foreign"):
+        if entry.whole >= whole and (key := first_match(header.tensors, entry.keys)):
+            return NotACheckpoint(
+                f"{header.path}: this is {entry.what}",
+                problems=[f"it holds the key {key!r}"],
+                hint=entry.hint,
+            )
+    return None
 
 
 def _disagreements(header: Header, architecture: Architecture, maps: KeyMaps) -> Iterator[str]:

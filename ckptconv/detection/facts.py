@@ -11,10 +11,11 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from ..errors import MapError
-from ..files import Files
+from ..errors import FileRefused, MapError, option
+from ..files import Files, open_regular
 from ..maps.evidence import (
     Assumed,
     Default,
@@ -33,8 +34,23 @@ from ..reading.tensor import Header
 FEW = 4096
 """Elements that a witness may read at most: it looks, it does not load."""
 
+LETTERS = {"F64": ("d", 0), "F32": ("f", 0), "BF16": ("f", 2), "F16": ("e", 0), "F8_E5M2": ("e", 1)}
+"""How `struct` reads a float, and how many bytes it lacks at its lower end."""
+
+IN_A_BYTE = {
+    "F8_E4M3": (3, 7, b"\x7f\xff"),
+    "F8_E4M3FNUZ": (3, 8, b"\x80"),
+    "F8_E5M2FNUZ": (2, 16, b"\x80"),
+}
+"""The bits of a fraction, the bias of the exponent, and the bytes that are no number. The dtypes
+below 8 bits and E8M0, which holds scales, are of no tensor that is looked at."""
+
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 """A word of a name, such as each of those in `dreamshaperXL_v21TurboDPMSDE`."""
+
+
+OPTION = re.compile(r"\{(?P<name>\w+)=(?P<value>\w+)\}")
+"""An option in the text of a hint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +73,14 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """What a report notes of a file that looks like another: if a phrase, key or fact says so."""
+    """What a report notes of a file that looks like another, if a phrase or a key says so.
+
+    The facts must hold, too; where there are neither phrases nor keys, they are the evidence. Of
+    the hints of one kind, only the first applies. In `text`, `{NAME=VALUE}` stands for an option.
+    """
 
     text: str = field(metadata=word("hint"))
+    kind: str
     words: tuple[str, ...] = ()
     keys: tuple[str, ...] = field(default=(), metadata=word("has"))
     facts: Facts = field(default_factory=dict)
@@ -117,21 +138,49 @@ def notes_of(header: Header, facts: Mapping[str, Fact], known: Hints) -> Iterato
     texts = {f"the name {header.path.name}": header.path.name}
     texts |= {f"the metadata {k}": header.metadata.get(k, "") for k in known.metadata}
     spoken = {where: f" {' '.join(WORD.findall(text))} ".lower() for where, text in texts.items()}
+    noted = set()
     for hint in known.hints:
+        if hint.kind in noted or not hold(hint.facts, facts):
+            continue
         found = (
             f"{where} says {phrase!r}"
             for phrase in hint.words
             for where, text in spoken.items()
             if f" {phrase} " in text
         )
-        key = first_match(header.tensors, hint.keys)
-        together = " and ".join(f"{n} is {f.value}" for n, f in facts.items() if n in hint.facts)
-        if evidence := (
-            next(found, None)
-            or (f"the file holds the key {key}" if key else "")
-            or (together if hold(hint.facts, facts) else "")
-        ):
-            yield f"{evidence}: {hint.text}"
+        evidence = next(found, "")
+        if not evidence and (key := first_match(header.tensors, hint.keys)):
+            evidence = f"the file holds the key {key}"
+        if not evidence and not hint.words and not hint.keys:
+            evidence = " and ".join(f"{name} is {facts[name].value}" for name in hint.facts)
+        if evidence:
+            noted.add(hint.kind)
+            yield f"{evidence}: {OPTION.sub(_option, hint.text)}"
+
+
+def _option(found: re.Match[str]) -> str:
+    """Spells an option of a hint for whoever reads it."""
+    return option(found["name"], True if found["value"] == "true" else found["value"])
+
+
+def config_beside(path: Path) -> str:
+    """Returns a hint at the original configuration that lies beside a file; empty if none does.
+
+    Web UIs take the yaml of the file's name for it, so that is how people keep it.
+
+    Args:
+        path: of the file.
+    """
+    beside = path.with_suffix(".yaml")
+    try:
+        with open_regular(beside) as (file, _):
+            text = file.read(1 << 16)
+    except FileRefused:
+        return ""
+    if not any(word in text for word in (b"unet_config", b"network_config")):
+        return ""
+    use = option("original_config", str(beside))
+    return f"{beside.name} lies beside the file and looks like its configuration: {use} reads it"
 
 
 def first_match(keys: Iterable[str], patterns: Iterable[str]) -> str | None:
@@ -146,9 +195,10 @@ def first_match(keys: Iterable[str], patterns: Iterable[str]) -> str | None:
 def _answer(witness: Witness, header: Header, task: str) -> tuple[Any, str, str] | None:
     """Returns the value, the source and the detail of a fact; None if the witness cannot tell."""
     match witness:
-        case InMetadata(name, values):
-            if (text := header.metadata.get(name)) is not None and text in values:
-                return values[text], "metadata", f"the metadata says {name} = {text}"
+        case InMetadata(names, values):
+            for name in names:
+                if (text := header.metadata.get(name, "")) in values:
+                    return values[text], "metadata", f"the metadata says {name} = {text}"
         case Marker(key, value):
             if key in header.tensors:
                 return value, "marker", f"the file holds the key {key}"
@@ -203,8 +253,25 @@ def _few_values(header: Header, key: str) -> list[float]:
         return []
     with Files() as files:
         data = bytes(info.read(files))
-    if info.dtype == "BF16":  # the upper half of a float32
-        data = b"".join(b"\0\0" + data[i : i + 2] for i in range(0, len(data), 2))
-    letter = {"F64": "d", "F32": "f", "BF16": "f", "F16": "e"}.get(info.dtype)
-    values = list(struct.unpack(f"<{info.numel}{letter}", data)) if letter else []
+    values: list[float] = []
+    if info.dtype in IN_A_BYTE:
+        values = [_in_a_byte(byte, *IN_A_BYTE[info.dtype]) for byte in data]
+    elif info.dtype in LETTERS:
+        letter, missing = LETTERS[info.dtype]
+        width = struct.calcsize(letter) - missing
+        wide = (bytes(missing) + data[i : i + width] for i in range(0, len(data), width))
+        values = list(struct.unpack(f"<{info.numel}{letter}", b"".join(wide)))
     return values if all(map(math.isfinite, values)) else []
+
+
+def _in_a_byte(byte: int, fraction_bits: int, bias: int, no_number: bytes) -> float:
+    """Returns the value of a float of 8 bits.
+
+    >>> [_in_a_byte(byte, *IN_A_BYTE["F8_E4M3"]) for byte in (0x01, 0x38, 0xFE, 0x7F)]
+    [0.001953125, 1.0, -448.0, nan]
+    """
+    exponent, fraction = divmod(byte & 0x7F, 1 << fraction_bits)
+    if exponent:
+        fraction += 1 << fraction_bits
+    value = math.ldexp(fraction, max(exponent, 1) - bias - fraction_bits)
+    return math.nan if byte in no_number else math.copysign(value, 0x7F - byte)

@@ -86,7 +86,7 @@ class Component:
     donors: Many[str] = ()
     layout: str = ""
     supply: str = field(default="", metadata=word("hint"))
-    fits: Mapping[str, str] = field(default_factory=dict)
+    brings: Mapping[str, Any] = field(default_factory=dict)
     aliases: Many[str] = ()
 
     def __post_init__(self) -> None:
@@ -113,12 +113,29 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Joint:
+    """Axes of one length, because one component reads what others give.
+
+    Keys are COMPONENT/KEY of converted tensors, with the number of the axis. Each length in
+    `reads` (the word `of`) is the sum of those in `gives` (`is`), times `times`, plus `plus`.
+    """
+
+    reads: Mapping[str, int] = field(metadata=word("of"))
+    gives: Mapping[str, int] = field(metadata=word("is"))
+    times: int = 1
+    plus: int = 0
+    tasks: Many[str] = ()
+    because: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Content:
     """The part of `arch.yaml` that is read of the architecture that a file has."""
 
     components: Mapping[str, Component]
     facts: Mapping[str, tuple[Witness, ...]] = field(default_factory=dict)
     index: Mapping[str, Entry | bool | int | float | str | None] = field(default_factory=dict)
+    joints: Mapping[str, Joint] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +197,12 @@ class Architecture:
     def index(self) -> Mapping[str, Any]:
         """Further entries of `model_index.json`, some of them an `Entry`."""
         return self.maps.content(self.name).index
+
+    @property
+    def joints(self) -> tuple[Joint, ...]:
+        """Where components are joined, for the task or for any."""
+        task, every = self.task and self.task.name, self.maps.content(self.name).joints.values()
+        return tuple(joint for joint in every if not joint.tasks or task in joint.tasks)
 
     @property
     def rooted(self) -> Component:
@@ -268,7 +291,8 @@ class KeyMaps(Folders):
             single = "unet"
             if isinstance(data, dict):
                 single = data.pop("single", single)
-                data["facts"] = self.extended(data.get("facts", {}))
+                for part in ("facts", "joints"):
+                    data[part] = self.extended(data.get(part, {}))
                 if isinstance(parts := data.get("components"), dict):
                     data["components"] = {part: self.extended(c) for part, c in parts.items()}
             content = self.typed(Content, file, data)

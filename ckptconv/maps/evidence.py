@@ -56,9 +56,9 @@ Condition = Has | Lacks | Rank | Indices
 
 @dataclass(frozen=True, slots=True)
 class InMetadata:
-    """An entry of the header's metadata; `values` has the answers to its texts."""
+    """Entries of the header's metadata; `values` has the answers to their texts."""
 
-    name: str = field(metadata=word("metadata"))
+    names: Many[str] = field(metadata=word("metadata"))
     values: Mapping[str, Any]
 
 

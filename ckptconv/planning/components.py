@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..detection.detect import Detection
 from ..maps.architecture import Architecture, Component, Source
 from ..maps.keymap import KeyMap, MapFile, Match, Rule
 from ..maps.ops import DROP, RENAME
@@ -30,10 +31,12 @@ class Donor:
     Attributes:
         headers: of its weight files.
         config: its own config.json, if it is a folder in the diffusers layout.
+        detection: what the file is, if it is one.
     """
 
     headers: tuple[Header, ...]
     config: Path | None = None
+    detection: Detection | None = None
 
 
 @dataclass(frozen=True, slots=True)

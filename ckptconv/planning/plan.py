@@ -23,6 +23,7 @@ from ..reading.source import open_header
 from ..reading.tensor import Header, Tensor
 from .adapters import Adapter, with_adapters
 from .components import Donor, best_match, donor_match
+from .joints import misfits
 from .scaled import read_scales, scaled
 from .step import Step, Target, dropped, targets_of
 
@@ -46,7 +47,8 @@ class Plan:
         detection: of the checkpoint.
         steps: in the order of the source files.
         unclaimed: keys that no map knows; they are kept aside.
-        problems: keys that are missing, or of a wrong shape.
+        problems: keys that are missing, or of a wrong shape; if there are none, components that do
+            not fit together.
         absent: model components that neither the file nor a donor has.
         incomplete: by component that is absent for that reason, what the file lacks of it.
         donors: by component, what comes from elsewhere.
@@ -91,6 +93,11 @@ class Plan:
     def _targets(self) -> Mapping[str, Mapping[str, Target]]:
         return targets_of(self.steps)
 
+    @functools.cached_property
+    def misfits(self) -> tuple[str, ...]:
+        """Where two components do not fit together."""
+        return misfits(self.detection.require()[0].joints, self._targets)
+
     def cast(self, dtype: str) -> Plan:
         """Returns the plan with every float tensor cast to `fp16`, `bf16` or `fp32`."""
         return replace(self, steps=tuple(_cast(step, dtype) for step in self.steps))
@@ -105,6 +112,13 @@ class Plan:
             Incomplete: it does not; every key is named.
         """
         path = self.detection.header.path
+        if self.problems and self.problems == self.misfits:
+            raise Incomplete(
+                f"{path}: its components do not fit together",
+                problems=self.problems,
+                hint="take all of them from the same model: another file can supply a component, "
+                f"as {option('vae', 'FILE')} does",
+            )
         found = [line for lines in self.incomplete.values() for line in lines] if strict else []
         if problems := [*self.problems, *found]:
             title = self.detection.require()[0].title
@@ -203,7 +217,7 @@ def build_plan(
     adapters = tuple(Adapter(open_header(file.path), file.scale) for file in options.lora)
     left_out = [c.name for c in architecture.models if c.name not in wanted]
     changed, passed_over = with_adapters(architecture, cast, adapters, left_out)
-    return Plan(
+    plan = Plan(
         detection,
         changed,
         tuple(unclaimed),
@@ -214,6 +228,7 @@ def build_plan(
         adapters,
         (*notes, *passed_over),
     )
+    return plan if problems else replace(plan, problems=plan.misfits)
 
 
 def _check_names(

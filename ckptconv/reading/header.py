@@ -7,9 +7,8 @@ entry `__metadata__` maps str to str. Source: https://github.com/huggingface/saf
 ("Format") and `safetensors/src/tensor.rs` (`read_metadata`, `validate`).
 
 Whatever the safetensors library 0.8 refuses is refused here, and also: a repeated name of a tensor
-or key of the metadata, a field that the format does not define, an entry that is a list,
-`__metadata__` that is null, white space before the first brace, and sizes of 2**63 and more in a
-tensor without elements.
+or key of the metadata, a field that the format does not define, an entry that is a list, white
+space before the first brace, and sizes of 2**63 and more in a tensor without elements.
 """
 
 from __future__ import annotations
@@ -194,6 +193,8 @@ def _check_metadata(value: object, problems: list[str]) -> dict[str, str]:
     """Returns the metadata, and adds what is wrong with it to `problems`."""
     if isinstance(value, Repeated):
         problems += [f"{_METADATA} repeats the key {show(key)}" for key in value.keys]
+        return {}
+    if value is None:  # for the library, null is none at all
         return {}
     if not isinstance(value, dict):
         problems.append(f"{_METADATA} is {show(value)}, not an object")

@@ -119,7 +119,12 @@ def _of_folder(model: ModelFolder, options: Options) -> _Expected:
         *(f"the folder has no {name}" for name in plan.absent),
     ]
     extent = f"{architecture.title}, {task.name}"
-    return _configured(plan, None, [Check.of("model", "architecture", findings, extent)])
+    expected = _configured(plan, None, [Check.of("model", "architecture", findings, extent)])
+    configs = dict(expected.configs)
+    for name in configs.keys() & (model.record.donors.keys() if model.record else ()):
+        unsure = dict.fromkeys(configs[name].component.brings, "assumed")
+        configs[name] = replace(configs[name], origins={**configs[name].origins, **unsure})
+    return replace(expected, configs=configs)
 
 
 def _configured(

@@ -13,7 +13,7 @@ import ckptconv
 from ckptconv.errors import FileRefused, Incomplete
 from ckptconv.files import read_json
 from tests.conftest import Folder, Sample
-from tests.support.checkpoints import raw, rewritten
+from tests.support.checkpoints import raw, rewritten, save
 from tests.support.reference import text
 
 VAE = "first_stage_model."
@@ -72,13 +72,62 @@ def test_a_donor_gives_the_component(
 def test_a_donor_wins_over_the_component_in_the_file(
     small: Path, sample: Sample, folder: Folder, tmp_path: Path
 ) -> None:
-    ckptconv.convert(small, tmp_path / "out", vae=sample("sdxl"))
+    report = ckptconv.convert(small, tmp_path / "out", vae=sample("sdxl"))
+    assert report.warnings == (OTHER_LATENTS,)
     out = tmp_path / "out"
     written = raw(out / "vae" / "diffusion_pytorch_model.safetensors")
     assert written == raw(folder("sdxl") / "vae" / "diffusion_pytorch_model.safetensors")
     dropped = read_json(out / "ckptconv" / "source.json")["dropped"]
     assert {r for k, r in dropped.items() if k.startswith(VAE)} == {"replaced"}
     assert not any(k.startswith(VAE) for k in raw(out / "ckptconv" / "dropped.safetensors"))
+
+
+OTHER_LATENTS = (
+    "vae comes from another model: its scaling_factor is 0.13025, where Stable Diffusion 1.x has "
+    "0.18215, so this UNet may not understand its latents"
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "choices", "metadata", "factor"),
+    [
+        ("checkpoint", {}, {}, 0.13025),
+        ("folder", {}, {}, 0.13025),
+        ("lone file", {}, {"modelspec.architecture": "stable-diffusion-xl-v1-base/vae"}, 0.13025),
+        ("lone file", {"family": "sdxl"}, {}, 0.13025),
+        ("lone file", {}, {}, 0.18215),
+        ("lone file", {}, {"modelspec.architecture": "stable-diffusion-v1/vae"}, 0.18215),
+    ],
+)
+def test_a_vae_brings_its_scaling_factor(
+    kind: str,
+    choices: dict[str, Any],
+    metadata: dict[str, str],
+    factor: float,
+    small: Path,
+    sample: Sample,
+    folder: Folder,
+    tmp_path: Path,
+) -> None:
+    donor = {"checkpoint": sample("sdxl"), "folder": folder("sdxl")}.get(kind)
+    if donor is None:
+        vae = {k: v for k, v in raw(sample("sdxl")).items() if k.startswith(VAE)}
+        donor = save(vae, tmp_path / "vae.safetensors", metadata)
+    out = tmp_path / "out"
+    report = ckptconv.convert(small, out, vae=donor, configs_only=True, **choices)
+    assert report.warnings == ((OTHER_LATENTS,) if factor == 0.13025 else ())
+    assert read_json(out / "vae" / "config.json")["scaling_factor"] == factor
+
+
+@pytest.mark.slow
+def test_a_scaling_factor_that_a_vae_brought_is_not_held_against_the_folder(
+    small: Path, sample: Sample, tmp_path: Path
+) -> None:
+    ckptconv.convert(small, tmp_path / "out", vae=sample("sdxl"))
+    with_donor = ckptconv.verify(small, tmp_path / "out", vae=sample("sdxl"))
+    for found in (with_donor, ckptconv.verify(None, tmp_path / "out")):
+        (check,) = (c for c in found.checks if (c.component, c.kind) == ("vae", "config"))
+        assert not check.problems, check
 
 
 def test_donors_give_both_text_encoders(sample: Sample, folder: Folder, tmp_path: Path) -> None:
@@ -141,5 +190,5 @@ def test_a_text_encoder_of_another_width_is_no_donor(sample: Sample, tmp_path: P
     with pytest.raises(FileRefused, match="do not fit together") as caught:
         ckptconv.convert(sample("sd2"), tmp_path / "o", text_encoder=tmp_path / "wide.safetensors")
     (problem,) = caught.value.problems
-    assert problem.startswith("unet: down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k")
+    assert problem.startswith("unet/down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k")
     assert "text_encoder/text_model.final_layer_norm.weight" in problem

@@ -267,6 +267,24 @@ def test_every_pattern_of_the_foreign_files_is_reached(entry: ForeignFormat) -> 
         assert refusal(made({key: (4, 4)})).startswith(f"made.safetensors: this is {entry.what}\n")
 
 
+@pytest.mark.parametrize(
+    ("base", "channels", "key", "what"),
+    [
+        ("sd1", 8, "cc_projection.weight", "zero123, which turns an object in an image"),
+        ("sd1", 9, "learnable_vector", "Paint by Example"),
+        ("sd1", 4, f"{UNET}input_blocks.1.1.transformer_blocks.0.fuser.linear.weight", "GLIGEN"),
+        ("sd2", 4, f"{UNET}camera_embed.0.weight", "MVDream or ImageDream"),
+    ],
+)
+def test_a_model_of_another_kind_is_not_called_by_the_name_of_its_unet(
+    base: str, channels: int, key: str, what: str
+) -> None:
+    tensors = shapes(published(BASES[base])) | {CONV_IN: (320, channels, 3, 3), key: (4, 4)}
+    message = refusal(made(tensors))
+    assert message.startswith(f"made.safetensors: this is {what}")
+    assert f"it holds the key {key!r}" in message
+
+
 def test_every_foreign_kind_has_a_sentence_of_its_own() -> None:
     assert len({entry.what for entry in FOREIGN}) == len(FOREIGN)
 

@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ckptconv import inspect
 from ckptconv.detection.detect import option_fact
 from ckptconv.detection.facts import FEW, Fact, find_fact, values_of
+from ckptconv.dtypes import numpy_dtype
 from ckptconv.errors import MapError, UsageError
 from ckptconv.maps.architecture import KeyMaps, bundled
 from ckptconv.maps.evidence import Marker, Witness
@@ -30,6 +32,7 @@ from tests.support.markers import floats
 SPREAD = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 PREFIXED = f"model.diffusion_model.{SPREAD}"
 LETTERS = {"F64": "d", "F32": "f", "F16": "e", "I64": "q"}
+F8 = ["F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]
 
 Values = Mapping[str, Sequence[float]]
 
@@ -37,6 +40,8 @@ Values = Mapping[str, Sequence[float]]
 def encoded(values: Sequence[float], dtype: str) -> bytes:
     if dtype == "BF16":  # the upper half of a float32
         return b"".join(struct.pack("<f", v)[2:] for v in values)
+    if dtype in F8:
+        return bytes(np.array(values, dtype=numpy_dtype(dtype)).tobytes())
     return struct.pack(f"<{len(values)}{LETTERS[dtype]}", *values)
 
 
@@ -71,7 +76,6 @@ SHARED: list[Rung] = [
     ({}, {"edm_vpred.sigma_max": [120.0]}, PLAIN, "v_prediction", "marker", "edm_vpred.sigma_max"),
     ({}, {"edm_mean": [0.0] * 4}, PLAIN, "epsilon", "marker", "the file holds the key edm_mean"),
     ({"modelspec.prediction_type": "epsilon"}, {}, PLAIN, "epsilon", "metadata", "modelspec.predi"),
-    ({"modelspec.predict_key": "v"}, {}, PLAIN, "v_prediction", "metadata", "modelspec.predict_k"),
     ({"ss_zero_terminal_snr": "True"}, {}, PLAIN, "v_prediction", "metadata", "ss_zero_terminal"),
     ({}, {"v_pred": []}, PLAIN, "v_prediction", "marker", "the file holds the key v_pred"),
     ({}, {"ztsnr": []}, PLAIN, "v_prediction", "marker", "the file holds the key ztsnr"),
@@ -80,7 +84,6 @@ SHARED: list[Rung] = [
 ]
 SD2: list[Rung] = [
     ({"modelspec.prediction_type": "v"}, {}, PLAIN, "v_prediction", "metadata", "prediction_type"),
-    ({"modelspec.predict_key": "epsilon"}, {}, PLAIN, "epsilon", "metadata", "predict_key"),
     (
         {"modelspec.architecture": "stable-diffusion-v2-768-v"},
         {},
@@ -149,10 +152,19 @@ def test_the_ladders_above_have_a_rung_for_every_witness(
     assert len(bundled().architectures[architecture].facts[fact]) == len(rungs)
 
 
-@pytest.mark.parametrize("text", ["epsilon", "v", "v_prediction"])
-def test_prediction_types_of_the_metadata(text: str) -> None:
-    header = made({}, {"modelspec.prediction_type": text})
-    value = "epsilon" if text == "epsilon" else "v_prediction"
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        *(("prediction_type", text, "epsilon") for text in ("epsilon", "eps")),
+        *(("prediction_type", t, "v_prediction") for t in ("v", "v_prediction", "v-prediction")),
+        ("predict_key", "epsilon", "epsilon"),
+        ("predict_key", "v", "v_prediction"),
+        ("ss_v_parameterization", "True", "v_prediction"),
+        ("ss_v_parameterization", "False", "epsilon"),
+    ],
+)
+def test_prediction_types_of_the_metadata(name: str, text: str, value: str) -> None:
+    header = made({}, {name if name.startswith("ss_") else f"modelspec.{name}": text})
     for architecture in bundled().architectures.values():
         if not architecture.single:
             assert ask(architecture.name, "prediction_type", header).value == value
@@ -215,6 +227,25 @@ def test_values_that_say_nothing_are_no_answer(
 ) -> None:
     header = saved(tmp_path / "f.safetensors", {PREFIXED: values}, dtype=dtype)
     assert ask("sd2", "prediction_type", header).source == "assumed"
+
+
+@pytest.mark.parametrize("dtype", F8)
+def test_an_fp8_base_is_no_768_v(tmp_path: Path, dtype: str) -> None:
+    for deviation, value in ((0.0625, "epsilon"), (0.125, "v_prediction")):
+        header = saved(tmp_path / "f.safetensors", {PREFIXED: spread_by(deviation)}, dtype=dtype)
+        found = ask("sd2", "prediction_type", header)
+        assert (found.value, found.source) == (value, "values")
+
+
+@pytest.mark.parametrize("dtype", F8)
+def test_every_byte_of_an_fp8_tensor_is_read_as_numpy_reads_it(tmp_path: Path, dtype: str) -> None:
+    for byte in range(256):
+        (want,) = np.array([byte], dtype=np.uint8).view(numpy_dtype(dtype)).astype(float)
+        beginning, _ = encode_header([("a", dtype, (1,))], {})
+        (tmp_path / "f.safetensors").write_bytes(beginning + bytes([byte]))
+        assert values_of(read_header(tmp_path / "f.safetensors"), "a") == (
+            [want] if math.isfinite(want) else []
+        )
 
 
 def test_large_values_do_not_overflow(tmp_path: Path) -> None:

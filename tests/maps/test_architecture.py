@@ -163,7 +163,8 @@ def test_a_folder_of_ones_own_adds_and_replaces(tmp_path: Path) -> None:
             "components.tokenizer: 'library' is missing",
         ),
         (("facts: {extends: shared/facts}", "facts: 3"), "facts: found 3, needed a mapping\n"),
-        (("fits: {", "fitss: {"), "components.unet: unknown word 'fitss'; did you mean 'fits'?\n"),
+        (("    is: {", "    iss: {"), "joints.text: unknown word 'iss'; did you mean 'is'?\n"),
+        (("attn2.to_k.weight: 1,", "attn2.to_k.weight: x,"), "to_k.weight: found 'x', needed a wh"),
         (("{extends: shared/configs/pndm}", "{facts: {task: 1}}"), ""),
         (
             ("sample_size: 64", "sample_size: !dimm [x, 1]"),
@@ -202,7 +203,7 @@ def test_all_faults_of_all_files_are_reported_at_once(tmp_path: Path) -> None:
         tmp_path,
         ("title: ", "tilte: "),
         ("  - {lacks: label_emb.weight}\n", "  - {laks: label_emb.weight}\n"),
-        ("fits: {", "fitss: {"),
+        ("    is: {", "    iss: {"),
         ("map: shared/maps/clip}", "map: shared/maps/clip, unles: x}"),
         ("sample_size: 64", "sample_size: !dimm [x, 1]"),
     )
@@ -218,7 +219,7 @@ def test_all_faults_of_all_files_are_reported_at_once(tmp_path: Path) -> None:
         f"{sd1}: unknown word 'tilte'; did you mean 'title'?",
         f"{sd1}: 'title' is missing",
         f"{sd1}: detect[5]: unknown word 'laks'; did you mean 'lacks'?",
-        f"{sd1}: components.unet: unknown word 'fitss'; did you mean 'fits'?",
+        f"{sd1}: joints.text: unknown word 'iss'; did you mean 'is'?",
         f"{sd1}: components.unet.config[0].sample_size: unknown hole '!dimm'; did you mean '!dim'?",
         f"{new}: unknown word 'kind'",
         f"{new}: facts: found 3, needed a mapping",
@@ -244,9 +245,9 @@ def test_a_fault_is_that_of_the_file_it_stands_in(tmp_path: Path) -> None:
 
 
 def test_what_another_architecture_is_made_of_is_read_only_if_asked_for(tmp_path: Path) -> None:
-    maps = own(tmp_path, ("fits: {", "fitss: {"))
+    maps = own(tmp_path, ("    is: {", "    iss: {"))
     assert detect(published("sdxl-base-fp16"), maps=maps).require()[0].name == "sdxl"
-    with pytest.raises(MapError, match="fitss"):
+    with pytest.raises(MapError, match="iss"):
         detect(published("sd15-emaonly-fp32"), maps=maps)
 
 

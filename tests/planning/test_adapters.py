@@ -304,7 +304,7 @@ def test_what_has_no_place_in_the_checkpoint_is_named(small: Path, tmp_path: Pat
     again = ATTENTION.replace("input_blocks_1_1", "down_blocks_0_attentions_0")
     for leaf in ("lora_down.weight", "lora_up.weight", "alpha"):
         tensors[f"{again}2_to_q.{leaf}"] = tensors[f"{ATTENTION}2_to_q.{leaf}"].clone()
-    tensors[f"{ATTENTION}2_to_k.lora_A.weight"] = torch.zeros(3, 8)
+    tensors[f"{ATTENTION}2_to_k.lora_A.weight"] = torch.zeros(3, 64)
     tensors[f"{ATTENTION}2_to_v.dora_scale"] = torch.zeros(())
     tensors["emb_params"] = torch.zeros(1, 768)
     file = adapter.save(tmp_path / "style.safetensors")

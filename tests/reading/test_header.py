@@ -63,6 +63,17 @@ def test_a_repeated_tensor_is_refused_where_the_library_takes_the_last(scratch: 
     assert "'bad' occurs more than once" in refusal(scratch)
 
 
+def test_metadata_that_are_null_are_none(scratch: Path) -> None:
+    content = pack(
+        {"__metadata__": None, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
+        bytes(4),
+    )
+    assert not library_refuses(content)
+    scratch.write_bytes(content)
+    header = read_header(scratch)
+    assert (header.metadata, list(header.tensors)) == ({}, ["a"])
+
+
 def test_paths_that_are_not_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "No such file" in refusal(tmp_path / "missing.safetensors")
     assert "this is a folder" in refusal(tmp_path)

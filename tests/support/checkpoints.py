@@ -30,7 +30,10 @@ def midget(path: Path, *, ema: bool = False) -> Path:
         if key.startswith("cond_stage_model."):
             return tuple(64 if n == 49408 else n for n in shape)
         if key.startswith(("model", "first_stage_model.")):
-            return tuple(n // 8 if n >= 32 else n for n in shape)
+            narrow = [n // 8 if n >= 32 else n for n in shape]
+            if key.replace(".", "").endswith(("attn2to_kweight", "attn2to_vweight")):
+                narrow[1] = shape[1]  # it reads the text encoder's, which stays as it is
+            return tuple(narrow)
         return shape
 
     architecture = bundled().architectures["sd1"]
