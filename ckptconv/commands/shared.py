@@ -49,7 +49,7 @@ def _names(_ctx: click.Context, _option: click.Parameter, value: str | None) -> 
 
 _KINDS: dict[str, dict[str, Any]] = {
     "dtype": {"type": click.Choice(list(CASTS), case_sensitive=False)},
-    "ema": {"is_flag": True},
+    **{name: {"is_flag": True} for name in ("ema", "ignore_zeros")},
     "only": {"callback": _names, "metavar": "NAMES"},
     "lora": {"multiple": True, "metavar": "FILE[:SCALE]"},
     "zero_terminal_snr": {"default": None},
