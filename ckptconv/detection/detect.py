@@ -122,11 +122,15 @@ class Detection:
 
 @dataclass(frozen=True, slots=True)
 class ForeignFormat:
-    """One entry of `foreign.yaml`: what a file is that has a key of these patterns, and a hint."""
+    """One entry of `foreign.yaml`: what a file is that has a key of these patterns, and a hint.
+
+    An entry that `decides` is right even if the file matches an architecture.
+    """
 
     keys: tuple[str, ...] = field(metadata=word("has"))
     what: str
     hint: str
+    decides: bool = False
 
 
 def inspect(path: str | Path, *, maps: KeyMaps | None = None) -> Detection:
@@ -172,8 +176,10 @@ def detect(
             ],
             hint="their conditions in arch.yaml overlap: add one that only one of them meets",
         )
-    if not matching:
+    refusal = _foreign(given, maps, deciding=True)
+    if not (refusal or matching):
         refusal = _refusal(header, given, verdicts, maps)
+    if refusal:
         return Detection(given, verdicts, refusal=refusal, notes=given.notes)
     architecture, task = maps.architectures[matching[0].architecture], matching[0].task
     assert task is not None  # noqa: S101  (without one, a line fails)
@@ -336,13 +342,8 @@ def _refusal(
     nearest = min(whole, key=lambda verdict: len(verdict.failing))
     ends = [(v.prefix + UNET_ROOT, v.prefix + CONV_OUT) for v in whole]
     if not any(first in header.tensors and last in header.tensors for first, last in ends):
-        for entry in maps.typed(tuple[ForeignFormat, ...], "foreign"):
-            if key := first_match(given.tensors, entry.keys):
-                return NotACheckpoint(
-                    f"{header.path}: this is {entry.what}",
-                    problems=[f"it holds the key {key!r}"],
-                    hint=entry.hint,
-                )
+        if foreign := _foreign(given, maps):
+            return foreign
         some = ", ".join(list(given.tensors)[:3])
         return NotACheckpoint(
             f"{header.path}: this is not a Stable Diffusion checkpoint: no key is one of theirs",
@@ -354,6 +355,22 @@ def _refusal(
         problems=[line.text for line in nearest.failing],
         hint="`ckptconv inspect --verdicts FILE` shows what every architecture says of the file",
     )
+
+
+def _foreign(given: Header, maps: KeyMaps, *, deciding: bool = False) -> NotACheckpoint | None:
+    """Says what a file of another kind is; `deciding` asks only the entries that decide."""
+    known = maps.typed(tuple[ForeignFormat, ...], "foreign")
+    entries = [entry for entry in known if entry.decides or not deciding]
+    if not first_match(given.tensors, [key for entry in entries for key in entry.keys]):
+        return None  # as for every checkpoint: one pass over the keys tells
+    for entry in entries:
+        if key := first_match(given.tensors, entry.keys):
+            return NotACheckpoint(
+                f"{given.path}: this is {entry.what}",
+                problems=[f"it holds the key {key!r}"],
+                hint=entry.hint,
+            )
+    return None
 
 
 def _disagreements(header: Header, architecture: Architecture, maps: KeyMaps) -> Iterator[str]:
