@@ -1,13 +1,15 @@
 """Checks where files and folders may be written, and puts them in place whole or not at all.
 
-Everything is built beside its destination under a hidden name and renamed at the end. An exception
-removes it again; a run that is killed leaves nothing but hidden names.
+Everything is built beside its destination under a hidden name and renamed at the end. Missing
+parent folders are made. An exception removes it all again; a run that is killed leaves nothing but
+hidden names, and parents that it made.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +21,9 @@ Kind = tuple[str, Callable[[Path], bool]]
 """What may be replaced: its name in messages, and a test of whether a path is that."""
 
 FILE: Kind = ("a regular file", Path.is_file)
+
+INDEX_SUFFIX = ".safetensors.index.json"
+"""How the name of the index of a sharded checkpoint ends."""
 
 NAME = 50
 """Characters of the destination's name that a hidden name keeps, so as not to become too long."""
@@ -42,13 +47,14 @@ def check_destination(
         inputs: files that are read; neither they nor a folder that holds one may be changed.
 
     Raises:
-        OutputError: its folder is missing, it exists and may not be replaced, or its name is one
-            that no file can have.
+        OutputError: it exists and may not be replaced, what should be its folder is a file, or its
+            name is one that no file can have.
     """
     stays = f"so {option('overwrite', True)} does not remove it"
     try:
-        if not path.parent.is_dir():
-            raise OutputError(f"{path.parent}: no such folder", hint="make it first, with mkdir -p")
+        above = path.parent if append else next(filter(_exists, path.parents), path)
+        if not above.is_dir():
+            raise OutputError(f"{above}: is not a folder", hint="choose another place")
         if not _exists(path):
             return
         if append:
@@ -101,7 +107,7 @@ def new_file(path: Path) -> Iterator[Path]:
     OutputError if the system cannot write it, or another program made `path` meanwhile.
     """
     hidden = _hidden(path, "partial")
-    with writing(path):
+    with writing(path), _parents(path):
         was_there = _exists(path)
         try:
             yield hidden
@@ -122,8 +128,22 @@ def new_file(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields an empty hidden folder to fill, and renames it to `path` at the end, as `new_file`."""
     with new_file(path) as hidden:
-        hidden.mkdir()
+        hidden.mkdir(parents=True)  # a run that failed beside this one may have removed its parent
         yield hidden
+
+
+@contextlib.contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """Makes the missing folders above a path; after an exception, removes those that are empty."""
+    missing = list(itertools.takewhile(lambda folder: not folder.exists(), path.parents))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
+        raise
 
 
 def _swap(new: Path, path: Path) -> None:
@@ -139,6 +159,16 @@ def _swap(new: Path, path: Path) -> None:
     finally:
         if _exists(path):
             shutil.rmtree(old, ignore_errors=True)
+
+
+def without_suffix(place: str) -> str:
+    """Returns the path or URL of a checkpoint without its suffix: where its folder goes by default.
+
+    >>> without_suffix("models/v1.5.ckpt"), without_suffix("s3://b/x.safetensors.index.json")
+    ('models/v1.5', 's3://b/x')
+    """
+    index = place.endswith(INDEX_SUFFIX)
+    return place.removesuffix(INDEX_SUFFIX if index else Path(place).suffix)
 
 
 def _hidden(path: Path, end: str) -> Path:

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .destination import check_destination, new_file
-from .dtypes import BITS, FLOATS
-from .dtypes import CASTS as DTYPES
+from .dtypes import BITS, CASTS, FLOATS, cast_name
 from .errors import UsageError
 from .maps.architecture import Architecture
 from .reading.header import encode_header
@@ -70,8 +69,7 @@ def layout_of(
     Raises:
         UsageError: the architecture does not have this task, or the dtype is unknown.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is unknown", hint=f"it is one of {', '.join(DTYPES)}")
+    cast = CASTS[cast_name(dtype)] if dtype else None
     channels = {t.name: t.channels for t in architecture.tasks if architecture.shows(t)}
     roots = {prefix + architecture.root for prefix in architecture.prefixes}
     if task is not None and task not in channels:
@@ -83,8 +81,8 @@ def layout_of(
     for key, info in architecture.layout(task or "").tensors.items():
         shape, kind = info.shape, info.dtype
         prefix = next((p for p in spec.divide if key.startswith(p)), None)
-        if prefix is not None and dtype and kind in FLOATS:
-            kind = DTYPES[dtype]
+        if prefix is not None and cast and kind in FLOATS:
+            kind = cast
         if not full:
             if _is_beyond(key, spec.repeats):
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -82,13 +83,14 @@ def test_an_input_is_never_replaced_whatever_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gone/x", "{place}/gone: no such folder"),
+        ("taken/x", "{place}/taken: is not a folder"),
         ("x" * 300, "{path}: cannot be looked at: File name too long"),
         ("null\0", "{path}: cannot be looked at: "),
     ],
 )
 def test_a_place_where_nothing_can_be_is_refused(name: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / name
+    (tmp_path / "taken").touch()
     checks: tuple[Callable[[], None], ...] = (
         lambda: check_destination(path, overwrite=True),
         lambda: check_destination(path, append=True),
@@ -230,8 +232,24 @@ def test_what_another_program_made_meanwhile_stays(tmp_path: Path) -> None:
         path.unlink()
 
 
-def test_a_place_that_vanished_is_said(tmp_path: Path) -> None:
-    for new in (new_file, new_folder):
-        with pytest.raises(OutputError, match="cannot be written: No such file or directory"):  # noqa: SIM117
-            with new(tmp_path / "gone" / "x") as hidden:
-                hidden.write_text("lost")
+@pytest.mark.parametrize("new", [new_file, new_folder])
+def test_missing_parents_are_made_and_removed_after_a_failure(
+    new: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path
+) -> None:
+    path = tmp_path / "a" / "b" / "x"
+    check_destination(path)
+    with pytest.raises(KeyboardInterrupt), new(path):
+        raise KeyboardInterrupt
+    assert _names(tmp_path) == []
+    with pytest.raises(KeyboardInterrupt), new(path):  # noqa: PT012
+        (tmp_path / "a" / "theirs").touch()
+        raise KeyboardInterrupt
+    assert _names(tmp_path / "a") == ["theirs"]
+    with new(path) as hidden:
+        hidden.touch()
+    assert _names(path.parent) == ["x"]
+
+
+def test_a_parent_that_is_needed_to_append_to_a_file(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="gone: is not a folder"):
+        check_destination(tmp_path / "gone" / "x", append=True)

@@ -11,10 +11,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from ..destination import without_suffix
 from ..errors import CkptconvError, UsageError
 from ..folder.names import CONFIG_FILES, INDEX
 from ..planning.step import ASIDE
-from .storage import INDEX_SUFFIX, Staged, check_urls, is_url, listed, size_of
+from .storage import Staged, check_urls, is_url, listed, size_of
 from .work import Outcome, Pair, Work, attempt
 
 Progress = Callable[[int, int, int], None]
@@ -97,12 +98,16 @@ def are_several(files: Sequence[str], out: str = "") -> bool:
 
 
 def paired(files: Sequence[str], out: str) -> list[Pair]:
-    """Gives each file the folder in `out` that has its name, without the suffix.
+    """Gives each file a folder of its name without the suffix: in `out`, or without it beside it.
 
     Raises:
-        UsageError: two files would get the same folder.
+        UsageError: two files would get the same folder, or a URL has no `out`.
     """
-    pairs = [Pair(file, f"{out.rstrip('/')}/{_stem(file)}") for file in files]
+    if not out and (remote := [file for file in files if is_url(file)]):
+        raise UsageError(f"{', '.join(remote)}: OUT is missing", hint="say where the folder goes")
+    within = f"{out.rstrip('/')}/" if out else ""
+    names = [without_suffix(PurePosixPath(file).name if out else file) for file in files]
+    pairs = [Pair(file, within + name) for file, name in zip(files, names, strict=True)]
     counts = Counter(pair.out for pair in pairs)
     if twice := [f"{p.source}: {p.out}" for p in pairs if counts[p.out] > 1]:
         raise UsageError(
@@ -131,11 +136,6 @@ def _is_model(folder: Path) -> bool:
     """Whether a folder is what a conversion makes, or a part of it."""
     names = (INDEX, ASIDE, *CONFIG_FILES.values())
     return any((folder / name).exists() for name in names)
-
-
-def _stem(file: str) -> str:
-    name = PurePosixPath(file).name
-    return name.removesuffix(INDEX_SUFFIX) if name.endswith(INDEX_SUFFIX) else Path(name).stem
 
 
 def _absolute(place: str) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..destination import INDEX_SUFFIX
 from ..errors import CkptconvError, FileRefused, OutputError, UsageError, option
 from ..files import read_json
 from ..folder.names import INDEX, RECORD
@@ -22,7 +23,6 @@ from .work import Conversion, Moved, Pair, Work
 
 CHECK = "check the address and your rights there"
 EXTRA = "pip install 'ckptconv[fleet]'"
-INDEX_SUFFIX = ".safetensors.index.json"
 MARK = f"{ASIDE}/uploading"
 """A file in a folder that is being uploaded; it names the run."""
 

@@ -5,12 +5,10 @@ Work is a value, so it can be sent to another process or another machine.
 
 from __future__ import annotations
 
-import contextlib
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..conversion.convert import convert
@@ -96,32 +94,29 @@ class Conversion:
     options: Options = field(default_factory=Options)
     packaging: Packaging = field(default_factory=Packaging)
     overwrite: bool = False
-    ignore_unclaimed: bool = False
+    strict: bool = False
     verified: bool = False
 
     def convert(self, source: str, out: str, moved: Moved) -> Report:
-        """Converts one file."""
+        """Converts one file; into a folder beside it if `out` is empty."""
         return convert(
             source,
-            out,
+            out or None,
             variant=self.packaging.variant,
             max_shard_size=self.packaging.max_shard_size,
             configs_only=not self.packaging.weights,
             overwrite=self.overwrite,
-            ignore_unclaimed=self.ignore_unclaimed,
+            strict=self.strict,
             progress=moved,
             **self.options.as_words(),
         )
 
     def verify(self, report: Report, source: str, moved: Moved) -> Verification:
         """Verifies what was just converted."""
-        ignore = self.ignore_unclaimed
-        return verify_report(report, source, self.options, ignore_unclaimed=ignore, progress=moved)
+        return verify_report(report, source, self.options, strict=self.strict, progress=moved)
 
     def __call__(self, pair: Pair, moved: Moved, /) -> tuple[dict[str, Any], str]:
-        """Converts one of several files, and makes the folder that holds their folders."""
-        with contextlib.suppress(OSError):  # `convert` says what is wrong with the place
-            Path(pair.out).parent.mkdir(exist_ok=True)
+        """Converts one of several files."""
         if not self.verified:
             return self.convert(pair.source, pair.out, moved).as_data(), ""
         report = self.convert(pair.source, pair.out, lambda done, total: moved(done, 2 * total))
@@ -135,7 +130,7 @@ class Proof:
 
     options: Options = field(default_factory=Options)
     finite: bool = False
-    ignore_unclaimed: bool = False
+    strict: bool = False
 
     def verify(self, source: str | None, out: str, moved: Moved) -> Verification:
         """Verifies one folder, alone if there is no source."""
@@ -143,7 +138,7 @@ class Proof:
             source,
             out,
             finite=self.finite,
-            ignore_unclaimed=self.ignore_unclaimed,
+            strict=self.strict,
             progress=moved,
             **self.options.as_words(),
         )

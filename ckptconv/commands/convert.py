@@ -8,8 +8,12 @@ from typing import Any
 import click
 
 from ..batch.work import Conversion, Outcome
+from ..configs.config import class_of
 from ..conversion.write import Packaging, Report
+from ..dtypes import CASTS, LIBRARY_NAMES
 from ..errors import UsageError, printable
+from ..folder.names import INDEX
+from ..inference.model import loading_dtype
 from ..reports.numbers import size
 from ..verification.result import Verification
 from .many import PLACE, Columns, finish, many_options, outcomes_of, what_it_is, why_not
@@ -26,14 +30,16 @@ COLUMNS: Columns = {
 
 
 @click.command("convert")
-@click.argument("places", nargs=-1, type=PLACE, metavar="FILE... OUT")
+@click.argument("places", nargs=-1, type=PLACE, metavar="FILE... [OUT]")
 @plan_options
 @click.option("--variant", default="", help="Add a word such as fp16 to the weight file names.")
 @click.option(
     "--max-shard-size", help="Split the weights into files of at most this size, such as 5GB."
 )
 @click.option("--configs-only", is_flag=True, help="Write no weights.")
-@click.option("--ignore-unclaimed", is_flag=True, help="Leave out keys that no key map knows.")
+@click.option(
+    "--strict", is_flag=True, help="Refuse keys that no map knows, and incomplete components."
+)
 @click.option("--verify", "verified", is_flag=True, help="Verify the folder after writing it.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing converted folder.")
 @many_options
@@ -44,7 +50,7 @@ def command(
     variant: str,
     max_shard_size: str | None,
     configs_only: bool,
-    ignore_unclaimed: bool,
+    strict: bool,
     verified: bool,
     overwrite: bool,
     as_json: bool,
@@ -52,20 +58,21 @@ def command(
 ) -> None:
     """Convert the checkpoint FILE into the diffusers folder OUT.
 
-    The weights stay as they are, bit for bit, unless --dtype is given. OUT appears when it is
-    complete, or not at all. With --verify, the exit code is 1 if the verification fails.
+    Without OUT, the folder goes next to the file: model.safetensors becomes model. The weights stay
+    as they are, bit for bit, unless --dtype is given. OUT appears when it is complete, or not at
+    all. With --verify, the exit code is 1 if the verification fails.
 
     If there are several files, or a quoted pattern of them, each becomes a folder in OUT with the
     name of the file; so does a single file if OUT ends in a slash. A file that fails does not stop
     the others and is reported at the end. FILE and OUT may be URLs, such as s3://BUCKET/FILE.
     """
-    *files, out = places or ("",)
+    *files, out = places if len(places) > 1 else (*places, "")
     if not files:
-        raise click.MissingParameter(param_hint="'OUT'" if out else "'FILE'", param_type="argument")
+        raise click.MissingParameter(param_hint="'FILE'", param_type="argument")
     if verified and configs_only:
         raise UsageError("--verify compares weights, and --configs-only writes none")
     packaging = Packaging.of(variant, max_shard_size, configs_only=configs_only)
-    work = Conversion(options_of(options), packaging, overwrite, ignore_unclaimed, verified)
+    work = Conversion(options_of(options), packaging, overwrite, strict, verified)
     if outcomes := outcomes_of("converting", work, files, out, options):
         if not as_json:
             _print_several(outcomes)
@@ -80,11 +87,11 @@ def command(
     if as_json:
         echo_json(report.as_data() | ({"verification": found.as_data()} if found else {}))
     else:
-        _print(report, found)
+        _print(report, found, packaging)
     exit_unless(not found or found.passed)
 
 
-def _print(report: Report, found: Verification | None) -> None:
+def _print(report: Report, found: Verification | None, packaging: Packaging) -> None:
     for warning in report.warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
     architecture, task = report.plan.detection.require()
@@ -95,7 +102,26 @@ def _print(report: Report, found: Verification | None) -> None:
     click.echo(f"{size(sum(report.files.values()))} in {report.seconds:.1f} s", err=True)
     if found:
         click.echo(as_text(found), err=True)
+    if packaging.weights and (call := loading_call(report, packaging.variant)):
+        click.echo(f"load it with {printable(call)}", err=True)
     click.echo(report.out)
+
+
+def loading_call(report: Report, variant: str = "") -> str:
+    """Returns the Python call that loads a converted folder in the dtype of its weights.
+
+    Empty for a part of a model. Without a dtype, diffusers loads all weights in fp32.
+    """
+    single = report.plan.detection.require()[0].single
+    if not single and INDEX not in report.files:
+        return ""
+    dtype = LIBRARY_NAMES[CASTS[loading_dtype(report.plan)]]
+    options = {"torch_dtype": f"torch.{dtype}"} if dtype != "float32" else {}
+    if variant:
+        options["variant"] = repr(variant)
+    arguments = ", ".join([repr(str(report.out)), *(f"{k}={v}" for k, v in options.items())])
+    cls = class_of(report.configs[single]) if single else "DiffusionPipeline"
+    return f"{cls}.from_pretrained({arguments})"
 
 
 def _print_several(outcomes: Sequence[Outcome]) -> None:

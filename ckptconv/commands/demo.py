@@ -9,7 +9,6 @@ import click
 
 from ..conversion.convert import convert
 from ..detection.detect import inspect
-from ..errors import OutputError
 from ..libraries import hide_progress_bars
 from ..planning.plan import build_plan
 from ..reports.report import inspection
@@ -31,12 +30,6 @@ def command(folder: Path, *, arch: str) -> None:
     Nothing is downloaded.
     """
     architecture, started = architecture_named(arch), time.monotonic()
-    try:
-        folder.mkdir(exist_ok=True, parents=True)
-    except OSError as error:
-        raise OutputError(
-            f"{folder}: no folder can be made: {error.strerror}", hint="choose another place"
-        ) from error
     sample = folder / f"{arch}.safetensors"
     write_sample(architecture, sample, layout_of(architecture, dtype="fp32"), overwrite=True)
     click.echo(f"sample:   {sample}")

@@ -8,9 +8,8 @@ from pathlib import Path
 import click
 
 from ..conversion.export import Exported, export
-from ..dtypes import CASTS
 from ..reports.numbers import size
-from .shared import FILE, echo_json, json_option, key_maps, progress
+from .shared import FILE, dtype_name, echo_json, json_option, key_maps, progress
 
 
 def _pairs(_ctx: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
@@ -26,7 +25,10 @@ def _pairs(_ctx: click.Context, _option: click.Parameter, given: tuple[str, ...]
 @click.argument("folder", type=FILE, metavar="DIR")
 @click.argument("out", type=FILE, metavar="FILE")
 @click.option(
-    "--dtype", type=click.Choice(list(CASTS)), help="Cast the weights; by default they stay as is."
+    "--dtype",
+    callback=dtype_name,
+    metavar="DTYPE",
+    help="Cast the weights to fp16, bf16 or fp32; by default they stay as they are.",
 )
 @click.option(
     "--metadata",

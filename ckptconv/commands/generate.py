@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ..errors import printable
+from ..errors import UsageError, printable
 from ..inference.adapt import add_loras, find_scheduler, read_loras, set_scheduler
 from ..inference.device import pick_device
 from ..inference.generation import (
@@ -24,6 +24,7 @@ from ..inference.generation import (
     generate,
     open_images,
     parse_pixels,
+    prompt_warnings,
     save_png,
 )
 from ..inference.model import open_model
@@ -41,7 +42,7 @@ DTYPE_ON_CPU = "fp32"
 @click.option("-o", "--out", type=FILE, required=True, help="The PNG to write.")
 @click.option("--negative", metavar="TEXT", help="What not to show.")
 @click.option("--steps", type=click.IntRange(min=1), default=30, show_default=True)
-@click.option("--guidance", type=float, help="How strongly the prompt guides.")
+@click.option("--guidance", "--cfg", type=float, help="How strongly the prompt guides.")
 @click.option(
     "--guidance-rescale",
     type=click.FloatRange(0, 1),
@@ -52,6 +53,8 @@ DTYPE_ON_CPU = "fp32"
     "--noise-level", type=click.IntRange(0, 999), help="Of the image to upscale or to vary."
 )
 @click.option("--size", metavar="WxH", help="In pixels, multiples of 8: 768x512, or 512.")
+@click.option("--width", metavar="W", help="With --height, the same as --size WxH.")
+@click.option("--height", metavar="H", help="With --width, the same as --size WxH.")
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), help="Of the noise; drawn and printed by default."
 )
@@ -62,7 +65,12 @@ DTYPE_ON_CPU = "fp32"
     show_default=True,
     help="Images to make, the seed one higher for each.",
 )
-@click.option("--scheduler", metavar="CLASS", help="Such as EulerAncestralDiscreteScheduler.")
+@click.option(
+    "--scheduler",
+    "--sampler",
+    metavar="NAME",
+    help="A sampler, such as 'DPM++ 2M Karras' or 'Euler a', or a class of diffusers.",
+)
 @click.option("--task", type=click.Choice(TASKS), help="What the weights are made for by default.")
 @click.option("--image", type=FILE, help="The image to change, to vary or to upscale.")
 @click.option("--mask", type=FILE, help="Where to change it: white is painted anew.")
@@ -79,7 +87,6 @@ DTYPE_ON_CPU = "fp32"
     "--compile", "compiled", is_flag=True, help="Compile the UNet: slow start, fast steps."
 )
 @plan_options
-@click.option("--ignore-unclaimed", is_flag=True, help="Leave out keys that no key map knows.")
 @click.option("--overwrite", is_flag=True, help="Replace images that are there.")
 @json_option
 def command(
@@ -88,6 +95,8 @@ def command(
     *,
     out: Path,
     size: str | None,
+    width: str | None,
+    height: str | None,
     seed: int | None,
     count: int,
     scheduler: str | None,
@@ -97,7 +106,6 @@ def command(
     offload: str | None,
     device_map: str | None,
     compiled: bool,
-    ignore_unclaimed: bool,
     overwrite: bool,
     as_json: bool,
     **options: Any,
@@ -108,6 +116,9 @@ def command(
     the one that the model was trained at. On a CPU the weights become fp32 by default. The PNG
     holds its parameters in a text chunk. The same seed gives the same image.
     """
+    if (width is None) != (height is None) or (size and width is not None):
+        raise UsageError("--width and --height go together, without --size")
+    size = size if width is None else f"{width}x{height}"
     settings = Settings(
         prompt,
         size=parse_pixels(size) if size else None,
@@ -118,12 +129,14 @@ def command(
     decided = options_of(options)
     if place.type == "cpu" and decided.dtype is None:
         decided = replace(decided, dtype=DTYPE_ON_CPU)
-    model = open_model(file, decided, ignore_unclaimed=ignore_unclaimed)
+    model = open_model(file, decided)
     hide_progress_bars()
     cls, task = pipeline_class(model, task)
     check(cls, task, settings)
     images, adapters = open_images(settings), read_loras(loras)
     chosen = find_scheduler(scheduler) if scheduler else None
+    for warning in prompt_warnings(settings):
+        click.echo(f"warning: {printable(warning)}", err=True)
     click.echo(f"device {place}: {reason}", err=True)
     started = time.monotonic()
     with progress("loading") as show:
@@ -136,7 +149,7 @@ def command(
             progress=show,
         )
     loaded = time.monotonic()
-    for warning in set_scheduler(pipe, chosen) if chosen else ():
+    for warning in set_scheduler(pipe, *chosen) if chosen else ():
         click.echo(f"warning: {printable(warning)}", err=True)
     add_loras(pipe, adapters)
     if compiled:
@@ -152,6 +165,7 @@ def command(
             "width": image.width,
             "height": image.height,
             "task": task,
+            **({"sampler": scheduler} if scheduler else {}),
             "model": file.name,
             "loras": [{"file": a.path.name, "scale": a.scale} for a in adapters],
             "device": str(place),

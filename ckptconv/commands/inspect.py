@@ -65,7 +65,7 @@ def command(
         raise click.MissingParameter(param_hint="'FILE'", param_type="argument")
     work = Inspection(hashed, key_maps())
     for_one = {"tree": tree, "verdicts": verdicts, "html": html}
-    if outcomes := outcomes_of("inspecting", work, files, "", options, **for_one):
+    if outcomes := outcomes_of("inspecting", work, files, None, options, **for_one):
         finish(outcomes, {**COLUMNS, **(HASHES if hashed else {})}, as_json=as_json)
         return
     if html:

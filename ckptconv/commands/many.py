@@ -40,24 +40,24 @@ def outcomes_of(
     what: str,
     work: Work,
     files: Sequence[str],
-    out: str,
+    out: str | None,
     options: Mapping[str, Any],
     **for_one: object,
 ) -> list[Outcome] | None:
     """Works on files behind a progress bar; returns None for one file on this machine.
 
-    `options` has the values of `many_options`, `for_one` the options that are refused for several
-    files.
+    `out` is None if no folders are made, and empty if each goes beside its file. `options` has the
+    values of `many_options`, `for_one` the options that are refused for several files.
     """
     jobs, dask = options["jobs"], options["dask"]
-    several = are_several(files, out)
-    if not (several or dask or any(map(is_url, (*files, out)))):
+    several = are_several(files, out or "")
+    if not (several or dask or any(map(is_url, (*files, out or "")))):
         return None
     found = expanded(files)
-    if not out:
+    if out is None:
         pairs = [Pair(file) for file in found]
     else:
-        pairs = paired(found, out) if several else [Pair(found[0], out)]
+        pairs = paired(found, out) if several or not out else [Pair(found[0], out)]
     if given := [f"--{name}" for name, value in for_one.items() if value]:
         raise UsageError(
             f"{' and '.join(given)}: for one file only", hint="give the file alone, by its path"

@@ -8,7 +8,7 @@ import click
 
 from ..reports.numbers import size
 from ..sample import layout_of, write_sample
-from .shared import FILE, architecture_named, progress
+from .shared import FILE, architecture_named, dtype_name, progress
 
 
 @click.command("sample")
@@ -16,7 +16,9 @@ from .shared import FILE, architecture_named, progress
 @click.argument("file", type=FILE)
 @click.option("--full", is_flag=True, help="Write the published size (SDXL: 6.9 GB).")
 @click.option("--task", help="Task of the model, such as inpainting.")
-@click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), help="Dtype of the weights.")
+@click.option(
+    "--dtype", callback=dtype_name, metavar="DTYPE", help="Of the weights: fp16, bf16 or fp32."
+)
 @click.option("--ema", is_flag=True, help="Add an EMA copy of the UNet.")
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the weights."

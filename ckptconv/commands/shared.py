@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..dtypes import CASTS
+from ..dtypes import cast_name
 from ..errors import UsageError
 from ..maps.architecture import Architecture, KeyMaps, bundled
 from ..options import FACTS, HELP, Options
@@ -47,8 +47,13 @@ def _names(_ctx: click.Context, _option: click.Parameter, value: str | None) -> 
     return names or None
 
 
+def dtype_name(_ctx: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+    """Returns our name of a dtype, however it is spelled: `float16`, `FP16`, `half`."""
+    return cast_name(value) if value else None
+
+
 _KINDS: dict[str, dict[str, Any]] = {
-    "dtype": {"type": click.Choice(list(CASTS), case_sensitive=False)},
+    "dtype": {"callback": dtype_name, "metavar": "DTYPE"},
     **{name: {"is_flag": True} for name in ("ema", "ignore_zeros")},
     "only": {"callback": _names, "metavar": "NAMES"},
     "lora": {"multiple": True, "metavar": "FILE[:SCALE]"},

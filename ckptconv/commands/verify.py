@@ -33,7 +33,9 @@ COLUMNS: Columns = {
 @click.command("verify")
 @click.argument("places", nargs=-1, type=PLACE, required=True, metavar="[FILE]... DIR")
 @click.option("--finite", is_flag=True, help="Also look for NaN and infinities.")
-@click.option("--ignore-unclaimed", is_flag=True, help="Accept keys that no key map knows.")
+@click.option(
+    "--strict", is_flag=True, help="Fail for keys that no map knows, and for incomplete components."
+)
 @click.option("--junit", "report", type=FILE, help="Write a JUnit XML report to this file.")
 @click.option("--html", type=FILE, help="Write a page with the checks and a drawing of the file.")
 @click.option("--markdown", "summary", type=FILE, help="Append a summary to this file.")
@@ -45,7 +47,7 @@ def command(
     *,
     places: tuple[str, ...],
     finite: bool,
-    ignore_unclaimed: bool,
+    strict: bool,
     report: Path | None,
     html: Path | None,
     summary: Path | None,
@@ -67,7 +69,7 @@ def command(
     Exits with 1 if anything is wrong.
     """
     *files, folder = places
-    work = Proof(options_of(options), finite, ignore_unclaimed)
+    work = Proof(options_of(options), finite, strict)
     for_one = {"junit": report, "html": html, "markdown": summary}
     outcomes = files and outcomes_of("verifying", work, files, folder, options, **for_one)
     if outcomes:

@@ -24,7 +24,6 @@ from ..maps.holes import (
     Count,
     Depth,
     Dim,
-    Dtype,
     FactValue,
     Heads,
     Hole,
@@ -36,7 +35,8 @@ from ..maps.holes import (
 from ..planning.plan import Plan
 from ..planning.step import Target
 
-TORCH_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+DTYPES = ("torch_dtype", "dtype")
+"""Entries of a configuration that tell transformers in which dtype to load the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +117,18 @@ def class_of(config: Config) -> str:
 
 
 def versioned(config: Config) -> dict[str, Any]:
-    """Returns the values as written: with the version of the library that reads them."""
+    """Returns the values as written: with the version of the library that reads them.
+
+    A transformers model is to be loaded in fp32, whatever the weights are, because diffusers loads
+    its own models so; `from_pretrained(..., torch_dtype=...)` overrides both.
+    """
     if config.component.kind in ("tokenizer", "processor"):
         return dict(config.values)
     library = config.component.library
-    entry = "_diffusers_version" if library == "diffusers" else "transformers_version"
-    return {entry: library_version(library), **config.values}
+    if library == "diffusers":
+        return {"_diffusers_version": library_version(library), **config.values}
+    values = {name: value for name, value in config.values.items() if name not in DTYPES}
+    return {"transformers_version": library_version(library), **values, "torch_dtype": "float32"}
 
 
 class OddWidth(Exception):
@@ -201,10 +207,12 @@ class _Measure:
 
     @measured.register
     def _dim(self, hole: Dim) -> Any:
-        if hole.otherwise is not ... and not self._find(hole.key):
-            self.asked.append("measured")
+        self.asked.append("measured")
+        found = [t for key in (hole.key, *hole.also) if (t := self._find(key))]
+        lengths = {target.shape[hole.axis] for target in found}
+        if hole.otherwise is not ... and len(lengths) != 1:
             return hole.otherwise
-        return self._slot(hole.key).shape[hole.axis]
+        return lengths.pop() if lengths else self._slot(hole.key)
 
     @measured.register
     def _heads(self, hole: Heads) -> int:
@@ -249,10 +257,6 @@ class _Measure:
         down, up = (self.fill(Depth(f"{way}_blocks.*")) for way in ("down", "up"))
         mirrored = up == down[::-1] and all(isinstance(depth, int) for depth in down)
         return None if mirrored else up
-
-    @measured.register
-    def _dtype(self, hole: Dtype) -> str:
-        return TORCH_NAMES.get(self._slot(hole.key).dtype, "float32")
 
     @measured.register
     def _fact(self, hole: FactValue) -> Any:

@@ -9,7 +9,7 @@ from typing import Unpack
 
 from ..configs.config import Config, configs
 from ..configs.original_config import OriginalConfig, read_original_config
-from ..destination import check_destination
+from ..destination import check_destination, without_suffix
 from ..detection.detect import detect, option_fact
 from ..errors import FileRefused, option
 from ..files import read_json
@@ -41,13 +41,13 @@ def plan(path: str | Path, **choices: Unpack[Choices]) -> Plan:
 @checked
 def convert(
     path: str | Path,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     variant: str | None = None,
     max_shard_size: str | int | None = None,
     configs_only: bool = False,
     overwrite: bool = False,
-    ignore_unclaimed: bool = False,
+    strict: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     **choices: Unpack[Choices],
 ) -> Report:
@@ -55,12 +55,14 @@ def convert(
 
     Args:
         path: a safetensors file or a PyTorch checkpoint.
-        out: the folder to make.
+        out: the folder to make; by default, it lies beside the file and has its name without the
+            suffix.
         variant: a word, such as `fp16`, that goes into the names of the weight files.
         max_shard_size: bytes of tensors in one weight file, such as `5GB`; no limit by default.
         configs_only: write no weights.
         overwrite: replace a converted folder that is there.
-        ignore_unclaimed: leave out keys that no map knows, instead of refusing the file.
+        strict: refuse keys that no map knows and incomplete components, which are otherwise kept
+            aside with a warning.
         progress: is called with bytes written and bytes in all, from one thread at a time.
         **choices: see `Options`.
 
@@ -69,11 +71,12 @@ def convert(
         UsageError: the choices contradict each other or the file.
         OutputError: the destination exists or cannot be written.
     """
-    out, options = Path(out), Options.of(choices)
+    out = Path(without_suffix(str(path)) if out is None else out)
+    options = Options.of(choices)
     packaging = Packaging.of(variant, max_shard_size, configs_only=configs_only)
     plan, original = plan_file(path, options)
     check_destination(out, overwrite=overwrite, kind=CONVERTED, inputs=plan.files)
-    plan.require_complete(ignore_unclaimed=ignore_unclaimed)
+    plan.require_complete(strict=strict)
     if packaging.weights and not options.ignore_zeros:
         require_filled(plan.detection.header.path, plan.steps)
     configs, notes = configured(plan, original)

@@ -130,7 +130,13 @@ def export(
     restoration = restore(model, options)
     architecture, task = restoration.plan.detection.require()
     notes = _require_whole(restoration, model)
-    steps = _cast(restoration.steps, architecture, options.dtype)
+    spelled = restoration.names
+    steps = [
+        replace(
+            step, targets=tuple(replace(t, key=spelled.get(t.key, t.key)) for t in step.targets)
+        )
+        for step in _cast(restoration.steps, architecture, options.dtype)
+    ]
     targets = {step.targets[0].key: step.targets[0] for step in steps}
     adapters = [str(name) for name, _ in model.record.adapters] if model.record else []
     if adapters:
@@ -176,7 +182,6 @@ def _require_whole(restoration: Restoration, model: ModelFolder) -> list[str]:
     problems = [*model.problems, *restoration.problems]
     problems += [problem for part in models.values() for problem in part.problems]
     problems = problems or list(plan.problems)  # which follow from the others
-    problems += [f"{key}: no map knows this key" for key in plan.unclaimed]
     if problems:
         raise FileRefused(
             f"{model.path}: this is not a whole {title} model, so it cannot become one file",

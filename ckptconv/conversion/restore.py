@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..detection.detect import Keys, detect, judge
+from ..detection.spellings import respelled, unwrapped
 from ..errors import NotACheckpoint
-from ..folder.read import ModelFolder
+from ..folder.read import ComponentFolder, ModelFolder
 from ..maps.architecture import Architecture, Component, Source
 from ..maps.ops import RENAME, Op
 from ..options import Options
@@ -28,12 +29,14 @@ DERIVED = ".embeddings.position_ids"
 class Restoration:
     """The plan of the file that a folder would give, and the steps from the folder to that file.
 
-    The problems are tensors that have no way back, and those that are missing for one.
+    The problems are tensors that have no way back, and those that are missing for one. `names` are
+    those of the source, by key, where it had others than the original ones.
     """
 
     plan: Plan
     steps: tuple[Step, ...]
     problems: tuple[str, ...]
+    names: Mapping[str, str]
 
 
 def restore(model: ModelFolder, options: Options) -> Restoration:
@@ -73,7 +76,7 @@ def restore(model: ModelFolder, options: Options) -> Restoration:
         detect(header, maps=options.maps, decided=decided),
         Options(only=options.only, maps=options.maps),
     )
-    return Restoration(plan, best.steps, best.problems)
+    return Restoration(plan, best.steps, best.problems, best.names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +86,21 @@ class _Candidate:
     steps: tuple[Step, ...]
     problems: tuple[str, ...]
     tensors: Mapping[str, Tensor]
+    names: Mapping[str, str]
     fit: tuple[bool, int, int, int]
 
 
 def _candidate(architecture: Architecture, model: ModelFolder) -> _Candidate:
-    noted = model.layout.tensors.keys() if model.layout else ()
+    layout = model.layout and respelled(unwrapped(model.layout, architecture.maps), architecture)
+    noted = layout.tensors if layout else {}
+    names = {key: tensor.name for key, tensor in noted.items()}
+    keys = {name: key for key, name in names.items()}
     steps: dict[str, Step] = {}
     problems: list[str] = []
     for component in architecture.models:
         if component.name in model.parts:
-            found = [_steps(architecture, component, s, model) for s in component.sources]
+            part = model.parts[component.name]
+            found = [_steps(architecture, component, s, part, noted) for s in component.sources]
             best, wrong = max(
                 found,
                 key=lambda each: (
@@ -102,7 +110,8 @@ def _candidate(architecture: Architecture, model: ModelFolder) -> _Candidate:
             )
             steps |= best
             problems += wrong
-    for key, tensor in model.aside.items():
+    for name, tensor in model.aside.items():
+        key = keys.get(name, name)
         target = Target("", key, tensor.dtype, tensor.shape)
         steps.setdefault(key, Step(RENAME, (tensor,), (target,)))
     tensors = {
@@ -113,22 +122,27 @@ def _candidate(architecture: Architecture, model: ModelFolder) -> _Candidate:
     verdict = judge(architecture, Keys(tensors))
     remembered = sum(key in noted for key in steps)
     fit = (verdict.matches, remembered, len(steps), -len(verdict.failing))
-    return _Candidate(tuple(steps.values()), tuple(problems), tensors, fit)
+    return _Candidate(tuple(steps.values()), tuple(problems), tensors, names, fit)
 
 
 def _steps(
-    architecture: Architecture, component: Component, source: Source, model: ModelFolder
+    architecture: Architecture,
+    component: Component,
+    source: Source,
+    part: ComponentFolder,
+    noted: Mapping[str, Tensor],
 ) -> tuple[dict[str, Step], list[str]]:
     """Goes back from a component's folder to the keys of one of its sources.
 
     Returns the steps by original key, and what is wrong, as sentences.
     """
-    keymap = architecture.maps.keymap(source.keymap)
-    noted = model.layout.tensors if model.layout else {}
+    start = source.prefix
+    under = (key.removeprefix(start) for key in noted if key.startswith(start))
+    keymap = architecture.maps.keymap(source.keymap).bound(under)
     groups: dict[str, tuple[Op, dict[int, Tensor]]] = {}
     steps: dict[str, Step] = {}
     problems = []
-    for key, tensor in model.parts[component.name].tensors.items():
+    for key, tensor in part.tensors.items():
         if origin := keymap.origin(key):
             groups.setdefault(origin.source, (origin.op, {}))[1][origin.part] = tensor
         elif not key.endswith(DERIVED):

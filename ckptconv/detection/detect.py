@@ -20,13 +20,10 @@ from ..maps.schema import word
 from ..reading.source import open_header
 from ..reading.tensor import Header, Tensor
 from .facts import Fact, Hints, find_fact, first_match, notes_of
-from .spellings import in_original_names
+from .spellings import CONV_OUT, in_original_names, respelled, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-CONV_OUT = "out.2.weight"
-"""Its last, which a ControlNet, the copy of the first half of a UNet, does not have."""
 
 INDEX = re.compile(r"0|[1-9][0-9]{0,4}")
 """A number that stands for a `*`."""
@@ -164,7 +161,7 @@ def detect(
         Ambiguous: several architectures match.
     """
     maps = maps or bundled()
-    given, header = header, in_original_names(header, maps)
+    given, header = header, in_original_names(unwrapped(header, maps), maps)
     keys = Keys(header.tensors)
     verdicts = tuple(judge(a, keys) for a in maps.architectures.values())
     matching = [v for v in verdicts if v.matches]
@@ -184,6 +181,7 @@ def detect(
     architecture, task = maps.architectures[matching[0].architecture], matching[0].task
     assert task is not None  # noqa: S101  (without one, a line fails)
     architecture = architecture.for_task(task)
+    header = respelled(header, architecture)
     found = {
         name: find_fact(name, witnesses, header, task.name)
         for name, witnesses in architecture.facts.items()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import MapError
-from ..files import read_range
+from ..files import Files
 from ..maps.evidence import (
     Assumed,
     Default,
@@ -201,7 +201,8 @@ def _few_values(header: Header, key: str) -> list[float]:
     info = header.tensors.get(key)
     if not info or info.numel > FEW or not header.has_data(info):
         return []
-    data = read_range(info.file, info.start, info.nbytes)
+    with Files() as files:
+        data = bytes(info.read(files))
     if info.dtype == "BF16":  # the upper half of a float32
         data = b"".join(b"\0\0" + data[i : i + 2] for i in range(0, len(data), 2))
     letter = {"F64": "d", "F32": "f", "BF16": "f", "F16": "e"}.get(info.dtype)

@@ -1,17 +1,27 @@
 """Files whose keys have other names than the original ones, read under those.
 
-A lone UNet, VAE or ControlNet may be in the diffusers layout already: the maps, read right to left,
-tell its original names. A file that was stripped to the EMA copy of its UNet has the UNet's names
-without their dots. After this, everything else sees one layout only.
+Programs save the same network under many names. A network is found by its structure: by the keys
+that are its root in its map, whatever stands before them. Wrappers of training leave a segment in
+every key, and a map lists the other spellings of single layers. A lone UNet, VAE or ControlNet may
+be in the diffusers layout already: the maps, read right to left, tell its original names. A file
+that was stripped to the EMA copy of its UNet has the UNet's names without their dots. After this,
+everything else sees one layout only; every tensor keeps the name that it has in its file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from ..maps.architecture import Architecture, KeyMaps, Source
-from ..reading.tensor import Header
+from ..maps.architecture import UNET_ROOT, Architecture, Component, KeyMaps, Source
+from ..reading.tensor import Header, Tensor
+
+CONV_OUT = "out.2.weight"
+"""The last layer of a UNet, which a ControlNet, the copy of its first half, does not have."""
+
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Segments that DataParallel, `torch.compile`, FSDP and activation checkpointing leave in keys."""
 
 EMA_PREFIX = "model_ema."
 EMA_OF = "model.diffusion_model."
@@ -22,6 +32,59 @@ all dots removed."""
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_ATTENTION_IN = ("encoder.mid_block.attentions.0.", "decoder.mid_block.attentions.0.")
 """The attention of a VAE, as diffusers named its layers before release 0.17."""
+
+
+def unwrapped(header: Header, maps: KeyMaps) -> Header:
+    """Returns a header without what wrappers add to its keys, and with the UNet where it belongs.
+
+    Args:
+        header: of a file.
+        maps: the known architectures.
+    """
+    split = {key: key.split(".") for key in header.tensors if "." in key}
+    bare = {
+        key: ".".join(s for s in segments if s not in WRAPPERS)
+        for key, segments in split.items()
+        if not WRAPPERS.isdisjoint(segments)
+    }
+    found = " and ".join(sorted({s for key in bare for s in split[key]} & WRAPPERS))
+    header = renamed(header, bare, f"the keys are read without the wrapper {found}")
+    architectures = maps.architectures.values()
+    if not _holds(header, architectures) and (shared := _shared_prefix(header, architectures)):
+        names = {key: key.removeprefix(shared) for key in header.tensors}
+        header = renamed(header, names, f"the keys are read without {shared}, which all begin with")
+    unets = [p for p in _places(header, (UNET_ROOT, CONV_OUT)) if p not in ("", EMA_OF)]
+    if unets and not (UNET_ROOT in header.tensors and CONV_OUT in header.tensors):
+        header = _moved(header, dict.fromkeys(unets, EMA_OF))
+    return header
+
+
+def respelled(header: Header, architecture: Architecture) -> Header:
+    """Returns a header with every component where its architecture has it, in the usual spelling.
+
+    Args:
+        header: without what wrappers add to its keys.
+        architecture: of the file.
+    """
+    places: dict[str, Source] = {}
+    for component in architecture.models:
+        if component is not architecture.rooted:
+            places |= _elsewhere(header, architecture, component, places.keys())
+    if source := places.pop("", None):  # whatever its map does not know is another component's
+        keymap = architecture.maps.keymap(source.keymap)
+        names = {key: source.prefix + key for key in header.tensors if keymap.match(key)}
+        header = renamed(header, names, f"keys without a prefix are read as {source.prefix}")
+    header = _moved(header, {prefix: source.prefix for prefix, source in places.items()})
+    usual = {}
+    for source in dict.fromkeys(s for c in architecture.models for s in c.sources):
+        keymap, start = architecture.maps.keymap(source.keymap), source.prefix
+        for key in header.tensors if keymap.words.spellings else ():
+            if key.startswith(start) and key != (
+                name := start + keymap.spelled(key.removeprefix(start))
+            ):
+                usual[key] = name
+    some = next(iter(usual), "")
+    return renamed(header, usual, f"{len(usual):,} keys have another spelling, such as {some}")
 
 
 def in_original_names(header: Header, maps: KeyMaps) -> Header:
@@ -65,15 +128,84 @@ def present_name(key: str) -> str:
 
 
 def renamed(header: Header, names: Mapping[str, str], note: str) -> Header:
-    """Returns a header under other names.
+    """Returns a header under other names, and with a note on that, if there are any.
+
+    A tensor whose new name another one has keeps its own, and is noted as the other's twin.
 
     Args:
         header: of the file.
-        names: the new name of each tensor that gets one, by its key in `header`; all differ.
+        names: the new name of each tensor that gets one, by its key in `header`.
         note: what was done, as a sentence.
     """
-    tensors = {names.get(key, key): tensor for key, tensor in header.tensors.items()}
-    return replace(header, tensors=tensors, notes=(*header.notes, note))
+    if not names:
+        return header
+    tensors: dict[str, Tensor] = {}
+    twins = dict(header.twins)
+    taken = header.tensors.keys() - names.keys()
+    for key, tensor in header.tensors.items():
+        new = names.get(key, key)
+        if new != key and new in taken:
+            twins[key], new = new, key
+        taken.add(new)
+        tensors[new] = tensor
+    return replace(header, tensors=tensors, twins=twins, notes=(*header.notes, note))
+
+
+def _moved(header: Header, places: Mapping[str, str]) -> Header:
+    """Returns a header in which what begins with one prefix begins with another."""
+    names = {}
+    for key in header.tensors if places else ():
+        if starts := [prefix for prefix in places if key.startswith(prefix)]:
+            start = max(starts, key=len)
+            names[key] = places[start] + key.removeprefix(start)
+    said = ", ".join(f"{old} as {new}" for old, new in places.items())
+    return renamed(header, names, f"the keys are read with other prefixes: {said}")
+
+
+def _places(header: Header, root: Iterable[str]) -> list[str]:
+    """Returns the prefixes with which all keys of a root are there."""
+    first, *others = root
+    found = (
+        key[: -len(first)]
+        for key in header.tensors
+        if key.endswith(first) and (key == first or key[-len(first) - 1] == ".")
+    )
+    return [p for p in found if all(p + other in header.tensors for other in others)]
+
+
+def _elsewhere(
+    header: Header, architecture: Architecture, component: Component, taken: Collection[str]
+) -> dict[str, Source]:
+    """Returns the prefix under which a component is, if it is none that its sources have."""
+    found: list[tuple[str, Source]] = []
+    for source in component.sources:
+        if root := architecture.maps.keymap(source.keymap).words.root:
+            found += [(prefix, source) for prefix in _places(header, root)]
+    if any(prefix == source.prefix for prefix, source in found):
+        return {}
+    not_free = {s.prefix for c in architecture.models for s in c.sources if s.prefix} | {*taken}
+    named: dict[str, Source] = {}
+    unnamed: dict[str, Source] = {}
+    for prefix, source in found:
+        called = [
+            other.name
+            for other in architecture.models
+            if any(f".{word}." in f".{prefix}" for word in other.aliases)
+        ]
+        if prefix not in not_free and (not called or component.name in called):
+            (named if called else unnamed).setdefault(prefix, source)
+    return dict([*named.items(), *unnamed.items()][:1])
+
+
+def _shared_prefix(header: Header, architectures: Iterable[Architecture]) -> str:
+    """Returns the shortest prefix of all keys without which a network begins; empty for none."""
+    ends = (min(header.tensors, default="").split("."), max(header.tensors, default="").split("."))
+    segments = [
+        s for s, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False))
+    ]
+    roots = {prefix + a.root for a in architectures for prefix in a.prefixes}
+    starts = (".".join(segments[: n + 1]) + "." for n in range(len(segments)))
+    return next((s for s in starts if any(s + root in header.tensors for root in roots)), "")
 
 
 def _free(names: Mapping[str, str], header: Header) -> dict[str, str]:

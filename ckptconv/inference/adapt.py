@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import inspect as python_inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import FileRefused, UsageError
 from ..options import AdapterFile, adapter_file
 from ..reading.header import read_header
 from .generation import Pipeline
+from .samplers import NAMED, SAMPLERS, SIGMAS
 
 PUBLISHED = {"skip_prk_steps": True}
 """What the published configurations of these models say, where a scheduler's default is another."""
@@ -63,43 +65,52 @@ def add_loras(pipe: Pipeline, loras: Sequence[AdapterFile]) -> None:
         pipe.set_adapters(names, [lora.scale for lora in loras])
 
 
-def find_scheduler(name: str) -> Any:
-    """Returns the class of a scheduler that has the noise schedules of these models.
+def find_scheduler(name: str) -> tuple[Any, dict[str, Any]]:
+    """Returns the class of a scheduler that has the noise schedules of these models, and settings.
+
+    Args:
+        name: of the class, or what web UIs call the sampler, such as `DPM++ 2M Karras`.
 
     Raises:
-        UsageError: diffusers has no such scheduler, or it lacks a library.
+        UsageError: diffusers has no such scheduler, it lacks a library, or does not take the
+            settings.
     """
     import diffusers
 
-    found: Any = getattr(diffusers, name, None)
+    known = {sampler.lower(): sampler for sampler in NAMED}
+    sampler = known.get(" ".join(name.lower().split()), "")
+    cls, settings = NAMED.get(sampler, (name, {}))
+    found: Any = getattr(diffusers, cls, None)
     if backends := [b for b in getattr(found, "_backends", ()) if b != "torch"]:
         missing = " ".join(backends)
         raise UsageError(f"{name} needs {missing}", hint=f"pip install {missing}")
-    known = isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)
-    takes = _takes(found) if known else set()
+    is_one = isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)
+    takes = _takes(found) if is_one else set()
     if "prediction_type" not in takes or takes.isdisjoint({"beta_schedule", EDM}):
-        from diffusers.schedulers import scheduling_utils
+        near = [known[each] for each in difflib.get_close_matches(name.lower(), known, 3, 0.5)]
+        hint = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(SAMPLERS)}"
+        raise UsageError(f"diffusers has no scheduler {name} for these models", hint=hint)
+    if unfit := ", ".join(sorted(settings.keys() - takes)):
+        hint = "give the sampler without the schedule that follows its name"
+        raise UsageError(f"{sampler}: {cls} does not take {unfit}", hint=hint)
+    plain = dict.fromkeys(SIGMAS if sampler else (), False)
+    return found, {k: v for k, v in {**plain, **settings}.items() if k in takes}
 
-        names = ", ".join(sorted(s.name for s in scheduling_utils.KarrasDiffusionSchedulers))
-        raise UsageError(
-            f"diffusers has no scheduler {name} for these models", hint=f"it has {names}"
-        )
-    return found
 
-
-def set_scheduler(pipe: Pipeline, scheduler: Any) -> list[str]:
+def set_scheduler(pipe: Pipeline, scheduler: Any, settings: Mapping[str, Any]) -> list[str]:
     """Puts another scheduler into a pipeline, with the configuration of the one it has.
 
     Args:
         pipe: to change.
         scheduler: from `find_scheduler`.
+        settings: likewise; they win over the configuration.
 
     Returns:
         Sentences on what it cannot carry over.
 
     Raises:
         UsageError: one of the two steps through noise levels of the EDM formulation, and the other
-            through a schedule of betas.
+            through a schedule of betas; or the settings need a library that is missing.
     """
     config, takes = pipe.scheduler.config, _takes(scheduler)
     if (EDM in config) != (EDM in takes):
@@ -109,7 +120,11 @@ def set_scheduler(pipe: Pipeline, scheduler: Any) -> list[str]:
             hint=f"take {fit}" if EDM in config else f"take another than {fit}",
         )
     unsaid = {k: v for k, v in PUBLISHED.items() if k in takes and k not in config}
-    pipe.scheduler = scheduler.from_config(config, **unsaid)
+    try:
+        pipe.scheduler = scheduler.from_config(config, **unsaid, **settings)
+    except ImportError as error:
+        hint = "install it, or choose another sampler"
+        raise UsageError(f"{scheduler.__name__} lacks a library: {error}", hint=hint) from error
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in takes:
         name = scheduler.__name__
         return [f"{name} knows no zero terminal SNR, which the model was trained with"]

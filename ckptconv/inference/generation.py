@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect as python_inspect
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,15 @@ TASKS = (
 
 CHUNK = "ckptconv"
 """Keyword of the text chunk of a PNG that holds the parameters, as JSON."""
+
+SYNTAX = re.compile(
+    r"<lora:[^<>]*>"
+    r"|(?<!\\)\(\(.*?\)\)"
+    r"|(?<!\\)\([^()]*:\s*[\d.]+\s*\)"
+    r"|(?<!\\)\[[^][]*\]"
+    r"|\b(?:BREAK|AND)\b"
+)
+"""What web UIs take for instructions in a prompt: LoRA files, emphasis, and how to split it."""
 
 KEYWORDS = {
     "negative": "negative_prompt",
@@ -108,6 +118,18 @@ def parse_pixels(text: str) -> tuple[int, int]:
             hint=f"take {near}",
         )
     return width, height
+
+
+def prompt_warnings(settings: Settings) -> list[str]:
+    """Returns what to say of a prompt that is written in the syntax of a web UI."""
+    warnings = []
+    for name in ("prompt", "negative"):
+        if found := SYNTAX.findall(getattr(settings, name) or ""):
+            lora = any(text.startswith("<lora:") for text in found)
+            instead = f"; load the LoRA with {option('lora', 'FILE:0.8')}" * lora
+            what = f"diffusers reads {', '.join(found)} in the {name} as plain text"
+            warnings.append(what + instead)
+    return warnings
 
 
 def check(cls: type[DiffusionPipeline], task: str, settings: Settings) -> None:

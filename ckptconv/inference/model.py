@@ -83,7 +83,6 @@ def open_model(
     options: Options,
     *,
     given: Collection[str] = (),
-    ignore_unclaimed: bool = False,
 ) -> Model:
     """Reads what a pipeline is made of, all but the weights.
 
@@ -91,7 +90,6 @@ def open_model(
         path: a checkpoint, or a folder with `model_index.json`.
         options: that decide what is read; a folder takes those of `FOR_FOLDERS` only.
         given: names of components that are not needed from it.
-        ignore_unclaimed: take a file that has keys which no map knows.
 
     Raises:
         FileRefused: the file, the folder, a donor or the original configuration cannot be used.
@@ -99,15 +97,13 @@ def open_model(
     """
     path = Path(path)
     read = _from_folder if path.is_dir() else _from_file
-    model = read(path, options, given, ignore_unclaimed)
+    model = read(path, options, given)
     if not options.ignore_zeros:
         require_filled(path, model.steps)
     return model
 
 
-def _from_file(
-    path: Path, options: Options, given: Collection[str], ignore_unclaimed: bool
-) -> Model:
+def _from_file(path: Path, options: Options, given: Collection[str]) -> Model:
     """Plans the conversion of a checkpoint."""
     made, original = plan_file(path, options, without=given)
     _refuse_single(path, made.detection.require()[0])
@@ -115,6 +111,7 @@ def _from_file(
         supplies = ", ".join(option_for(made, name) for name in made.absent)
         raise Incomplete(
             f"{path}: the file has no {' and no '.join(made.absent)}, which its pipeline needs",
+            problems=[line for lines in made.incomplete.values() for line in lines],
             hint=f"supply what is missing: {supplies}; or, in Python, load_pipeline(..., "
             f"components={{{made.absent[0]!r}: None}}) leaves it out",
         )
@@ -128,7 +125,7 @@ def _from_file(
     if options.dtype is None and (dtype := _common_dtype(_dtypes(made))):
         log.info("%s: the weights become %s, which holds all of their values", path, dtype)
         made = made.cast(dtype)
-    made.require_complete(ignore_unclaimed=ignore_unclaimed)
+    made.require_complete()
     built, notes = configured(made, original)
     index = model_index(made, built)
     blueprints = {}
@@ -148,6 +145,11 @@ def _refuse_single(path: Path, architecture: Architecture) -> None:
             hint="give the checkpoint that it belongs to; `ckptconv convert` makes a folder of it, "
             "which load_pipeline(..., components=) can take in",
         )
+
+
+def loading_dtype(made: Plan) -> str:
+    """Returns the one dtype, a key of `CASTS`, that holds every weight of a plan."""
+    return _common_dtype(_dtypes(made)) or _name_of(_dtypes(made))
 
 
 def _dtypes(made: Plan) -> set[str]:
@@ -173,9 +175,7 @@ def _name_of(stored: Container[str]) -> str:
     return next((name for name, dtype in CASTS.items() if dtype in stored), "fp32")
 
 
-def _from_folder(
-    path: Path, options: Options, given: Collection[str], _ignore_unclaimed: bool
-) -> Model:
+def _from_folder(path: Path, options: Options, given: Collection[str]) -> Model:
     """Reads the configurations and the headers of a diffusers folder."""
     default = Options()
     names = [field.name for field in fields(Options) if field.name not in FOR_FOLDERS]

@@ -55,7 +55,6 @@ def load_pipeline(
     components: Mapping[str, Any] | None = None,
     offload: str | None = None,
     device_map: str | None = None,
-    ignore_unclaimed: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     **choices: Unpack[Choices],
 ) -> Any:
@@ -76,7 +75,6 @@ def load_pipeline(
             two pipelines share; None leaves a component out.
         offload: `model` or `sequential`: weights wait in main memory for their turn on the GPU.
         device_map: `balanced` spreads a model that outgrows one GPU over all of them.
-        ignore_unclaimed: load a file that has keys which no map knows.
         progress: is called with bytes in place and bytes in all, from one thread at a time.
         **choices: see `Options`.
 
@@ -92,7 +90,7 @@ def load_pipeline(
     """
     names = (components or {}).keys()
     return build_pipeline(
-        open_model(path, Options.of(choices), given=names, ignore_unclaimed=ignore_unclaimed),
+        open_model(path, Options.of(choices), given=names),
         device=device,
         task=task,
         components=components,

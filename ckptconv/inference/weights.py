@@ -180,7 +180,7 @@ class _Mover:
             values = torch.frombuffer(data, dtype=tensor.dtype)
             tensor.copy_(values.view(tensor.shape))
         else:
-            raw = self._buffer(nbytes(transfer.count, transfer.dtypes[0]), tensor.device)
+            raw = self._buffer(nbytes(transfer.reads, transfer.dtypes[0]), tensor.device)
             self.files.read_into(*transfer.source, raw.numpy().data)
             with self._stream(tensor.device):
                 lost = _put(raw.view(torch_dtype(transfer.dtypes[0])), transfer, tensor)
@@ -218,15 +218,15 @@ class _Mover:
 
 
 def _put(values: torch.Tensor, transfer: Transfer, tensor: torch.Tensor) -> int:
-    """Copies, casts and transposes elements; returns how many finite values became infinite."""
+    """Copies, casts and rearranges elements; returns how many finite values became infinite."""
     wait = tensor.device.type != "cuda"
-    if transfer.transposed is None:
-        first = transfer.target[1] * 8 // BITS[transfer.dtypes[1]]
-        tensor = tensor.view(-1)[first : first + transfer.count]
-    if not transfer.is_copy:  # the device casts and transposes
+    at = transfer.target[1] * 8 // BITS[transfer.dtypes[1]]
+    tensor = tensor.view(-1)[at : at + transfer.count]
+    if not transfer.is_copy:  # the device casts and rearranges
         values = values.to(tensor.device, non_blocking=not wait)
-    if transfer.transposed is not None:
-        values = values.view(transfer.transposed).T
+    if transfer.order:
+        values = values.view(transfer.order.stored).permute(transfer.order.axes).reshape(-1)
+        values = values[transfer.first : transfer.first + transfer.count]
     tensor.copy_(values, non_blocking=not wait)
     if transfer.dtypes[0] == transfer.dtypes[1] or not tensor.isinf().any():
         return 0

@@ -85,8 +85,9 @@ class Component:
     tasks: Many[str] = ()
     donors: Many[str] = ()
     layout: str = ""
-    supply: str = ""
+    supply: str = field(default="", metadata=word("hint"))
     fits: Mapping[str, str] = field(default_factory=dict)
+    aliases: Many[str] = ()
 
     def __post_init__(self) -> None:
         if bool(self.sources) != (self.kind == "model"):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from . import schema
-from .schema import Fault, Path
+from .schema import Fault, Many, Path
 from .yaml_files import Tag
 
 
@@ -31,11 +31,15 @@ class Keyed(Hole):
 
 @dataclass(frozen=True)
 class Dim(Keyed):
-    """The length of an axis of a tensor; `otherwise`, if there is one, where it is missing."""
+    """The length of an axis of a tensor, and of the tensors `also`, as far as they are there.
+
+    `otherwise`, if there is one, where none is there, or they differ.
+    """
 
     word = "dim"
     axis: int
     otherwise: Any = ...
+    also: Many[str] = ()
 
 
 @dataclass(frozen=True)
@@ -94,13 +98,6 @@ class UpDepths(Hole):
 
 
 @dataclass(frozen=True)
-class Dtype(Keyed):
-    """The dtype of a tensor, as torch names it."""
-
-    word = "dtype"
-
-
-@dataclass(frozen=True)
 class Values(Keyed):
     """The values of a small tensor of the original file that is not converted.
 
@@ -112,7 +109,7 @@ class Values(Keyed):
 
 
 HOLES: dict[str, type[Hole]] = {
-    hole.word: hole for hole in (Dim, FactValue, Heads, Side, Count, Depth, UpDepths, Dtype, Values)
+    hole.word: hole for hole in (Dim, FactValue, Heads, Side, Count, Depth, UpDepths, Values)
 }
 """By the tag that YAML uses."""
 

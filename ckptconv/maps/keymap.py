@@ -23,7 +23,7 @@ from typing import Any, Literal
 from ..errors import MapError
 from . import schema
 from .ops import DROP, OPS, RENAME, Op
-from .schema import GIVEN, Fault
+from .schema import GIVEN, Fault, Many
 
 Segments = tuple[str, ...]
 
@@ -88,6 +88,10 @@ class MapFile:
     drop: Mapping[Pattern, Reason] = field(default_factory=dict)
     optional: tuple[Pattern, ...] = ()
     repeats: tuple[str, ...] = ()
+    root: Many[str] = ()
+    alternatives: Mapping[Pattern, Line] = field(default_factory=dict)
+    spellings: Mapping[Pattern, Pattern] = field(default_factory=dict)
+    shortcuts: Mapping[str, str] = field(default_factory=dict)
 
     def rules(self, faults: list[Fault]) -> Iterator[Rule]:
         """Yields every line, with the lines of its kind written out."""
@@ -96,6 +100,7 @@ class MapFile:
             faults.append(Fault(("kinds", kind), "has the name of an operation"))
         for section, kinds in (
             *((table, {}) for table in self.kinds.values()),
+            (self.alternatives, {}),
             (self.blocks, self.kinds),
         ):
             for source, line in section.items():
@@ -169,12 +174,16 @@ class _Tree:
 
     def add(self, pattern: Segments, rule: Rule, part: int = 0) -> Rule | None:
         """Adds a pattern of a rule and returns a rule that it overlaps, or None."""
-        overlap = next(_overlaps(self.root, pattern, rule.exact), None)
+        overlap = self.overlap(pattern, exact=rule.exact)
         node = self.root
         for segment in pattern:
             node = node.below.setdefault(segment, _Node())
         node.rule = (rule, part)
         return overlap
+
+    def overlap(self, pattern: Segments, *, exact: bool) -> Rule | None:
+        """Returns a rule that covers a key which another pattern covers as well, or None."""
+        return next(_overlaps(self.root, pattern, exact), None)
 
     def find(self, key: Segments) -> tuple[Rule, int, Segments] | None:
         """Returns (rule, number of the pattern in it, segments that the stars stand for)."""
@@ -228,18 +237,11 @@ class KeyMap:
     Attributes:
         name: for messages: the path of its file.
         rules: every line, tables written out.
-        optional: patterns of keys that a file may hold beyond the published layout.
-        repeats: names of containers whose entries are counted, such as `transformer_blocks`.
+        words: what else its file says, such as `root`, the keys that are there wherever the
+            network is.
     """
 
-    def __init__(
-        self,
-        name: str,
-        rules: Iterable[Rule],
-        *,
-        optional: Iterable[str] = (),
-        repeats: Iterable[str] = (),
-    ) -> None:
+    def __init__(self, name: str, rules: Iterable[Rule], words: MapFile | None = None) -> None:
         """Builds the map.
 
         Raises:
@@ -247,10 +249,10 @@ class KeyMap:
         """
         self.name = name
         self.rules = tuple(rules)
-        self.optional = tuple(optional)
-        self.repeats = frozenset(repeats)
+        self.words = words or MapFile()
         self._sources, self._targets, self._dropped = _Tree(), _Tree(), _Tree()
-        self._optional = _Tree()
+        self._optional, self._spellings, self._alternatives = _Tree(), _Tree(), _Tree()
+        self._bound: dict[frozenset[Rule], KeyMap] = {}
         problems = []
         for rule in self.rules:
             if not _last_is_placed(rule):
@@ -266,8 +268,15 @@ class KeyMap:
                     problems.append(f"{_line(rule)}: the two sides need the same number of '*'")
                 if clash := self._targets.add(target, rule, part):
                     problems.append(f"{_line(clash)} and {_line(rule)} can give the same key")
-        for pattern in self.optional:
-            self._optional.add(tuple(pattern.split(".")), Rule(tuple(pattern.split(".")), ()))
+        for pattern in self.words.optional:
+            self._optional.add(pattern, Rule(pattern, ()))
+        for source, line in self.words.alternatives.items():
+            self._alternatives.add(source, _rule(source, line))
+        for other, usual in self.words.spellings.items():
+            rule = Rule(other, (usual,))
+            self._spellings.add(other, rule)
+            if clash := self._sources.overlap(other, exact=False):
+                problems.append(f"{_line(clash)} covers keys that {_line(rule)} spells otherwise")
         if problems:
             raise MapError(f"{name}: the key map breaks a law", problems=problems)
 
@@ -282,36 +291,54 @@ class KeyMap:
         rules = tuple(file.rules(faults))
         if faults:
             raise MapError(f"{name}: the key map is malformed", problems=list(map(str, faults)))
-        return cls(name, rules, optional=map(".".join, file.optional), repeats=file.repeats)
+        return cls(name, rules, file)
 
     def bound(self, keys: Iterable[str]) -> KeyMap:
-        """Returns the map for a file that holds `keys`: every `-1` is the index it stands for."""
-        if not any(LAST in rule.source for rule in self.rules):
-            return self
-        split = [key.split(".") for key in keys]
+        """Returns the map for a file that holds `keys`.
+
+        It has the alternatives that the file needs, and every `-1` is the index it stands for.
+        """
+        split = [tuple(key.split(".")) for key in keys]
+        used = self.words.alternatives and frozenset(
+            found[0] for key in split if (found := self._alternatives.find(key))
+        )
+        chosen = self._with(used) if used else self
+        if not any(LAST in rule.source for rule in chosen.rules):
+            return chosen
         rules = []
-        for rule in self.rules:
+        for rule in chosen.rules:
             if LAST in rule.source:
                 at = rule.source.index(LAST)
                 indices = [
                     int(key[at])
                     for key in split
-                    if tuple(key[:at]) == rule.source[:at]
-                    and key[at : at + 1]
-                    and _is_index(key[at])
+                    if key[:at] == rule.source[:at] and key[at : at + 1] and _is_index(key[at])
                 ]
                 last = str(max(indices)) if indices else LAST
                 source = (*rule.source[:at], last, *rule.source[at + 1 :])
                 rule = dataclasses.replace(rule, source=source)
             rules.append(rule)
         bound = object.__new__(KeyMap)
-        bound.__dict__.update(self.__dict__)
+        bound.__dict__.update(chosen.__dict__)
         bound.rules = tuple(rules)
         bound._dropped = _Tree()
         for rule in rules:
             if rule.op is DROP:
                 bound._dropped.add(rule.source, rule)
         return bound
+
+    def _with(self, used: frozenset[Rule]) -> KeyMap:
+        """Returns the map with alternatives in the place of the rules that give the same keys."""
+        if used not in self._bound:
+            new = _Tree()
+            for rule in used:
+                for target in rule.targets:
+                    new.add(target, rule)
+            kept = [
+                r for r in self.rules if not any(new.overlap(t, exact=r.exact) for t in r.targets)
+            ]
+            self._bound[used] = KeyMap(self.name, [*kept, *used], self.words)
+        return self._bound[used]
 
     def match(self, key: str) -> Match | None:
         """Returns what becomes of an original key, or None if no rule covers it."""
@@ -321,6 +348,11 @@ class KeyMap:
             return None
         rule, _, carried = found
         return Match(tuple(_fill(t, carried) for t in rule.targets), rule.op, rule.reason)
+
+    def spelled(self, key: str) -> str:
+        """Returns the usual name of an original key that may have another spelling."""
+        found = self._spellings.find(tuple(key.split(".")))
+        return _fill(found[0].targets[0], found[2]) if found else key
 
     def origin(self, key: str) -> Origin | None:
         """Returns where a diffusers key comes from, or None if no rule gives it."""
@@ -338,7 +370,7 @@ class KeyMap:
         """Returns a key with `*` for each index into a container of `repeats`."""
         segments = key.split(".")
         for i in range(1, len(segments)):
-            if segments[i - 1] in self.repeats and _is_index(segments[i]):
+            if segments[i - 1] in self.words.repeats and _is_index(segments[i]):
                 segments[i] = "*"
         return ".".join(segments)
 

@@ -50,15 +50,16 @@ def _from_same(shapes: Sequence[Shape], _noted: Shape | None) -> Shape:
 
 
 def _squeezed(shape: Shape, _count: int) -> tuple[Shape, ...]:
-    fits = len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1))
-    _needs(fits, "shape [out, in, 1, 1] or [out, in]", list(shape))
-    return (shape[:2],)
+    flat = shape[:-2] if shape[2 - len(shape) % 2 :] == (1, 1) else shape
+    _needs(len(flat) in (1, 2), "shape [out, in, 1, 1], [out, in], [out, 1, 1] or [out]", [*shape])
+    return (flat,)
 
 
 def _unsqueezed(shapes: Sequence[Shape], noted: Shape | None) -> Shape:
     (shape,) = shapes
-    _needs(len(shape) == 2, "shape [out, in]", list(shape))
-    return shape if noted == shape else (*shape, 1, 1)
+    _needs(len(shape) in (1, 2), "shape [out, in] or [out]", list(shape))
+    published = (*shape, 1, 1) if len(shape) == 2 else shape
+    return noted if noted and _squeezed(noted, 1) == (shape,) else published
 
 
 def _rows_split(shape: Shape, count: int) -> tuple[Shape, ...]:

@@ -7,14 +7,14 @@ or holds one too many is found before anything is written.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..maps.architecture import Architecture, Component, Source
-from ..maps.keymap import KeyMap, Match, Rule
+from ..maps.keymap import KeyMap, MapFile, Match, Rule
 from ..maps.ops import DROP, RENAME
-from ..reading.tensor import Header, Tensor
+from ..reading.tensor import Header, Shape, Tensor
 from .step import Step, Target, dropped
 
 TRANSFORMERS_MAP = "shared/maps/transformers"
@@ -43,12 +43,16 @@ class ComponentMatch:
     Attributes:
         known: how many of the resulting keys are in the published layout.
         steps: by original key.
-        problems: keys that are missing, unknown or of a wrong shape.
+        problems: tensors of a wrong shape.
+        missing: what the network lacks.
+        strays: keys inside the network that it does not have.
     """
 
     known: int
     steps: Mapping[str, Step]
     problems: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    strays: tuple[str, ...] = ()
 
 
 def best_match(
@@ -56,7 +60,7 @@ def best_match(
 ) -> ComponentMatch:
     """Returns the match of the source that fits best."""
     matches = [_match(architecture, component, header, source) for source in sources]
-    return max(matches, key=lambda match: (match.known, -len(match.problems)))
+    return max(matches, key=lambda m: (m.known, -len(m.problems + m.missing + m.strays)))
 
 
 def _match(
@@ -65,35 +69,61 @@ def _match(
     keymap = _bound(architecture, component, source, header)
     if not keymap:
         return ComponentMatch(0, {})
-    layout = _layout(architecture, component)
     steps: dict[str, Step] = {}
     problems: list[str] = []
-    known, found = 0, set[str]()
+    found: dict[str, Shape] = {}
     for key, tensor, match in _matched(header, source, keymap):
         if match.op is DROP:
             steps[key] = dropped(tensor, match.reason, keep=True)
             continue
-        found.update(match.targets)
-        ranks = [layout.get(keymap.template(target)) for target in match.targets]
-        if None not in ranks:
-            known += len(ranks)
-        elif not keymap.is_optional(key.removeprefix(source.prefix)):
-            problems.append(f"{key}: not a key of a {architecture.title} {component.name}")
         try:
             shapes = match.op.forward(tensor.shape, len(match.targets))
         except ValueError as error:
             problems.append(f"{key}: {match.op.name} {error}")
+            shapes = ((),) * len(match.targets)
+        found |= zip(match.targets, shapes, strict=True)
+        targets = (Target(component.name, t, tensor.dtype, found[t]) for t in match.targets)
+        steps[key] = Step(match.op, (tensor,), tuple(targets))
+    layout = _fitting(_layout(architecture, component), found, keymap)
+    strays, known = [], 0
+    for key, step in steps.items():
+        ranks = [layout.get(keymap.template(target.key)) for target in step.targets]
+        if step.op is DROP:
             continue
-        for shape, rank in zip(shapes, ranks, strict=True):
-            if rank not in (None, len(shape)):
-                problems.append(f"{key}: has shape {list(tensor.shape)}, needed {rank} axes")
-        targets = tuple(
-            Target(component.name, name, tensor.dtype, shape)
-            for name, shape in zip(match.targets, shapes, strict=True)
-        )
-        steps[key] = Step(match.op, (tensor,), targets)
-    problems += [f"{component.name}: {line}" for line in _missing(layout, found, keymap)]
-    return ComponentMatch(known, steps, tuple(problems))
+        if None not in ranks:
+            known += len(ranks)
+        elif not keymap.is_optional(key.removeprefix(source.prefix)):
+            strays.append(key)
+        for target, rank in zip(step.targets, ranks, strict=True):
+            if target.shape and rank not in (None, len(target.shape)):
+                shape = list(step.sources[0].shape)
+                problems.append(f"{key}: has shape {shape}, needed {rank} axes")
+    return ComponentMatch(
+        known,
+        {key: step for key, step in steps.items() if key not in strays},
+        tuple(problems),
+        tuple(f"{component.name}: {line}" for line in _missing(layout, found, keymap)),
+        tuple(strays),
+    )
+
+
+def _fitting(
+    layout: Mapping[str, int], found: Mapping[str, Shape], keymap: KeyMap
+) -> dict[str, int]:
+    """Returns a layout with shortcuts where the widths of a file change, and nowhere else."""
+    fitting = dict(layout)
+    for shortcut, beside in keymap.words.shortcuts.items():
+        for key, shape in found.items():
+            block, _, rest = key.rpartition(f".{beside}.")
+            if rest != "weight" or keymap.template(key) not in layout or len(shape) < 2:
+                continue
+            for leaf, rank in (("weight", len(shape)), ("bias", 1)):
+                name = keymap.template(f"{block}.{shortcut}.{leaf}")
+                if shape[0] != shape[1]:
+                    fitting[name] = rank
+                else:
+                    fitting.pop(name, None)
+    return fitting
 
 
 def _bound(
@@ -107,8 +137,9 @@ def _bound(
     if source.keymap == AS_IS:
         published = _layout(architecture, component)
         roots = dict.fromkeys(name.partition(".")[0] for name in published)
-        repeats = architecture.maps.keymap(component.sources[0].keymap).repeats
-        return KeyMap(AS_IS, [Rule((root,), ((root,),)) for root in roots], repeats=repeats)
+        words = architecture.maps.keymap(component.sources[0].keymap).words
+        words = MapFile(repeats=words.repeats, shortcuts=words.shortcuts)
+        return KeyMap(AS_IS, [Rule((root,), ((root,),)) for root in roots], words)
     return architecture.maps.keymap(source.keymap).bound(keys)
 
 
@@ -140,7 +171,7 @@ def _layout(architecture: Architecture, component: Component) -> dict[str, int]:
     return max(layouts, key=len, default={})
 
 
-def _missing(layout: Mapping[str, int], found: set[str], keymap: KeyMap) -> Iterator[str]:
+def _missing(layout: Mapping[str, int], found: Collection[str], keymap: KeyMap) -> Iterator[str]:
     """Yields the keys of the layout that were not found, for every entry of a container."""
     entries: dict[str, set[int]] = {}
     for key in found:
@@ -186,4 +217,4 @@ def donor_match(architecture: Architecture, component: Component, donor: Donor) 
     if not match.known:
         problem = f"{component.name}: {header.path} holds none in a layout that is known"
         return ComponentMatch(0, steps, (problem,))
-    return replace(match, steps=steps)
+    return replace(match, steps=steps, problems=match.problems + match.missing)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from ..detection.detect import Detection
 from ..detection.spellings import EMA_NAMES, EMA_OF, EMA_PREFIX
 from ..dtypes import CASTS, FLOATS
 from ..errors import Incomplete, UsageError, option
+from ..files import Files, read_range
 from ..maps.architecture import Architecture
 from ..maps.ops import DROP
 from ..options import Options
 from ..reading.source import open_header
-from ..reading.tensor import Header
+from ..reading.tensor import Header, Tensor
 from .adapters import Adapter, with_adapters
 from .components import Donor, best_match, donor_match
 from .scaled import read_scales, scaled
@@ -27,6 +28,12 @@ from .step import Step, Target, dropped, targets_of
 
 SCALED_DTYPE = "fp16"
 """What scaled weights become by default: times their scale, they are no longer values of fp8."""
+
+COMPARED = 1 << 20
+"""Bytes of two tensors that are compared at a time."""
+
+SHOWN = 5
+"""Keys that a warning names at most; the report has them all."""
 
 TRAINING_MAP = "shared/maps/training"
 
@@ -38,9 +45,10 @@ class Plan:
     Attributes:
         detection: of the checkpoint.
         steps: in the order of the source files.
-        unclaimed: keys that no map knows.
-        problems: keys that are missing, unknown inside a component, or of a wrong shape.
+        unclaimed: keys that no map knows; they are kept aside.
+        problems: keys that are missing, or of a wrong shape.
         absent: model components that neither the file nor a donor has.
+        incomplete: by component that is absent for that reason, what the file lacks of it.
         donors: by component, what comes from elsewhere.
         adapters: what is added to the weights, in this order.
         notes: what the user should know.
@@ -51,6 +59,7 @@ class Plan:
     unclaimed: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
+    incomplete: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     donors: Mapping[str, Donor] = field(default_factory=dict)
     adapters: tuple[Adapter, ...] = ()
     notes: tuple[str, ...] = ()
@@ -64,8 +73,7 @@ class Plan:
     @property
     def lossless(self) -> bool:
         """Whether every tensor comes back bit for bit from what is written."""
-        kept = all(step.targets and not step.casts and not step.changes for step in self.steps)
-        return kept and not self.unclaimed
+        return all(step.targets and not step.casts and not step.changes for step in self.steps)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -87,26 +95,30 @@ class Plan:
         """Returns the plan with every float tensor cast to `fp16`, `bf16` or `fp32`."""
         return replace(self, steps=tuple(_cast(step, dtype) for step in self.steps))
 
-    def require_complete(self, *, ignore_unclaimed: bool = False) -> None:
-        """Checks that the plan gives whole components and leaves no key out.
+    def require_complete(self, *, strict: bool = False) -> None:
+        """Checks that the plan gives a model.
+
+        Args:
+            strict: refuse keys that no map knows and components that are incomplete, too.
 
         Raises:
             Incomplete: it does not; every key is named.
         """
         path = self.detection.header.path
-        if self.problems:
+        found = [line for lines in self.incomplete.values() for line in lines] if strict else []
+        if problems := [*self.problems, *found]:
             title = self.detection.require()[0].title
             raise Incomplete(
                 f"{path}: the file is not a whole {title} checkpoint",
-                problems=self.problems,
+                problems=problems,
                 hint="the file is damaged, pruned, or of a relative that is not supported yet; "
                 "compare its SHA-256 with the one at its source",
             )
-        if self.unclaimed and not ignore_unclaimed:
+        if self.unclaimed and strict:
             raise Incomplete(
                 f"{path}: no key map knows {len(self.unclaimed):,} of the keys",
                 problems=[f"{key}: unknown" for key in self.unclaimed],
-                hint=f"{option('ignore_unclaimed', True)} leaves them out; the report lists them",
+                hint=f"without {option('strict', True)} they are kept aside; the report lists them",
             )
 
     def _repr_html_(self) -> str:
@@ -145,6 +157,9 @@ def build_plan(
     steps: dict[str, Step] = {}
     from_donors: list[Step] = []
     absent = []
+    incomplete: dict[str, tuple[str, ...]] = {}
+    inside: dict[str, tuple[str, ...]] = {}
+    keep = only is None
     for component in architecture.models:
         name = component.name
         match = best_match(architecture, component, own.header, component.sources)
@@ -156,19 +171,28 @@ def build_plan(
             steps |= {key: dropped(s.sources[0], "replaced") for key, s in match.steps.items()}
         elif not match.known:
             absent.append(name)
+        elif match.missing and component is not architecture.rooted:
+            absent.append(name)
+            incomplete[name] = match.missing
+            for key, step in match.steps.items():
+                steps[key] = dropped(step.sources[0], "incomplete", keep=keep)
         elif name in wanted:
             steps |= match.steps
-            problems += match.problems
+            problems += match.problems + match.missing
+            inside[name] = match.strays
         else:
             steps |= {key: dropped(s.sources[0], "left out") for key, s in match.steps.items()}
-    steps |= _rest(architecture, own.header, steps, keep=only is None)
+    steps |= _rest(architecture, own.header, steps, keep=keep)
     steps |= own.steps
     if options.ema:
         if "unet" not in wanted:
             raise UsageError("the EMA copy is one of the UNet, and the UNet is not to be written")
         steps |= _from_ema(header, steps)
-    ordered = [steps[key] for key in header.tensors if key in steps] + from_donors
-    notes = []
+    unclaimed = [key for key in header.tensors if key not in steps]
+    problems += _unlike_twins(header)
+    steps |= {key: dropped(header.tensors[key], "unknown", keep=keep) for key in unclaimed}
+    ordered = [steps[key] for key in header.tensors] + from_donors
+    notes = list(_oddities(architecture, unclaimed, inside, incomplete))
     if scales and dtype is None:
         dtype = SCALED_DTYPE
         notes.append(
@@ -182,9 +206,10 @@ def build_plan(
     return Plan(
         detection,
         changed,
-        tuple(key for key in header.tensors if key not in steps),
+        tuple(unclaimed),
         tuple(problems),
         tuple(name for name in absent if name in wanted),
+        incomplete,
         donors,
         adapters,
         (*notes, *passed_over),
@@ -215,11 +240,60 @@ def _rest(
     training = architecture.maps.keymap(TRAINING_MAP)
     rest = {}
     for key in header.tensors.keys() - steps.keys():
-        if key.startswith(EMA_PREFIX):
+        if key in header.twins:
+            rest[key] = dropped(header.tensors[key], f"the same as {header.twins[key]}", keep=keep)
+        elif key.startswith(EMA_PREFIX):
             rest[key] = dropped(header.tensors[key], "training")
         elif match := training.match(key):
             rest[key] = dropped(header.tensors[key], match.reason, keep=keep)
     return rest
+
+
+def _unlike_twins(header: Header) -> Iterator[str]:
+    """Yields tensors that are in the file in two spellings and differ."""
+    for twin, key in header.twins.items():
+        if not _same(header.tensors[twin], header.tensors[key]):
+            yield f"{twin}: is another spelling of {key}, but they differ: which is right?"
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    if one.order != other.order:
+        with Files() as files:
+            return one.read(files) == other.read(files)
+    return all(
+        read_range(one.file, one.start + done, count)
+        == read_range(other.file, other.start + done, count)
+        for done in range(0, one.nbytes, COMPARED)
+        for count in (min(COMPARED, one.nbytes - done),)
+    )
+
+
+def _oddities(
+    architecture: Architecture,
+    unclaimed: Collection[str],
+    inside: Mapping[str, Collection[str]],
+    incomplete: Mapping[str, Collection[str]],
+) -> Iterator[str]:
+    """Yields what is odd about a file and does not stop its conversion."""
+    for name, missing in incomplete.items():
+        yield f"the {name} is incomplete, so it is left out: {_some(missing)}"
+    for name, keys in inside.items():
+        if keys:
+            yield (
+                f"a {architecture.title} {name} has no {_some(keys)}: kept aside; if the network "
+                "computes with that, what is written computes something else"
+            )
+    within = {key for keys in inside.values() for key in keys}
+    if others := [key for key in unclaimed if key not in within]:
+        yield f"no key map knows {_some(others)}: kept aside"
+
+
+def _some(lines: Collection[str]) -> str:
+    """Names the first few of some lines, and how many there are."""
+    more = len(lines) - SHOWN
+    return ", ".join([*lines][:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _from_ema(header: Header, steps: Mapping[str, Step]) -> dict[str, Step]:

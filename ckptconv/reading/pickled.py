@@ -2,9 +2,10 @@
 
 Since release 1.6, `torch.save` writes a zip file. Its member `data.pkl` is a pickle of the saved
 object, in which a tensor refers to a storage and has a dtype, a shape and strides. The elements of
-each storage are a member of their own, uncompressed. So a contiguous tensor is a byte range of the
-file, as in a safetensors file, and reading it takes neither PyTorch nor memory. The pickle is read
-as data by `unpickle.py`: nothing in it is executed.
+each storage are a member of their own, uncompressed. So a tensor is a byte range of the file, as in
+a safetensors file, and reading it takes neither PyTorch nor memory. Strides may put the axes in
+another order (`channels_last`, a transposed matrix), but may not leave gaps. The pickle is read as
+data by `unpickle.py`: nothing in it is executed.
 Source: https://github.com/pytorch/pytorch, `torch/serialization.py` (`_save`, `_load`).
 """
 
@@ -20,11 +21,11 @@ from .header import nbytes_of
 from .strict_json import is_unicode, show
 from .tensor import Header, Tensor, in_file_order
 from .torch_globals import GLOBALS, StridedTensor, storage_of
-from .unpickle import Forbidden, Global, Table, load
+from .unpickle import Forbidden, Global, Inert, Loaded, Table, load
 from .zip_directory import Member, read_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 
 MAX_PICKLE = 32 << 20
@@ -37,6 +38,7 @@ _RESAVE = (
     "load it with PyTorch, which runs none of its code with `torch.load(FILE, map_location='cpu', "
     "weights_only=True)`, make every tensor `.contiguous()`, and save them with safetensors"
 )
+_SAVE_STATE = "save the state_dict() of the model, with safetensors"
 _DAMAGED = (
     "the file is damaged or its download incomplete: compare its size and SHA-256 with those at "
     "its source, then download it again"
@@ -48,12 +50,13 @@ def read_pickled(path: str | Path) -> Header:
     """Reads what a file of `torch.save` holds. Executes nothing, and does not read the elements.
 
     The tensors have their offsets in the zip file and may share bytes; the notes list what the file
-    holds beside them.
+    holds beside them, and the classes whose objects are left out.
 
     Raises:
         HeaderError: the file cannot be read, is damaged, or holds tensors that are not byte ranges,
-            such as transposed views; all of them are named.
-        UnsafePickle: it names code that weights do not need; all of it is named.
+            such as every other row of a matrix; all of them are named.
+        UnsafePickle: it names code that could do harm (the rule is in `unpickle.py`); all of it is
+            named.
         NotACheckpoint: it holds no tensors by name, or is a program (TorchScript).
     """
     path = Path(path)
@@ -62,7 +65,7 @@ def read_pickled(path: str | Path) -> Header:
         try:
             members = read_directory(file, size)
             members = _within_root(path, members)
-            content = _content(file, members)
+            content, unknown = _content(file, members)
         except Forbidden as error:
             raise UnsafePickle(
                 f"{path}: the file names code that weights do not need; none of it was run",
@@ -78,9 +81,15 @@ def read_pickled(path: str | Path) -> Header:
                 hint=repacked if compressed else _DAMAGED,
             ) from error
         tensors, rest = _state_dict(path, content)
+        if unknown and not tensors:
+            raise NotACheckpoint(
+                f"{path}: the file holds no tensors by name, only objects of unknown classes",
+                problems=[show(name) for name in unknown],
+                hint=_SAVE_STATE,
+            )
         located = _locate(path, file, members, tensors)
     start = min((info.start for info in located.values()), default=size)
-    return Header(path, located, {}, start, size, _notes(rest))
+    return Header(path, located, {}, start, size, tuple(_notes(rest, unknown)))
 
 
 def _within_root(path: Path, members: Mapping[str, Member]) -> dict[str, Member]:
@@ -105,8 +114,8 @@ def _within_root(path: Path, members: Mapping[str, Member]) -> dict[str, Member]
     return {name.removeprefix(root): m for name, m in members.items() if name.startswith(root)}
 
 
-def _content(file: BinaryIO, members: Mapping[str, Member]) -> object:
-    """Returns the saved object, as data."""
+def _content(file: BinaryIO, members: Mapping[str, Member]) -> Loaded:
+    """Returns the saved object, as data, and the names of unknown classes in it."""
     if member := members.get("byteorder"):
         order = member.read(file, 16)
         if order != b"little":
@@ -127,9 +136,11 @@ def _state_dict(path: Path, content: object) -> tuple[Mapping[str, StridedTensor
             return tensors, []
     if not isinstance(content, Table):
         what = _TYPES.get(type(content), "a single value")
+        if isinstance(content, Inert) and content.name:
+            what = f"an object of the class {show(content.name)}"
         raise NotACheckpoint(
             f"{path}: the file holds {what}, but a checkpoint is a dict of tensors",
-            hint="save the state_dict() of the model, with safetensors",
+            hint=_SAVE_STATE,
         )
     keys, model = _largest(content)
     if tensors := _tensors(model):
@@ -165,13 +176,16 @@ def _tensors(table: Mapping[str, object]) -> dict[str, StridedTensor]:
     return {key: value for key, value in table.items() if isinstance(value, StridedTensor)}
 
 
-def _notes(rest: list[str]) -> tuple[str, ...]:
-    """Returns the sentence that says what is left out, if anything is."""
-    if not rest:
-        return ()
-    names = ", ".join(show(name)[1:-1] for name in rest[:SHOWN])
-    more = f" and {len(rest) - SHOWN:,} more" if len(rest) > SHOWN else ""
-    return (f"the file holds more than the tensors of a model, which is left out: {names}{more}",)
+def _notes(rest: Sequence[str], unknown: Sequence[str]) -> Iterator[str]:
+    """Yields sentences on what is left out, if anything is."""
+    for names, what in (
+        (rest, "the file holds more than the tensors of a model, which is left out"),
+        (unknown, "objects of unknown classes are left out, and none of their code was run"),
+    ):
+        listed = ", ".join(show(name)[1:-1] for name in names[:SHOWN])
+        more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+        if names:
+            yield f"{what}: {listed}{more}"
 
 
 def _locate(
@@ -185,11 +199,10 @@ def _locate(
     located: dict[str, Tensor] = {}
     damaged, strided = [], []
     for name, tensor in tensors.items():
-        if not tensor.is_contiguous:
-            strided.append(
-                f"tensor {show(name)}: a view with strides {show(tensor.stride)} of shape "
-                f"{show(tensor.shape)}, which is not a byte range"
-            )
+        try:
+            order = tensor.order
+        except ValueError as error:
+            strided.append(f"tensor {show(name)}: {error}")
             continue
         try:
             offset, nbytes = _range_in_storage(name, tensor, members)
@@ -197,7 +210,8 @@ def _locate(
         except ValueError as error:
             damaged.append(f"tensor {show(name)}: {error}")
         else:
-            located[name] = Tensor(path, name, tensor.dtype, tensor.shape, start, start + nbytes)
+            end = start + nbytes
+            located[name] = Tensor(path, name, tensor.dtype, tensor.shape, start, end, order)
     if damaged or strided:
         raise HeaderError(
             f"{path}: some tensors cannot be read from the file as they are",

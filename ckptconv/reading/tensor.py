@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from ..files import Files
 
 
 Shape = tuple[int, ...]
@@ -17,6 +19,33 @@ Shape = tuple[int, ...]
 def are_sizes(*values: object) -> bool:
     """Whether all are integers from 0 to 2**63 - 1; bool does not count as one."""
     return all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+class Order(NamedTuple):
+    """Elements that are stored in another order of axes than that of their tensor.
+
+    Attributes:
+        stored: the shape that the data have as they lie there.
+        axes: for each axis of the tensor, its number among those of `stored`.
+    """
+
+    stored: Shape
+    axes: Shape
+
+    @classmethod
+    def of(cls, shape: Shape, by_stride: list[int]) -> Order:
+        """Returns the order of a tensor, given its axes of several elements as they are stored."""
+        ordered = [*(axis for axis in range(len(shape)) if axis not in by_stride), *by_stride]
+        axes = tuple(ordered.index(axis) for axis in range(len(shape)))
+        return cls(tuple(shape[axis] for axis in ordered), axes)
+
+    def arranged(self, data: bytearray | memoryview) -> memoryview:
+        """Returns the elements in the order of the tensor."""
+        import numpy as np
+
+        elements = np.frombuffer(data, f"u{len(data) // math.prod(self.stored)}")
+        tensor = elements.reshape(self.stored).transpose(self.axes)
+        return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +59,7 @@ class Tensor:
         shape: number of elements along each axis; `()` is a scalar.
         start: offset of the first byte of the data in the file.
         end: offset of the byte after the last one.
+        order: of the elements, if it is not that of the axes.
     """
 
     file: Path
@@ -38,6 +68,7 @@ class Tensor:
     shape: Shape
     start: int
     end: int
+    order: Order | None = None
 
     @property
     def nbytes(self) -> int:
@@ -48,6 +79,11 @@ class Tensor:
     def numel(self) -> int:
         """Number of elements; 1 for a scalar."""
         return math.prod(self.shape)
+
+    def read(self, files: Files) -> bytearray | memoryview:
+        """Returns the elements in the order of the axes; raises as `files` does."""
+        data = files.read(self.file, self.start, self.nbytes)
+        return self.order.arranged(data) if self.order else data
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -62,6 +98,7 @@ class Header:
         data_start: offset of the first byte after the header.
         size: size of the file, or of all shards, in bytes.
         notes: sentences on what the file holds beside tensors and metadata.
+        twins: by key, the key of the tensor that it is another spelling of.
     """
 
     path: Path
@@ -70,6 +107,7 @@ class Header:
     data_start: int
     size: int
     notes: tuple[str, ...] = ()
+    twins: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[Path, ...]:

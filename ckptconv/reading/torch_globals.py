@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..dtypes import LIBRARY_NAMES
-from .tensor import Shape, are_sizes
+from .strict_json import show
+from .tensor import Order, Shape, are_sizes
 from .unpickle import INERT, Call, Global, Table
 
 MAX_AXES = 64
@@ -38,29 +39,31 @@ DTYPES = {
 """The safetensors dtype of each dtype and storage class of PyTorch."""
 
 _IGNORED_BY_PACKAGE = {
-    # Python: sets, the bytes of protocol 2, the state of a scheduler, types.
-    "builtins": "set list dict str int float bool",
+    # Python: plain values (also as Python 2 calls them), the bytes of protocol 2, objects.
+    "builtins": "set frozenset list dict tuple str int float bool bytes bytearray complex slice "
+    "range object long unicode xrange",
     "_codecs": "encode",
-    "collections": "Counter",
-    "typing": "Any",
+    **dict.fromkeys(("copyreg", "copy_reg"), "_reconstructor __newobj__ __newobj_ex__"),
+    "collections": "deque",
+    "datetime": "datetime date time timedelta timezone",
+    "logging": "getLogger",
+    "re": "_compile",
+    "types": "SimpleNamespace",
     # PyTorch: what a tensor has beside its elements, and a textual inversion.
     "torch": "device Size complex128 ComplexDoubleStorage nn.modules.container.ParameterDict",
     # NumPy: scores, states of random generators.
-    "numpy": "dtype ndarray",
+    "numpy": "dtype ndarray core.numeric._frombuffer _core.numeric._frombuffer",
     **dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), "scalar _reconstruct"),
-    # PyTorch Lightning: the states of callbacks, by class, and hyperparameters.
-    **dict.fromkeys(
-        ("pytorch_lightning", "lightning.pytorch"),
-        "callbacks.model_checkpoint.ModelCheckpoint callbacks.early_stopping.EarlyStopping "
-        "utilities.parsing.AttributeDict",
-    ),
-    # OmegaConf: hyperparameters of the LDM code.
-    "omegaconf": "dictconfig.DictConfig listconfig.ListConfig base.ContainerMetadata "
-    "base.Metadata nodes.AnyNode",
+    "numpy.random": "_pickle.__randomstate_ctor _pickle.__generator_ctor "
+    "_pickle.__bit_generator_ctor bit_generator.__pyx_unpickle_SeedSequence",
 }
 
 IGNORED = tuple(f"{package}.{n}" for package, ns in _IGNORED_BY_PACKAGE.items() for n in ns.split())
-"""Other globals in checkpoints of well-known programs; what they make is dropped."""
+"""Globals without which few training checkpoints are; what they make is dropped.
+
+Functions, classes in lower case, and what `unpickle.DENIED` would refuse: the rule of `unpickle`
+lets other classes pass.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +97,21 @@ class StridedTensor:
         return _dtype(self.torch_dtype or self.storage.torch_type)
 
     @property
-    def is_contiguous(self) -> bool:
-        """Whether the elements follow each other in the order of the axes."""
+    def order(self) -> Order | None:
+        """How the elements follow each other in the storage; ValueError if there are gaps."""
+        if 0 in self.shape:
+            return None
+        wide = [axis for axis, size in enumerate(self.shape) if size > 1]  # any stride fits others
+        by_stride = sorted(wide, key=lambda axis: -self.stride[axis])
         needed = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if size != 1 and stride != needed:
-                return 0 in self.shape
-            needed *= size
-        return True
+        for axis in reversed(by_stride):
+            if self.stride[axis] != needed:
+                raise ValueError(
+                    f"a view with strides {show(self.stride)} of shape {show(self.shape)}, whose "
+                    "elements do not lie together"
+                )
+            needed *= self.shape[axis]
+        return None if by_stride == wide else Order.of(self.shape, by_stride)
 
 
 def _dtype(name: str) -> str:

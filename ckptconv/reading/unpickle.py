@@ -1,13 +1,23 @@
 """Reads a pickle as data: nothing that it names is imported, called or executed.
 
 A pickle is a program for a stack machine. The machine here knows only the instructions that make
-data. A global is no more than its name, and a call is looked up in a table of names, whose entries
-turn the arguments into data. Names outside the table are recorded and refused together at the end:
-a refusal is the worst that a hostile pickle can achieve.
+data. A global (a class or function) is no more than its name, and a call of one is looked up in a
+table of names, whose entries turn the arguments into data. For a name outside the table:
 
-Nor can it use memory or time out of proportion. The number of instructions is limited, each one
-takes at most a few hundred bytes beside its text, keys of a dict are text, and no other object is
-compared, hashed or printed.
+1. If it belongs to a module in `DENIED`, directly (`os.system`) or through what another module
+   imports (`torch.serialization` and `os.system`), the file is refused, called or not.
+2. If it is called (REDUCE, INST, OBJ) and does not look like a class, the file is refused: the
+   function could do anything. A class has a name that begins with a capital letter.
+3. Otherwise it is harmless: it is only mentioned, it is a class that is called, or its instance is
+   made without a call (NEWOBJ, and BUILD for the attributes). The object becomes `Inert`, without
+   content, and the name is reported.
+
+All refused names are collected and reported together. A refusal is the worst that a hostile pickle
+can achieve, and an object of an unknown class never becomes a tensor or part of one.
+
+Nor can a pickle use memory or time out of proportion. The number of instructions is limited, each
+one takes at most a few hundred bytes beside its text, keys of a dict are text, and no other object
+is compared, hashed or printed.
 """
 
 from __future__ import annotations
@@ -15,7 +25,7 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from .strict_json import show
 
@@ -24,12 +34,28 @@ MAX_STEPS = 1_000_000
 MAX_TEXT = 512
 """Characters in the name of a global or the key of a dict: joined, long ones would fill memory."""
 
+DENIED: Final = frozenset(
+    """
+    builtins sys importlib imp runpy pkgutil pkg_resources zipimport six future past types inspect
+    gc code codeop operator functools timeit trace profile cProfile pdb bdb doctest rlcompleter
+    idlelib pickle cPickle dill cloudpickle marshal shelve pip ensurepip venv setuptools distutils
+
+    os posix nt subprocess posixsubprocess popen2 commands pty platform signal shutil io tempfile
+    fileinput ctypes cffi mmap multiprocessing concurrent threading thread asyncio atexit winreg
+    winapi msvcrt
+
+    socket socketserver ssl http httplib urllib urllib2 requests httpx aiohttp ftplib smtplib poplib
+    imaplib telnetlib xmlrpc webbrowser antigravity
+    """.split()  # noqa: SIM905  (ten lines, not seventy)
+)
+"""Modules that run code, reach the system, or reach the network; `_io` counts as `io`."""
+
 Call = Callable[[tuple[Any, ...]], object]
 """Turns the arguments of a call into data; ValueError if they are not what it expects."""
 
 
 class Forbidden(ValueError):
-    """The pickle names globals that data do not need; `names` lists all of them."""
+    """The pickle names globals that could run code; `names` lists all of them."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
@@ -43,8 +69,18 @@ class Global:
     name: str
 
 
+@dataclass(frozen=True, slots=True)
 class Inert:
-    """An object whose content is dropped."""
+    """An object whose content is dropped; `name` is that of its class, if it is unknown."""
+
+    name: str = ""
+
+
+class Loaded(NamedTuple):
+    """What a pickle describes, and the names of unknown globals in it."""
+
+    content: object
+    unknown: tuple[str, ...]
 
 
 class Table(dict[str, Any]):
@@ -59,14 +95,15 @@ class Table(dict[str, Any]):
 INERT: Final = Inert()
 
 
-def load(raw: bytes, calls: Mapping[str, Call], persistent: Call) -> object:
+def load(raw: bytes, calls: Mapping[str, Call], persistent: Call) -> Loaded:
     """Returns the object that a pickle describes, as data.
 
-    It consists of None, bool, int, float, str, bytes, list, tuple, `Table`, `Global`, `Inert`, and
-    of whatever `calls` returns for the call of a global and `persistent` for a persistent id.
+    The content consists of None, bool, int, float, str, bytes, list, tuple, `Table`, `Global`,
+    `Inert`, and of whatever `calls` returns for the call of a global and `persistent` for a
+    persistent id.
 
     Raises:
-        Forbidden: the pickle names globals that are not in `calls`.
+        Forbidden: the pickle names globals that could run code.
         ValueError: it is damaged, or has instructions that data do not need.
     """
     machine = _Machine(calls, persistent)
@@ -92,7 +129,7 @@ def load(raw: bytes, calls: Mapping[str, Call], persistent: Call) -> object:
         raise Forbidden(tuple(machine.forbidden))
     if fault:
         raise ValueError(f"its pickle is malformed: {fault}")
-    return machine.result
+    return Loaded(machine.result, tuple(machine.unknown))
 
 
 class _Machine:
@@ -106,7 +143,8 @@ class _Machine:
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks under the marks
         self.memo: dict[int, Any] = {}
-        self.forbidden: dict[str, None] = {}  # a set that keeps the order
+        self.forbidden: dict[str, None] = {}  # sets that keep the order
+        self.unknown: dict[str, None] = {}
         self.result: object = None
 
     def step(self, name: str, argument: Any) -> None:
@@ -115,7 +153,7 @@ class _Machine:
         _INSTRUCTIONS[name](self, argument)
 
     def find(self, module: object, name: object) -> Global:
-        """Returns a global, and records its name if it may not occur."""
+        """Returns a global, and records its name if it is unknown."""
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError("the name of a global is not text")
         if module == "__builtin__":  # the name in Python 2
@@ -124,7 +162,9 @@ class _Machine:
         if len(full_name) > MAX_TEXT:
             raise ValueError(f"the name of a global has {len(full_name):,} characters")
         if full_name not in self.calls:
-            self.forbidden[full_name] = None
+            owners = [module.partition(".")[0], *name.split(".")[:-1]]
+            denied = any(owner.lstrip("_") in DENIED for owner in owners)
+            (self.forbidden if denied else self.unknown)[full_name] = None
         return Global(full_name)
 
     def push(self, value: object) -> None:
@@ -193,12 +233,24 @@ class _Machine:
         """Leaves items out of the object on top of the stack, which is of one of the types."""
         self.top(*types)
 
-    def call(self, function: object, arguments: object, *_: object) -> None:
-        """Pushes what a call stands for, without calling anything."""
+    def make(self, function: object, arguments: object, *_: object) -> None:
+        """Pushes what a new object stands for, without making it."""
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise ValueError("it calls something that is not a global, or without a tuple")
-        inert = function.name in self.forbidden
-        self.push(INERT if inert else self.calls[function.name](arguments))
+        known = self.calls.get(function.name)
+        self.push(known(arguments) if known else Inert(function.name))
+
+    def call(self, function: Any, arguments: object) -> None:
+        """Pushes what a call stands for, without calling anything."""
+        self.make(function, arguments)
+        last = function.name.rpartition(".")[2]
+        if function.name in self.unknown and not last.lstrip("_")[:1].isupper():
+            self.forbidden[function.name] = None
+
+    def call_marked(self, items: list[Any]) -> None:
+        if not items:
+            raise ValueError("it calls nothing")
+        self.call(items[0], tuple(items[1:]))
 
     def load_persistent(self, identity: object) -> None:
         if not isinstance(identity, tuple):
@@ -214,7 +266,7 @@ class _Machine:
 _INSTRUCTIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
     **dict.fromkeys(("PROTO", "FRAME"), lambda m, _: None),
     **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), _Machine.push),
-    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"), _Machine.push),
+    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"), _Machine.push),
     **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _Machine.push),
     "NONE": lambda m, _: m.push(None),
     "NEWTRUE": lambda m, _: m.push(True),
@@ -239,8 +291,11 @@ _INSTRUCTIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
     "BUILD": lambda m, _: m.drop(m.take(), Table, Inert),  # attributes, which neither needs
     "GLOBAL": lambda m, names: m.push(m.find(*names.split(" ", 1))),
     "STACK_GLOBAL": lambda m, _: m.push(m.find(*m.take(2))),
-    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda m, _: m.call(*m.take(2))),
-    "NEWOBJ_EX": lambda m, _: m.call(*m.take(3)),
+    "REDUCE": lambda m, _: m.call(*m.take(2)),
+    "OBJ": lambda m, _: m.call_marked(m.take_marked()),
+    "INST": lambda m, names: m.call(m.find(*names.split(" ", 1)), tuple(m.take_marked())),
+    "NEWOBJ": lambda m, _: m.make(*m.take(2)),
+    "NEWOBJ_EX": lambda m, _: m.make(*m.take(3)),
     "BINPERSID": lambda m, _: m.load_persistent(*m.take()),
     "STOP": lambda m, _: m.stop(),
 }

@@ -87,9 +87,6 @@ def tensors_by_part(plan: Plan) -> dict[str, list[Tensor]]:
     for step in plan.steps:
         name = f"not converted: {step.reason}" if step.reason else step.targets[0].component
         parts.setdefault(name, []).extend(step.sources)
-    if plan.unclaimed:
-        tensors = plan.detection.header.tensors
-        parts[f"not converted: {UNKNOWN}"] = [tensors[key] for key in plan.unclaimed]
     return parts
 
 
@@ -104,13 +101,11 @@ def amounts(tensors: Sequence[Tensor]) -> dict[str, Any]:
 
 def plan_rows(plan: Plan) -> list[dict[str, Any]]:
     """Returns a row for every key of the file: what becomes of it."""
-    tensors = plan.detection.header.tensors
-    rows = [
+    return [
         _row(source.name, source, step.op.name, step.targets, step.reason)
         for step in plan.steps
         for source in step.sources
     ]
-    return rows + [_row(key, tensors[key], "unclaimed", (), UNKNOWN) for key in plan.unclaimed]
 
 
 def header_rows(header: Header) -> list[dict[str, Any]]:

@@ -34,7 +34,9 @@ SMALL = 256 << 10
 for them: a conversion took six times as long on a busy machine."""
 
 
-def merged(data: bytearray, dtype: str, transfer: Transfer, files: Files) -> tuple[memoryview, str]:
+def merged(
+    data: memoryview, dtype: str, transfer: Transfer, files: Files
+) -> tuple[memoryview, str]:
     """Makes the changes of a transfer to the values of its weight, given row by row.
 
     Returns the new elements and their dtype, F64 for F64 and F32 for all others. FileRefused if an
@@ -64,11 +66,10 @@ def merged(data: bytearray, dtype: str, transfer: Transfer, files: Files) -> tup
 
 
 def _read(tensor: Tensor, files: Files) -> Array:
-    data = files.read(tensor.file, tensor.start, tensor.nbytes)
-    return _decoded(data, tensor.dtype).reshape(tensor.shape)
+    return _decoded(tensor.read(files), tensor.dtype).reshape(tensor.shape)
 
 
-def _decoded(data: bytearray, dtype: str) -> Array:
+def _decoded(data: bytearray | memoryview, dtype: str) -> Array:
     """Returns elements as float64 if that is their dtype, else as float32, which is exact."""
     import numpy as np
 

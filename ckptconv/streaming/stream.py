@@ -1,7 +1,7 @@
 """Moves tensors from file to file without holding one in memory.
 
-A copy of byte ranges passes through a small buffer. A cast goes through small chunks. Only a
-transposition and a change of the values hold a whole tensor, one for each thread.
+A copy of byte ranges passes through a small buffer. A cast goes through small chunks. Only a new
+order of the elements and a change of the values hold a whole tensor, one for each thread.
 """
 
 from __future__ import annotations
@@ -144,18 +144,18 @@ def _move(part: Transfer, files: Files, progress: Callable[[int], None]) -> int:
 
 
 def converted(part: Transfer, files: Files) -> tuple[memoryview, int]:
-    """Reads a part, then transposes, changes and casts it as the transfer says.
+    """Reads a part, then rearranges, changes and casts it as the transfer says.
 
     Returns the bytes of the target, and how many finite values became infinite. FileRefused if a
     source became shorter, can no longer be read, or adds what is not finite.
     """
     dtype, wanted = part.dtypes
-    data = files.read(*part.source, nbytes(part.count, dtype))
-    if part.transposed is not None:
-        data = _transposed(data, part.transposed)
-    view = memoryview(data)
+    view = memoryview(files.read(*part.source, nbytes(part.reads, dtype)))
+    if part.order:
+        start = nbytes(part.first, dtype)
+        view = part.order.arranged(view)[start : start + nbytes(part.count, dtype)]
     if part.changes:
-        view, dtype = merged(data, dtype, part, files)
+        view, dtype = merged(view, dtype, part, files)
     if dtype == wanted:
         return view, 0
     from .cast import cast
@@ -175,15 +175,3 @@ def _copy(part: Transfer, files: Files) -> None:
         filled = buffer[: part.nbytes - done]
         files.read_into(source, start + done, filled)
         files.write(target, offset + done, filled)
-
-
-def _transposed(data: bytearray, shape: tuple[int, ...]) -> bytearray:
-    """Transposes a matrix, given row by row."""
-    import numpy as np
-
-    rows, columns = shape
-    if not data:
-        return data
-    width = len(data) // (rows * columns)
-    matrix = np.frombuffer(data, dtype=f"V{width}").reshape(rows, columns)
-    return bytearray(np.ascontiguousarray(matrix.T).tobytes())

@@ -6,13 +6,14 @@ a copy of byte ranges; neighbouring ranges become one copy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..dtypes import nbytes
 from ..planning.step import Change, Step
-from ..reading.tensor import Shape, Tensor
+from ..reading.tensor import Order, Shape, Tensor
 
 Places = Mapping[tuple[str, str], Tensor]
 """By component and key of a target, the tensor in the file where it lies or is to lie."""
@@ -25,15 +26,17 @@ Offset = tuple[Path, int]
 class Transfer:
     """Elements that lie together in one source and one target.
 
-    `transposed` is the shape of the source if it is to be transposed, and `shape` that of the
-    target if its values are to change.
+    If they are to be rearranged, `order` says how. Then the source is a whole tensor, of which the
+    target gets `count` elements, from the element `first` of the new order on. `shape` is that of
+    the target if its values are to change.
     """
 
     source: Offset
     target: Offset
     count: int
     dtypes: tuple[str, str]
-    transposed: Shape | None = None
+    order: Order | None = None
+    first: int = 0
     shape: Shape = ()
     changes: tuple[Change, ...] = ()
 
@@ -43,6 +46,11 @@ class Transfer:
         return nbytes(self.count, self.dtypes[1])
 
     @property
+    def reads(self) -> int:
+        """Number of elements to read from the source."""
+        return math.prod(self.order.stored) if self.order else self.count
+
+    @property
     def is_copy(self) -> bool:
         """Whether the bytes stay as they are."""
         return self.dtypes[0] == self.dtypes[1] and not self.is_whole
@@ -50,7 +58,7 @@ class Transfer:
     @property
     def is_whole(self) -> bool:
         """Whether it is a whole tensor, which must not be cut."""
-        return self.transposed is not None or bool(self.changes)
+        return self.order is not None or bool(self.changes)
 
     def cut(self, count: int) -> Iterator[Transfer]:
         """Yields parts of at most `count` elements; the whole if it must not be cut."""
@@ -77,7 +85,7 @@ def transfers(steps: Iterable[Step], places: Places) -> Iterator[Transfer]:
     """Yields what to move for some steps, given the places of all their targets."""
     for step in steps:
         into = [places[target.component, target.key] for target in step.targets]
-        if step.changes or (into and not step.op.keeps_order):
+        if step.changes or (into and _order(step)):
             yield from _whole(step, into)
         elif into:
             yield from _matched(step.sources, into)
@@ -85,18 +93,27 @@ def transfers(steps: Iterable[Step], places: Places) -> Iterator[Transfer]:
 
 def _whole(step: Step, into: Sequence[Tensor]) -> Iterator[Transfer]:
     """Yields one transfer for each target of a step that has one source."""
-    (source,) = step.sources
-    transposed = None if step.op.keeps_order else source.shape
+    (source,), order = step.sources, _order(step)
     start = 0
     for target, place in zip(step.targets, into, strict=True):
         if place.numel:
             yield replace(
-                _transfer(source, start, place, 0, place.numel),
-                transposed=transposed,
+                _transfer(source, 0 if order else start, place, 0, place.numel),
+                order=order,
+                first=start if order else 0,
                 shape=target.shape if step.changes else (),
                 changes=tuple(change for change in step.changes if change.key == target.key),
             )
         start += place.numel
+
+
+def _order(step: Step) -> Order | None:
+    """Returns how a step rearranges the elements of its source, if it does."""
+    source = step.sources[0]
+    if step.op.keeps_order:
+        return source.order
+    stored, axes = source.order or (source.shape, tuple(range(len(source.shape))))
+    return Order(stored, axes[::-1])
 
 
 def _matched(sources: Sequence[Tensor], into: Sequence[Tensor]) -> Iterator[Transfer]:

@@ -42,6 +42,8 @@ FILES: dict[str, Any] = {
 }
 """What a file holds, by its name; any other with a section of a map is a map."""
 
+MAP_WORDS = schema.words(MapFile).keys()
+
 
 def check_maps(maps: KeyMaps) -> tuple[Check, ...]:
     """Checks every map and every architecture.
@@ -79,8 +81,10 @@ def _check_files(maps: KeyMaps) -> Check:
             kind = next((k for pattern, k in FILES.items() if fnmatch(name, pattern)), None)
             if kind:
                 maps.typed(kind, name)
-            elif schema.words(MapFile).keys() & maps.document(name).entries:
-                lines += len(maps.keymap(name).rules)
+            elif not name.endswith("/arch") and MAP_WORDS & maps.document(name).entries:
+                keymap = maps.keymap(name)
+                keymap.bound(".".join(key).replace("*", "0") for key in keymap.words.alternatives)
+                lines += len(keymap.rules)
                 count += 1
         except CkptconvError as error:
             problems += _problems(name, error)

@@ -42,7 +42,7 @@ def verify(
     folder: str | Path,
     *,
     finite: bool = False,
-    ignore_unclaimed: bool = False,
+    strict: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     **choices: Unpack[Choices],
 ) -> Verification:
@@ -54,7 +54,7 @@ def verify(
         path: the checkpoint that it should come from; None to verify the folder alone.
         folder: the folder.
         finite: look for NaN and infinities as well.
-        ignore_unclaimed: keys that no map knows are no problem.
+        strict: keys that no map knows and incomplete components of the file are problems.
         progress: is called with bytes read and bytes in all, from one thread at a time.
         **choices: see `Options`.
 
@@ -71,7 +71,7 @@ def verify(
     else:
         options, notes = _with_record(options, model.record)
         plan, original = plan_file(path, options)
-        check = _check_source(plan, notes, ignore_unclaimed=ignore_unclaimed)
+        check = _check_source(plan, notes, strict=strict)
         expected = _configured(plan, original, [check], Path(path))
     return _verified(model, expected, options, finite, progress, started)
 
@@ -81,12 +81,12 @@ def verify_report(
     path: str | Path,
     options: Options,
     *,
-    ignore_unclaimed: bool = False,
+    strict: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Verification:
     """Verifies what a conversion has just written, by the plan that it ran."""
     started = time.monotonic()
-    check = _check_source(report.plan, [], ignore_unclaimed=ignore_unclaimed)
+    check = _check_source(report.plan, [], strict=strict)
     expected = _Expected(report.plan, report.configs, [check], Path(path))
     model = read_folder(report.out, options.maps)
     return _verified(model, expected, options, False, progress, started)
@@ -211,15 +211,15 @@ def _with_record(options: Options, record: Record | None) -> tuple[Options, list
     return replace(options, **added), [f"{RECORD} says that {note}" for note in notes]
 
 
-def _check_source(plan: Plan, notes: list[str], *, ignore_unclaimed: bool) -> Check:
+def _check_source(plan: Plan, notes: list[str], *, strict: bool) -> Check:
     """Checks that every key of the file is accounted for."""
     findings: list[Problem | str] = [Problem("the file", text) for text in plan.problems]
     findings += [*plan.detection.notes, *notes]
-    if not ignore_unclaimed:
+    if strict:
         findings += [Problem(key, "no key map knows it") for key in plan.unclaimed]
-    elif plan.unclaimed:
-        count, some = len(plan.unclaimed), plan.unclaimed[0]
-        findings.append(f"{count:,} unknown keys are ignored, such as {some}")
+        lost = (line for lines in plan.incomplete.values() for line in lines)
+        findings += [Problem("the file", line) for line in lost]
+    findings += plan.notes
     dropped = Counter(step.reason for step in plan.steps if step.reason)
     findings += [f"tensors that are not converted ({why}): {n:,}" for why, n in dropped.items()]
     findings += [f"the file has no {name}" for name in plan.absent]

@@ -96,13 +96,13 @@ def test_plan_shows_casts_and_what_is_wrong(small: Path, tmp_path: Path) -> None
     del tensors["model.diffusion_model.out.2.bias"]
     path = save(tensors, tmp_path / "odd.safetensors")
     result = run("plan", "--dtype", "fp16", path, code=1)
-    assert "\nmystery\tunclaimed\tno key map knows it\tF32 [1]\n" in result.stdout
+    assert "\nmystery\tdrop\tckptconv/mystery (unknown)\tF32 [1]\n" in result.stdout
     assert "unet/conv_norm_out.bias\tF32 to F16 [4]" in result.stdout
     assert "not lossless; missing components: vae\n" in result.stderr
     assert "problem: unet: conv_out.bias is missing\n" in result.stderr
     data = json.loads(run("plan", "--json", path, code=1).stdout)
     assert data["problems"] == ["unet: conv_out.bias is missing"]
-    assert (data["absent"], data["lossless"]) == (["vae"], False)
+    assert (data["absent"], data["lossless"]) == (["vae"], True)
 
 
 def test_plan_json_has_every_key(small: Path) -> None:
@@ -153,13 +153,15 @@ def test_convert_warns_on_stderr_of_what_is_missing(small: Path, tmp_path: Path)
     assert list(tmp_path.rglob("*.safetensors")) == [path]
 
 
-def test_convert_leaves_unknown_keys_out_on_demand(small: Path, tmp_path: Path) -> None:
+def test_convert_refuses_unknown_keys_on_demand(small: Path, tmp_path: Path) -> None:
     tensors = {**raw(small), "mystery": ("F32", (1,), b"\0" * 4)}
     path = save(tensors, tmp_path / "odd.safetensors")
-    refused = run("convert", path, tmp_path / "out", code=1)
-    assert "  - mystery: unknown\nhint: --ignore-unclaimed" in refused.stderr
-    result = run("convert", path, tmp_path / "out", "--ignore-unclaimed", "--json")
-    assert json.loads(result.stdout)["unclaimed"] == ["mystery"]
+    refused = run("convert", path, tmp_path / "out", "--strict", code=1)
+    assert "  - mystery: unknown\nhint: without --strict they are kept aside" in refused.stderr
+    result = run("convert", path, tmp_path / "out", "--json")
+    data = json.loads(result.stdout)
+    assert data["unclaimed"] == ["mystery"]
+    assert data["warnings"] == ["no key map knows mystery: kept aside"]
 
 
 def test_architectures_lists_them_with_their_tasks() -> None:
@@ -204,11 +206,46 @@ def test_demo_draws_an_image_and_prints_where_everything_is(tmp_path: Path) -> N
     run("demo", folder, "--arch", "sd1")  # again, over its own results
 
 
+@pytest.mark.parametrize(
+    ("options", "call"),
+    [
+        ((), "DiffusionPipeline.from_pretrained('OUT')"),
+        (
+            ("--dtype", "FP16"),
+            "DiffusionPipeline.from_pretrained('OUT', torch_dtype=torch.float16)",
+        ),
+        (("--dtype", "bfloat16"), "..., torch_dtype=torch.bfloat16)"),
+        (("--dtype", "half", "--variant", "fp16"), "..., variant='fp16')"),
+        (("--only", "unet"), ""),
+        (("--configs-only",), ""),
+    ],
+)
+def test_convert_ends_with_the_call_that_loads_the_folder(
+    options: tuple[str, ...], call: str, small: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "out"
+    lines = run("convert", small, out, *options).stderr.splitlines()
+    start, _, end = call.replace("OUT", str(out)).rpartition("...")
+    assert lines[-1].startswith(f"load it with {start}") == bool(call)
+    assert lines[-1].endswith(end)
+
+
+def test_convert_without_out_makes_a_folder_next_to_each_file(small: Path, tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b.ckpt"):
+        (tmp_path / name).hardlink_to(small)
+    alone = run("convert", tmp_path / "a.safetensors", "--configs-only")
+    assert alone.stdout == f"{tmp_path / 'a'}\n"
+    assert run("convert", f"{tmp_path}/?.*", "--configs-only", "--overwrite").stdout.split() == [
+        str(tmp_path / name) for name in "ab"
+    ]
+    assert "OUT is missing" in run("convert", "https://host/x.ckpt", code=2).stderr
+
+
 @pytest.mark.parametrize("name", ["taken", "taken/inside"])
 def test_demo_without_a_place_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     result = run("demo", tmp_path / name, code=1)
-    assert "no folder can be made" in result.stderr
+    assert "taken: is not a folder" in result.stderr
 
 
 def test_names_and_metadata_do_not_command_the_terminal(tmp_path: Path) -> None:
@@ -220,7 +257,7 @@ def test_names_and_metadata_do_not_command_the_terminal(tmp_path: Path) -> None:
         path,
         {"x": evil},
     )
-    shown = [run("inspect", path).stdout, run("plan", path, code=1).stdout]
-    shown.append(run("convert", path, tmp_path / "out", code=1).stderr)
+    shown = [run("inspect", path).stdout, run("plan", path).stdout]
+    shown.append(run("convert", path, tmp_path / "out").stderr)
     assert all("evil\\x1b[2J\\u202e" in text for text in shown)
     assert not any("\x1b" in text or "\u202e" in text for text in shown)

@@ -15,7 +15,6 @@ from ckptconv.detection.detect import detect, option_fact
 from ckptconv.errors import FileRefused, MapError
 from ckptconv.files import read_json
 from ckptconv.maps.architecture import KeyMaps, bundled
-from ckptconv.options import Options
 from ckptconv.planning.components import Donor
 from ckptconv.planning.plan import Plan, build_plan
 from tests.conftest import made, shapes
@@ -82,7 +81,6 @@ def test_the_task_decides_the_scheduler(name: str, channels: int, scheduler: str
         ("sd15", "unet", "transformer_layers_per_block", "measured"),
         ("sd15", "vae", "scaling_factor", "constant"),
         ("sd15", "vae", "latent_channels", "measured"),
-        ("sd15", "text_encoder", "torch_dtype", "measured"),
         ("sd15", "text_encoder", "num_attention_heads", "measured"),
         ("sd15", "text_encoder", "hidden_act", "constant"),
         ("sd15", "tokenizer", "pad_token", "constant"),
@@ -126,7 +124,6 @@ def test_a_narrower_and_shallower_network_is_measured() -> None:
     assert config["unet"].values["transformer_layers_per_block"] == [1, 1, 1]
     assert config["unet"].values["cross_attention_dim"] == 2048 // 5
     assert config["text_encoder_2"].values["num_hidden_layers"] == 31
-    assert config["text_encoder_2"].values["torch_dtype"] == "float16"
 
 
 def test_a_guidance_embedding_is_measured() -> None:
@@ -148,10 +145,12 @@ def test_a_width_without_whole_heads_is_refused() -> None:
     )
 
 
-@pytest.mark.parametrize(("dtype", "name"), [("fp16", "float16"), ("bf16", "bfloat16")])
-def test_the_dtype_of_the_run_is_written_down(dtype: str, name: str) -> None:
-    plan = build_plan(detect(HEADERS["sd15"]), Options(dtype=dtype))
-    assert configs(plan)["text_encoder"].values["torch_dtype"] == name
+@pytest.mark.parametrize("entry", [{}, {"torch_dtype": "float16"}, {"dtype": "bfloat16"}])
+def test_transformers_is_told_to_load_in_fp32(entry: dict[str, str]) -> None:
+    config = plain("sd15")["text_encoder"]
+    written = versioned(replace(config, values={**config.values, **entry}))
+    assert (written["torch_dtype"], "dtype" in written) == ("float32", False)
+    assert "torch_dtype" not in versioned(plain("sd15")["unet"])
 
 
 def test_what_is_absent_has_no_configuration_and_is_null_in_the_index() -> None:

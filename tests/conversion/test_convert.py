@@ -172,7 +172,7 @@ def test_dtype_casts_every_weight_and_nothing_that_is_kept_aside(
         wanted = wanted.to(getattr(torch, named))
         assert cast[key][:2] == (stored, shape)
         assert cast[key][2] == wanted.view(torch.uint8).numpy().tobytes()
-    assert _json(tmp_path / "out" / "text_encoder" / "config.json")["torch_dtype"] == named
+    assert _json(tmp_path / "out" / "text_encoder" / "config.json")["torch_dtype"] == "float32"
 
 
 def test_values_too_large_for_the_dtype_are_reported_by_name(small: Path, tmp_path: Path) -> None:
@@ -267,20 +267,23 @@ def test_marks_without_elements_decide_and_are_kept_aside(small: Path, tmp_path:
     assert {key: aside[key] for key in marks} == marks
 
 
-def test_unknown_keys_are_refused_and_left_out_on_demand(
+def test_unknown_keys_are_kept_aside_and_refused_on_demand(
     small: Path, folder: Folder, tmp_path: Path
 ) -> None:
     tensors = raw(small)
     tensors["mystery.weight"] = ("F32", (2,), b"\0" * 8)
     source = save(tensors, tmp_path / "odd.safetensors")
     with pytest.raises(Incomplete, match="no key map knows 1 of the keys") as caught:
-        ckptconv.convert(source, tmp_path / "out")
+        ckptconv.convert(source, tmp_path / "out", strict=True)
     assert caught.value.problems == ("mystery.weight: unknown",)
     assert not (tmp_path / "out").exists()
-    report = ckptconv.convert(source, tmp_path / "out", ignore_unclaimed=True)
+    report = ckptconv.convert(source, tmp_path / "out")
     assert report.plan.unclaimed == ("mystery.weight",)
-    assert not report.plan.lossless
-    assert _contents(raw_folder(tmp_path / "out")) == _contents(raw_folder(folder("small")))
+    assert "no key map knows mystery.weight: kept aside" in report.warnings
+    written, plain = raw_folder(tmp_path / "out"), raw_folder(folder("small"))
+    assert raw(tmp_path / "out/ckptconv/dropped.safetensors")["mystery.weight"][2] == b"\0" * 8
+    aside = {key: written.pop(key) for key in [*written] if key not in plain}
+    assert _contents(written) == _contents(plain), aside.keys()
     record = _json(tmp_path / "out" / "ckptconv" / "source.json")
     assert record["unclaimed"] == ["mystery.weight"]
 

@@ -38,7 +38,7 @@ def test_a_destination_is_not_replaced_unless_asked(folder: Folder, tmp_path: Pa
 @pytest.mark.parametrize(
     ("out", "match"),
     [
-        ("no/such/x.safetensors", "no such folder"),
+        ("/dev/null/x.safetensors", "null: is not a folder"),
         ("", "is a folder"),
         ("n" * 300, "cannot be looked at"),
         ("copy/unet/diffusion_pytorch_model.safetensors", "is one of the files to read"),

@@ -16,6 +16,9 @@ import ckptconv
 from ckptconv.maps.architecture import bundled
 from tests.conftest import Folder, Sample
 from tests.support import stock
+from tests.support.pipelines import TASKS, modules, tensors
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @pytest.fixture
@@ -82,6 +85,28 @@ def test_variants_and_shards_load(
         stock.check_weights(getattr(pipeline, component), out / component)
         model = stock.model(out / component, stock.MODELS[component], **options)
         assert model.dtype == getattr(pipeline, component).dtype == torch.float16
+
+
+@pytest.mark.filterwarnings("ignore:.torch_dtype. is deprecated")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        pytest.param(name, task.name, marks=[pytest.mark.slow] if n else [])
+        for n, (name, task) in enumerate(TASKS)
+    ],
+)
+def test_a_pipeline_has_one_dtype_fp32_unless_another_is_asked_for(
+    name: str, task: str, dtype: str, sample: Sample, tmp_path: Path
+) -> None:
+    ckptconv.convert(sample(name, task=task), tmp_path / "out", dtype=dtype, variant=dtype)
+    asked: dict[torch.dtype, dict[str, Any]] = {torch.float32: {}}
+    asked[DTYPES[dtype]] = {"torch_dtype": DTYPES[dtype]}
+    for expected, options in asked.items():
+        pipeline = stock.load(tmp_path / "out", variant=dtype, **options)
+        for part, module in modules(pipeline).items():
+            held = {tensor.dtype for _, tensor in tensors(module) if tensor.is_floating_point()}
+            assert held == {expected}, part
 
 
 def test_an_image_is_drawn_from_a_sharded_cast_inpainting_model(

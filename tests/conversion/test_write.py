@@ -172,11 +172,18 @@ def test_a_folder_that_holds_an_input_is_not_replaced(
     assert inside.is_file()
 
 
-def test_a_missing_parent_is_named(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="no such folder") as caught:
-        ckptconv.convert(small, tmp_path / "a" / "b")
-    assert caught.value.message == f"{tmp_path / 'a'}: no such folder"
-    assert caught.value.hint == "make it first, with mkdir -p"
+@pytest.mark.parametrize("name", ["v1.5.safetensors", "v1.5.ckpt", "v1.5.safetensors.index.json"])
+def test_without_a_destination_the_folder_goes_next_to_the_file(
+    name: str, small: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / name
+    if name.endswith("json"):
+        shutil.copyfile(small, tmp_path / "whole")
+        source.write_text(json.dumps({"weight_map": dict.fromkeys(raw(small), "whole")}))
+    else:
+        shutil.copyfile(small, source)
+    assert ckptconv.convert(source, configs_only=True).out == tmp_path / "v1.5"
+    assert (tmp_path / "v1.5" / "model_index.json").is_file()
 
 
 def test_a_name_that_is_too_long_is_refused(small: Path, tmp_path: Path) -> None:

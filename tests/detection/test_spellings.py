@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import diffusers
@@ -11,15 +12,35 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ckptconv
+from ckptconv.configs.config import configs
+from ckptconv.detection.detect import detect
+from ckptconv.errors import Incomplete
+from ckptconv.maps.architecture import bundled
+from ckptconv.planning.plan import Plan, build_plan
+from ckptconv.planning.step import ASIDE
+from ckptconv.reading.tensor import Header
+from ckptconv.reading.tensor import Tensor as Info
+from ckptconv.sample import layout_of
 from tests.support.oracle import loaded
 from tests.support.relatives import assert_equal, round_trip
+from tests.support.spellings import spelled
+from tests.walk import all_the_way
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Mapping
 
     from torch import Tensor
 
     from tests.conftest import Sample
+
+
+SLOW = pytest.mark.slow
+DTYPES = {
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.int64: "I64",
+    torch.int32: "I32",
+}
 
 
 @pytest.mark.parametrize("name", ["sd2", "sdxl", "sdxl-refiner", "koala-700m"])
@@ -126,5 +147,108 @@ def test_no_tensor_is_lost_to_a_name_that_another_has(sample: Sample, tmp_path: 
     save_file({**tensors, twin: torch.ones(3)}, tmp_path / "twin.safetensors")
     plan = ckptconv.plan(tmp_path / "twin.safetensors")
     sources = {source.name for step in plan.steps for source in step.sources}
-    assert sources | set(plan.unclaimed) == {*tensors, twin}
+    assert sources == {*tensors, twin}
     assert plan.unclaimed == ("conv_norm_out.bias",)
+
+
+def plan_of(tensors: Mapping[str, Tensor]) -> Plan:
+    """Returns the plan of a file, from its header alone."""
+    path = Path("made.safetensors")
+    infos = {
+        key: Info(path, key, DTYPES[tensor.dtype], tuple(tensor.shape), 0, 0)
+        for key, tensor in tensors.items()
+    }
+    return build_plan(detect(Header(path, infos, {}, 0, 0)))
+
+
+def written(plan: Plan) -> dict[tuple[str, str], tuple[str, tuple[int, ...]]]:
+    """Returns what a plan writes into the folders of components."""
+    return {
+        (target.component, target.key): (target.dtype, target.shape)
+        for step in plan.steps
+        for target in step.targets
+        if target.component != ASIDE
+    }
+
+
+@pytest.mark.parametrize("name", bundled().architectures)
+def test_a_network_is_the_same_in_every_spelling(name: str) -> None:
+    layout = layout_of(bundled().architectures[name])
+    dtypes = {dtype: torch_dtype for torch_dtype, dtype in DTYPES.items()}
+    tensors = {k: torch.empty(s, dtype=dtypes[d], device="meta") for k, d, s in layout}
+    usual = plan_of(tensors)
+    others = spelled(tensors)
+    assert len(others) >= 5
+    for spelling, other in others.items():
+        plan = plan_of(other)
+        assert plan.detection.require()[0].name == name, spelling
+        assert (plan.problems, plan.unclaimed, plan.absent) == ((), (), usual.absent), spelling
+        assert written(plan) == written(usual), spelling
+        assert plan.lossless
+        assert plan.detection.notes or spelling == "projection as a linear layer"
+
+
+@pytest.mark.parametrize(
+    ("name", "some"),
+    [
+        ("sd1", ["VAE attention with biases of three axes", "UNet and VAE of node editors"]),
+        pytest.param("sd2", ["SD2 saved by SGM", "_orig_mod. in the middle"], marks=SLOW),
+        pytest.param("sdxl", ["SDXL of node editors, by the names of transformers"], marks=SLOW),
+        pytest.param("sdxl", ["projection as a linear layer", "any other prefix"], marks=SLOW),
+    ],
+)
+def test_a_spelling_goes_all_the_way(
+    name: str, some: list[str], sample: Sample, tmp_path: Path
+) -> None:
+    ckptconv.convert(sample(name), tmp_path / "want")
+    others = spelled(load_file(sample(name)))
+    for spelling in some:
+        all_the_way(others[spelling], tmp_path / "want", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("equal", "key"), [(True, "q.bias"), (False, "q.bias"), (True, "k.weight")]
+)
+def test_two_spellings_of_one_tensor_must_agree(
+    equal: bool, key: str, sample: Sample, tmp_path: Path
+) -> None:
+    tensors = load_file(sample("sd1"))
+    usual = f"first_stage_model.decoder.mid.attn_1.{key}"
+    twin = usual.replace(".attn_1.", ".attn_1.to_")
+    given = {**tensors, twin: tensors[usual] if equal else tensors[usual] + 1}
+    save_file({k: v.clone() for k, v in given.items()}, tmp_path / "twin.safetensors")
+    if not equal:
+        with pytest.raises(Incomplete, match=f"{twin}: is another spelling of {usual}, but they"):
+            ckptconv.convert(tmp_path / "twin.safetensors", tmp_path / "out")
+        return
+    report = ckptconv.convert(tmp_path / "twin.safetensors", tmp_path / "out")
+    assert any("another spelling" in warning for warning in report.warnings)
+    round_trip(tmp_path / "twin.safetensors", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "long", "limits"),
+    [
+        ("sd1", ["cond_stage_model.transformer."], {"tokenizer": 248}),
+        ("sdxl", ["conditioner.embedders.0.transformer."], {"tokenizer": 77, "tokenizer_2": 77}),
+        (
+            "sdxl",
+            ["conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."],
+            {"tokenizer": 248, "tokenizer_2": 248},
+        ),
+    ],
+)
+def test_the_tokenizer_follows_a_longer_text_encoder(
+    name: str, long: list[str], limits: Mapping[str, int]
+) -> None:
+    dtypes = {dtype: torch_dtype for torch_dtype, dtype in DTYPES.items()}
+    tensors = {
+        key: torch.empty(
+            (248, *shape[1:]) if key.startswith(tuple(long)) and shape[:1] == (77,) else shape,
+            dtype=dtypes[dtype],
+            device="meta",
+        )
+        for key, dtype, shape in layout_of(bundled().architectures[name])
+    }
+    built = configs(plan_of(tensors))
+    assert {n: built[n].values["model_max_length"] for n in limits} == limits

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from ckptconv.errors import UsageError
-from ckptconv.inference.adapt import find_scheduler, read_loras
+from ckptconv.inference.adapt import find_scheduler, read_loras, set_scheduler
 from ckptconv.inference.pipeline import load_pipeline
 from tests.conftest import Sample
 from tests.support.pipelines import SMALL, Run, parameters, pixels, runner
@@ -23,23 +26,74 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_the_scheduler_keeps_its_configuration(sample: Sample) -> None:
-    from ckptconv.inference.adapt import set_scheduler
-
     pipe = load_pipeline(sample("sdxl"), device="cpu", prediction_type="v_prediction")
     before = pipe.scheduler.config
-    assert set_scheduler(pipe, find_scheduler("DPMSolverMultistepScheduler")) == []
+    assert set_scheduler(pipe, *find_scheduler("DPMSolverMultistepScheduler")) == []
     kept = ("prediction_type", "beta_start", "beta_end", "beta_schedule", "timestep_spacing")
     assert {key: pipe.scheduler.config[key] for key in kept} == {key: before[key] for key in kept}
     assert before["prediction_type"] == "v_prediction"
-    assert find_scheduler("LCMScheduler").__name__ == "LCMScheduler"
+    assert find_scheduler("LCMScheduler")[0].__name__ == "LCMScheduler"
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "settings"),
+    [  # as in the table of diffusers' documentation
+        ("DPM++ 2M", "DPMSolverMultistep", {"algorithm_type": "dpmsolver++"}),
+        ("DPM++ 2M Karras", "DPMSolverMultistep", {"use_karras_sigmas": True}),
+        ("DPM++ 2M SDE", "DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++"}),
+        (
+            "dpm++ 2m sde  karras",
+            "DPMSolverMultistep",
+            {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+        ),
+        ("DPM++ SDE", "DPMSolverSinglestep", {"use_karras_sigmas": False}),
+        ("DPM++ SDE Karras", "DPMSolverSinglestep", {"use_karras_sigmas": True}),
+        ("DPM2", "KDPM2Discrete", {"use_karras_sigmas": False}),
+        ("DPM2 Karras", "KDPM2Discrete", {"use_karras_sigmas": True}),
+        ("DPM2 a", "KDPM2AncestralDiscrete", {"use_karras_sigmas": False}),
+        ("DPM2 a Karras", "KDPM2AncestralDiscrete", {"use_karras_sigmas": True}),
+        ("Euler", "EulerDiscrete", {"use_karras_sigmas": False}),
+        ("Euler Exponential", "EulerDiscrete", {"use_exponential_sigmas": True}),
+        ("Euler SGM Uniform", "EulerDiscrete", {"timestep_spacing": "trailing"}),
+        ("EULER A", "EulerAncestralDiscrete", {}),
+        ("Heun", "HeunDiscrete", {}),
+        ("DDIM", "DDIM", {}),
+        ("PLMS", "PNDM", {"skip_prk_steps": True}),
+        ("UniPC", "UniPCMultistep", {}),
+        ("LCM", "LCM", {}),
+    ],
+)
+def test_the_samplers_of_web_uis(name: str, cls: str, settings: dict[str, Any]) -> None:
+    karras = find_scheduler("EulerDiscreteScheduler")[0](use_karras_sigmas=True, beta_end=0.012)
+    pipe = SimpleNamespace(scheduler=karras)
+    assert set_scheduler(pipe, *find_scheduler(name)) == []
+    made: Any = pipe.scheduler
+    assert type(made).__name__ == f"{cls}Scheduler"
+    assert {key: made.config[key] for key in settings} == settings
+    assert made.config.beta_end == 0.012
+
+
+@pytest.mark.parametrize("name", ["LMS", "LMS Karras", "DPM++ 2M Beta"])
+def test_a_sampler_that_needs_scipy(name: str) -> None:
+    pipe = SimpleNamespace(scheduler=SimpleNamespace(config={}))
+    if importlib.util.find_spec("scipy"):
+        assert set_scheduler(pipe, *find_scheduler(name)) == []
+        return
+    with pytest.raises(UsageError, match="scipy"):
+        set_scheduler(pipe, *find_scheduler(name))
+
+
+def test_a_sampler_that_has_no_such_schedule() -> None:
+    with pytest.raises(UsageError, match="Euler a Karras: EulerAncestralDiscreteScheduler does"):
+        find_scheduler("Euler a Karras")
 
 
 @pytest.mark.parametrize(
     ("name", "message", "hint"),
     [
-        ("Euler", "diffusers has no scheduler Euler", "EulerDiscreteScheduler"),
-        ("UNet2DConditionModel", "no scheduler UNet2DConditionModel", "PNDMScheduler"),
-        ("FlowMatchEulerDiscreteScheduler", "for these models", "PNDMScheduler"),
+        ("DPM++ 2M Karas", "diffusers has no scheduler DPM", "did you mean DPM++ 2M Karras,"),
+        ("UNet2DConditionModel", "no scheduler UNet2DConditionModel", "it has DDIM, DDPM, DEIS"),
+        ("FlowMatchEulerDiscreteScheduler", "for these models", "it has DDIM, DDPM, DEIS"),
     ],
 )
 def test_an_unknown_scheduler(name: str, message: str, hint: str) -> None:

@@ -21,7 +21,14 @@ from safetensors.torch import load_file, save_file
 
 from ckptconv.cli import main
 from ckptconv.errors import UsageError, on_the_command_line
-from ckptconv.inference.generation import Settings, call_arguments, check, generate, parse_pixels
+from ckptconv.inference.generation import (
+    Settings,
+    call_arguments,
+    check,
+    generate,
+    parse_pixels,
+    prompt_warnings,
+)
 from ckptconv.inference.model import open_model
 from ckptconv.inference.pipeline import load_pipeline, pipeline_class
 from ckptconv.options import Options
@@ -297,6 +304,36 @@ def test_options_that_do_not_fit_the_task(
 
 
 @pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a (red:1.2) fox", ["(red:1.2)"]),
+        ("a ((red)) [fox]", ["((red))", "[fox]"]),
+        ("a fox BREAK a hen AND a cock", ["BREAK", "AND"]),
+        ("a fox <lora:style:0.8>", ["<lora:style:0.8>"]),
+        (r"a fox (vulpes), at 12:30, by j \(\(1\)\), \[sic\], break and", []),
+    ],
+)
+def test_the_syntax_of_web_uis_is_said_to_be_plain_text(text: str, found: list[str]) -> None:
+    assert prompt_warnings(Settings("a fox")) == []
+    said = prompt_warnings(Settings(text, negative=text))
+    assert [f"diffusers reads {', '.join(found)} in the " in line for line in said] == (
+        [True, True] if found else []
+    )
+    assert all(("lora=FILE:0.8" in line) == ("<lora" in text) for line in said)
+
+
+def test_options_as_web_uis_call_them(sample: Sample, run: Run, tmp_path: Path) -> None:
+    words = ("--cfg", "3", "--width", "72", "--height", "64", "--sampler", "dpm++ 2m sde karras")
+    result = run(sample("sd1"), *SMALL[2:], *words, "--negative", "<lora:x:1>")
+    assert "warning: diffusers reads <lora:x:1> in the negative as plain text" in result.stderr
+    said = parameters(tmp_path / "out.png")
+    assert (said["guidance"], said["width"], said["height"]) == (3, 72, 64)
+    assert (said["scheduler"], said["sampler"]) == ("DPMSolverMultistepScheduler", words[-1])
+    for wrong in (("--width", "64"), ("--size", "64", "--width", "64", "--height", "64")):
+        assert "go together, without --size" in run(sample("sd1"), *wrong, code=2).stderr
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("60", "60 does not divide by 8"),
@@ -323,7 +360,7 @@ def test_a_near_size_is_proposed() -> None:
 def test_outputs_that_cannot_be(sample: Sample, run: Run, tmp_path: Path) -> None:
     file = sample("sd1")
     assert "only PNG is written" in run(file, out="out.jpg", code=2).stderr
-    assert "no such folder" in run(file, out="no/out.png", code=1).stderr
+    assert "null: is not a folder" in run(file, out="/dev/null/out.png", code=1).stderr
     (tmp_path / "out.png").write_text("precious")
     assert "--overwrite replaces" in run(file, *SMALL, code=1).stderr
     assert (tmp_path / "out.png").read_text() == "precious"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ckptconv.errors import MapError
 from ckptconv.maps import schema
 from ckptconv.maps.architecture import KeyMaps, bundled
-from ckptconv.maps.keymap import KeyMap, MapFile, Match, Origin, Rule
+from ckptconv.maps.keymap import KeyMap, MapFile, Match, Origin, Pattern, Rule
 from ckptconv.maps.ops import DROP, OPS, RENAME
 from ckptconv.maps.schema import Fault
 from ckptconv.reading.header import header_from_json
@@ -174,7 +174,7 @@ def test_an_extending_map_adds_to_what_it_extends_and_replaces_lines(tmp_path: P
     keymap = read(tmp_path, "extends: shared/maps/clip\nblocks: {own: mine}\nrepeats: [rows]\n")
     assert keymap.match("own.weight") == Match(("mine.weight",), RENAME)
     assert keymap.match("text_model.final_layer_norm.bias") is not None
-    assert keymap.repeats == {"rows"}
+    assert keymap.words.repeats == ("rows",)
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -244,7 +244,8 @@ def test_a_map_without_minus_one_is_bound_to_every_file() -> None:
 
 
 def test_template_replaces_the_indices_of_containers_only() -> None:
-    keymap = KeyMap("the.yaml", [], optional=["time.cond"], repeats=["layers"])
+    words = MapFile(optional=(Pattern(("time", "cond")),), repeats=("layers",))
+    keymap = KeyMap("the.yaml", [], words)
     assert keymap.template("a.layers.11.b.2.layers.0") == "a.layers.*.b.2.layers.*"
     assert keymap.template("a.layers.x.layers") == "a.layers.x.layers"
     assert keymap.template("a.layers.01") == "a.layers.01"

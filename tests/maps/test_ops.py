@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from ckptconv.maps.ops import DROP, OPS, RENAME, Op, Shape
 
+SQUEEZED = "needs shape [out, in, 1, 1], [out, in], [out, 1, 1] or [out]"
+
 
 @pytest.mark.parametrize(
     ("name", "shape", "count", "expected"),
@@ -19,6 +21,8 @@ from ckptconv.maps.ops import DROP, OPS, RENAME, Op, Shape
         ("rename", (3, 4, 5), 1, ((3, 4, 5),)),
         ("squeeze", (8, 4, 1, 1), 1, ((8, 4),)),
         ("squeeze", (8, 4), 1, ((8, 4),)),
+        ("squeeze", (8, 1, 1), 1, ((8,),)),
+        ("squeeze", (8,), 1, ((8,),)),
         ("squeeze", (1, 1, 1, 1), 1, ((1, 1),)),
         ("row", (8,), 1, ((1, 8),)),
         ("row", (1, 8), 1, ((1, 8),)),
@@ -38,12 +42,12 @@ def test_an_operation_gives_the_shapes(
 @pytest.mark.parametrize(
     ("name", "shape", "said"),
     [
-        ("squeeze", (8, 4, 3, 3), "needs shape [out, in, 1, 1] or [out, in], found [8, 4, 3, 3]"),
-        ("squeeze", (8, 4, 1), "needs shape [out, in, 1, 1] or [out, in], found [8, 4, 1]"),
-        ("squeeze", (8,), "needs shape [out, in, 1, 1] or [out, in], found [8]"),
+        ("squeeze", (8, 4, 3, 3), f"{SQUEEZED}, found [8, 4, 3, 3]"),
+        ("squeeze", (8, 4, 1), f"{SQUEEZED}, found [8, 4, 1]"),
+        ("squeeze", (8, 1, 1, 1, 1), f"{SQUEEZED}, found [8, 1, 1, 1, 1]"),
         ("row", (2, 8), "needs shape [n] or [1, n], found [2, 8]"),
         ("row", (), "needs shape [n] or [1, n], found []"),
-        ("squeeze", (), "needs shape [out, in, 1, 1] or [out, in], found []"),
+        ("squeeze", (), f"{SQUEEZED}, found []"),
         ("split_rows", (10, 4), "needs rows that divide by 3, found [10, 4]"),
         ("split_rows", (), "needs rows that divide by 3, found []"),
         ("transpose", (3,), "needs a matrix, found [3]"),
@@ -86,7 +90,7 @@ def test_what_goes_forward_comes_back(op: Op, shape: Shape, parts: int) -> None:
 @pytest.mark.parametrize(
     ("name", "shapes", "said"),
     [
-        ("squeeze", [(3, 4, 1, 1)], "needs shape [out, in], found [3, 4, 1, 1]"),
+        ("squeeze", [(3, 4, 1, 1)], "needs shape [out, in] or [out], found [3, 4, 1, 1]"),
         ("split_rows", [(3, 4), (3, 5)], "needs parts of one shape, found [3, 4], [3, 5]"),
         ("split_rows", [(), ()], "needs parts of one shape, found [], []"),
         ("row", [(2, 8)], "needs shape [1, n], found [2, 8]"),

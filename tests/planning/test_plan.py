@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -207,31 +208,13 @@ IN_PROJ = f"{OPENCLIP}transformer.resblocks.3.attn.in_proj_weight"
     [
         (
             SD1,
-            {f"{UNET}out.2.bias": None, f"{VAE}quant_conv.weight": None},
-            ["unet: conv_out.bias is missing", "vae: quant_conv.weight is missing"],
+            {f"{UNET}out.2.bias": None, f"{UNET}out.0.bias": None},
+            ["unet: conv_out.bias is missing", "unet: conv_norm_out.bias is missing"],
         ),
         (
             SD1,
             {f"{UNET}output_blocks.3.1.transformer_blocks.0.norm2.weight": None},
             ["unet: up_blocks.1.attentions.0.transformer_blocks.0.norm2.weight is missing"],
-        ),
-        (
-            SD2,
-            {IN_PROJ: None},
-            [
-                f"text_encoder: text_model.encoder.layers.3.self_attn.{part}_proj.weight is missing"
-                for part in "qkv"
-            ],
-        ),
-        (
-            SD1,
-            {f"{VAE}encoder.mid.block_1.norm1.gain": (512,)},
-            [f"{VAE}encoder.mid.block_1.norm1.gain: not a key of a Stable Diffusion 1.x vae"],
-        ),
-        (
-            SD1,
-            {f"{UNET}input_blocks.1.1.transformer_blocks.0.attn3.to_q.weight": (320, 320)},
-            [f"{UNET}input_blocks.1.1.transformer_blocks.0.attn3.to_q.weight: not a key of a Stab"],
         ),
         (
             SD1,
@@ -241,7 +224,7 @@ IN_PROJ = f"{OPENCLIP}transformer.resblocks.3.attn.in_proj_weight"
         (
             SD1,
             {f"{VAE}encoder.mid.attn_1.q.weight": (512, 512, 3, 3)},
-            [f"{VAE}encoder.mid.attn_1.q.weight: squeeze needs shape [out, in, 1, 1] or [out, in"],
+            [f"{VAE}encoder.mid.attn_1.q.weight: squeeze needs shape [out, in, 1, 1], [out, in"],
         ),
         (
             SD2,
@@ -270,12 +253,122 @@ def test_a_file_that_is_not_whole_is_refused_with_every_key(
     assert len(message.splitlines()) == 2 + len(problems), message
 
 
-def test_a_tower_with_a_layer_missing_in_the_middle_is_refused() -> None:
-    message = incomplete(without(SD1, LAYER))
-    assert (
-        "  - text_encoder: text_model.encoder.layers.* has only the entries "
-        "0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11\n"
-    ) in message
+def left_out(tensors: Shapes) -> tuple[Plan, str]:
+    """Returns the plan of a file of which a component is incomplete, and what it says of that."""
+    plan = plan_of(tensors)
+    plan.require_complete()
+    ((name, missing),) = plan.incomplete.items()
+    assert plan.absent == (name,)
+    assert not plan.tensors(name)
+    assert plan.lossless
+    with pytest.raises(Incomplete) as caught:
+        plan.require_complete(strict=True)
+    assert caught.value.problems == missing
+    (note,) = plan.notes
+    assert note.startswith(f"the {name} is incomplete, so it is left out: {missing[0]}")
+    return plan, "\n".join(missing)
+
+
+@pytest.mark.parametrize(
+    ("name", "gone", "said"),
+    [
+        (SD1, LAYER, "text_encoder: text_model.encoder.layers.* has only the entries 0, 1, 2, 3, "),
+        (SD1, f"{VAE}encoder.", "vae: encoder.conv_in.weight is missing"),
+        (SD1, f"{VAE}quant_conv.", "vae: quant_conv.weight is missing"),
+        (
+            SD2,
+            IN_PROJ,
+            "text_encoder: text_model.encoder.layers.3.self_attn.v_proj.weight is missing",
+        ),
+        (SDXL, "conditioner.embedders.1.model.ln_final.", "text_encoder_2: text_model.final_layer"),
+    ],
+)
+def test_a_component_that_is_incomplete_is_left_out(name: str, gone: str, said: str) -> None:
+    assert said in left_out(without(name, gone))[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "stray", "note"),
+    [
+        (SD1, f"{VAE}encoder.mid.block_1.norm1.gain", "a Stable Diffusion 1.x vae has no "),
+        (SD1, f"{UNET}input_blocks.1.1.transformer_blocks.0.attn3.to_q.weight", "1.x unet has no "),
+        (SD1, "cond_stage_model.transformer.vision_model.x", "no key map knows "),
+        (SD1, "lora_unet_down_blocks_0.alpha", "no key map knows "),
+        (
+            SDXL,
+            "conditioner.embedders.1.model.transformer.text_projection.weight",
+            "text_encoder_2",
+        ),
+    ],
+)
+def test_a_stray_is_kept_aside_with_a_warning(name: str, stray: str, note: str) -> None:
+    plan = plan_of(shapes(published(name)) | {stray: (8, 8)})
+    plan.require_complete()
+    assert plan.unclaimed == (stray,)
+    assert stray in plan.tensors("ckptconv")
+    assert plan.lossless
+    assert [note in said and f"{stray}: kept aside" in said for said in plan.notes] == [True]
+
+
+@pytest.mark.parametrize(
+    ("name", "leftover", "reason"),
+    [
+        (SD1, "cond_stage_model.logit_scale", "unused"),
+        (SD1, f"{VAE}logvar", "training"),
+        (SD1, "embedding_manager.string_to_param_dict.x", "training"),
+        (SD1, "global_step", "training"),
+        (SD2, "cond_stage_model.transformer.text_model.embeddings.position_ids", "derived"),
+        (SDXL, "conditioner.embedders.0.logit_scale", "unused"),
+        (SDXL, "conditioner.embedders.0.transformer.text_projection.weight", "unused"),
+        (SDXL, "conditioner.embedders.1.model.text_model.embeddings.position_ids", "derived"),
+    ],
+)
+def test_a_known_leftover_has_a_reason_and_no_warning(
+    name: str, leftover: str, reason: str
+) -> None:
+    plan = plan_of(shapes(published(name)) | {leftover: (1,)})
+    assert (plan.problems, plan.unclaimed, plan.notes) == ((), (), ())
+    assert steps_of(plan)[leftover].reason == reason
+
+
+def widths(wide: Sequence[int]) -> Shapes:
+    """Returns a VAE whose levels have multiples of 32 channels, as LDM would build it."""
+    tensors = shapes(published(SD1))
+    for half, levels in (("encoder.down", range(4)), ("decoder.up", range(4))):
+        for n in levels:
+            before = {"encoder.down": n - 1, "decoder.up": n + 1}[half]
+            first = 32 * wide[before] if 0 <= before < 4 else 32 * wide[0 if half[0] == "e" else 3]
+            for key in [k for k in tensors if k.startswith(f"{VAE}{half}.{n}.")]:
+                own = 32 * wide[n]
+                into = first if ".block.0." in key else own
+                entering = (".conv1.weight", ".nin_shortcut.weight")
+                tensors[key] = {
+                    1: (into if key.endswith((".norm1.weight", ".norm1.bias")) else own,),
+                    4: (own, into if key.endswith(entering) else own, *tensors[key][2:]),
+                }[len(tensors[key])]
+            shortcut = f"{VAE}{half}.{n}.block.0.nin_shortcut."
+            for leaf in ("weight", "bias"):
+                tensors.pop(shortcut + leaf, None)
+            if first != 32 * wide[n]:
+                tensors |= {
+                    f"{shortcut}weight": (32 * wide[n], first, 1, 1),
+                    f"{shortcut}bias": (32 * wide[n],),
+                }
+    return tensors
+
+
+@pytest.mark.parametrize("wide", [(1, 2, 2, 2), (1, 2, 4, 8), (2, 2, 2, 2), (1, 2, 4, 4)])
+def test_a_shortcut_is_where_the_width_changes_and_nowhere_else(wide: tuple[int, ...]) -> None:
+    tensors = widths(wide)
+    plan = plan_of(tensors)
+    assert (plan.problems, plan.unclaimed, plan.absent) == ((), (), ())
+    first = f"{VAE}encoder.down.0.block.0.nin_shortcut.weight"
+    assert plan_of(tensors | {first: (32, 32, 1, 1)}).unclaimed == (first,)
+    gone = [k for k in tensors if k.endswith("nin_shortcut.weight")]
+    assert len(gone) == 2 * sum(a != b for a, b in itertools.pairwise(wide))
+    for key in gone:
+        rest = {k: v for k, v in tensors.items() if k != key}
+        assert plan_of(rest).incomplete.keys() == {"vae"}
 
 
 def test_a_tower_may_be_shorter() -> None:
@@ -284,16 +377,20 @@ def test_a_tower_may_be_shorter() -> None:
     assert len(plan.tensors("text_encoder")) == 16 * 11 + 4
 
 
-def test_keys_that_no_map_knows_are_refused_unless_they_may_be_left_out() -> None:
+def test_keys_that_no_map_knows_are_kept_aside_and_refused_on_demand() -> None:
     tensors = shapes(published(SD1)) | {"control_model.x": (1,), "embedder.y": (2,)}
-    message = incomplete(tensors)
+    plan = plan_of(tensors)
+    plan.require_complete()
+    assert plan.unclaimed == ("control_model.x", "embedder.y")
+    assert plan.tensors("ckptconv").keys() >= {"control_model.x", "embedder.y"}
+    assert plan.notes == ("no key map knows control_model.x, embedder.y: kept aside",)
+    assert plan.lossless
+    with pytest.raises(Incomplete) as caught:
+        plan.require_complete(strict=True)
+    message = str(caught.value)
     assert "made.safetensors: no key map knows 2 of the keys\n" in message
     assert "  - control_model.x: unknown\n  - embedder.y: unknown\n" in message
-    assert "hint: ignore_unclaimed=True leaves them out" in message
-    plan = plan_of(tensors)
-    plan.require_complete(ignore_unclaimed=True)
-    assert plan.unclaimed == ("control_model.x", "embedder.y")
-    assert not plan.lossless
+    assert "hint: without strict=True they are kept aside" in message
 
 
 def test_no_architecture_means_no_plan() -> None:

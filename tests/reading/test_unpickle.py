@@ -100,10 +100,10 @@ def test_all_names_are_listed_and_those_of_real_checkpoints_are_not(scratch: Pat
         b=b"cos\nsystem\n",
         c=text("subprocess") + text("Popen") + b"\x93",
         d=name("__builtin__.eval"),
-        e=name("torch.storage._load_from_bytes"),
-        f=name("torch.nn.modules.linear.Linear") + b")\x81",
-        g=name("builtins.getattr") + MARK + name("torch.Size") + text("__class__") + b"tR",
-        h=name("evil\x1b[2J.name"),
+        e=name("torch.storage._load_from_bytes") + b")R",
+        f=name("builtins.getattr") + MARK + name("torch.Size") + text("__class__") + b"tR",
+        g=name("evil\x1b[2J.name") + b")R",
+        h=name("torch.nn.modules.linear.Linear") + b")\x81",
         i=name("collections.OrderedDict") + b")R",
     )
     refusal = refused(checkpoint(code, _0=bytes(16)), scratch)
@@ -113,7 +113,6 @@ def test_all_names_are_listed_and_those_of_real_checkpoints_are_not(scratch: Pat
         "'subprocess.Popen'",
         "'builtins.eval'",
         "'torch.storage._load_from_bytes'",
-        "'torch.nn.modules.linear.Linear'",
         "'builtins.getattr'",
         r"'evil\x1b[2J.name'",
     )
@@ -122,13 +121,6 @@ def test_all_names_are_listed_and_those_of_real_checkpoints_are_not(scratch: Pat
 def test_names_are_listed_although_the_pickle_is_broken_before_them(scratch: Path) -> None:
     code = b"\x80\x020" + name("os.system") + MARK + text("x") + b"ios\npopen\n"
     assert refused(checkpoint(code), scratch).problems == ("'os.system'", "'os.popen'")
-
-
-def test_a_saved_module_is_refused_by_the_names_of_its_classes(scratch: Path) -> None:
-    refusal = refused(torch_file(torch.nn.Linear(2, 2)), scratch)
-    assert isinstance(refusal, UnsafePickle)
-    assert "'torch.nn.modules.linear.Linear'" in refusal.problems
-    assert "save its state_dict" in refusal.hint
 
 
 def test_a_quantized_tensor_is_refused_by_the_name_of_its_function(scratch: Path) -> None:
@@ -389,6 +381,7 @@ INSTRUCTIONS += [b"q\0", b"h\0", b"q\1", b"h\1", b"K\2", number(2**70), text("a"
 INSTRUCTIONS += [numbers(2, 2), numbers(2, 1), tensor(), pushed(a=tensor()), text("state_dict")]
 INSTRUCTIONS += [name(f"torch.{n}") for n in ("FloatStorage", "_utils._rebuild_tensor_v2", "Size")]
 INSTRUCTIONS += [name("collections.OrderedDict") + b")R", name("os.system"), b"J\xff\xff\xff\xff"]
+INSTRUCTIONS += [name("a.B") + b")R", name("a.B") + b")\x81}b", name("a.b"), b"o", b"ia\nB\n"]
 
 
 @FUZZ

@@ -332,7 +332,10 @@ def test_nothing_but_a_page_is_ever_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("gone/page.html", "no such folder"), ("x" * 300, "cannot be looked at: File name too long")],
+    [
+        ("/dev/null/page.html", "null: is not a folder"),
+        ("x" * 300, "cannot be looked at: File name too long"),
+    ],
 )
 def test_a_place_that_cannot_be_written_is_an_error(name: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=said):

@@ -134,8 +134,8 @@ def test_every_key_has_its_row(name: str, sample: Sample) -> None:
 def test_rows_show_casts_and_unknown_keys(small: Path, tmp_path: Path) -> None:
     path = save({**raw(small), "mystery": ("F32", (1,), b"\0" * 4)}, tmp_path / "odd.safetensors")
     rows = {row["source"]: row for row in plan_rows(ckptconv.plan(path, dtype="bf16"))}
-    assert rows["mystery"]["op"] == "unclaimed"
-    assert rows["mystery"]["targets"] == []
+    assert (rows["mystery"]["op"], rows["mystery"]["reason"]) == ("drop", "unknown")
+    assert rows["mystery"]["targets"] == ["ckptconv/mystery"]
     row = rows["model.diffusion_model.out.0.weight"]
     assert (row["dtype"], row["target_dtype"]) == ("F32", "BF16")
     assert rows["betas"]["target_dtype"] == "F32"

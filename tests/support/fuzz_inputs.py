@@ -23,7 +23,7 @@ from ckptconv.reading.header import header_from_json
 from ckptconv.sample import layout_of
 from tests.support.attacks import ATTACKS, entry, pack
 from tests.support.pickle_attacks import FIELDS, PICKLES, ZIPS
-from tests.support.pickles import STOP, checkpoint, numbers, pushed, tensor, text, zipped
+from tests.support.pickles import STOP, checkpoint, name, numbers, pushed, tensor, text, zipped
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 """Dtype and shape by name."""
@@ -46,6 +46,8 @@ edm_mean ztsnr scale_weight epsilon v v_prediction stable-diffusion-xl-v1-base s
 WORDS += ["", "\0", "\x1b[2J", "\n", "\u202e", "\ud800", "9" * 5000]
 ENTRIES = ["modelspec.architecture", "modelspec.prediction_type", "ss_base_model_version", "ss_v2"]
 SIZES = (0, 1, 2, 3, 4, 9, 64, 320, 768, 1024, 1280, 2**20, 2**31, 2**62, 2**63, 2**64)
+OBJECTS = [name("argparse.Namespace") + b")\x81}" + text("x") + b"Nsb", name("a.B") + b")R"]
+OBJECTS += [name("a.b") + b")R", name("a.b"), name("os.system") + text("true") + b"\x85R"]
 STORAGES = {"F32": "Float", "F16": "Half", "BF16": "BFloat16", "I64": "Long", "I32": "Int"}
 STORAGES |= {"F64": "Double", "U8": "Byte", "BOOL": "Bool", "I8": "Char", "I16": "Short"}
 
@@ -253,8 +255,8 @@ def _index(rng: random.Random) -> Files:
     if rng.random() < 0.2:
         index[rng.choice([*index])] = value(rng)
     files = {"model.safetensors.index.json": _raw(json.dumps(index).encode())}
-    for name, part in zip(names, parts, strict=True):
-        files[name] = file_of(*document(rng, part))
+    for file, part in zip(names, parts, strict=True):
+        files[file] = file_of(*document(rng, part))
     return _flipped(rng, files) if rng.random() < 0.2 else files
 
 
@@ -278,13 +280,24 @@ def pickled(rng: random.Random, tensors: Tensors) -> tuple[bytes, dict[str, byte
             key=text(kind),
             numel=counts[kind],
             shape=numbers(*shape),
-            stride=numbers(*strides[:: -1 if key == reversed_at else 1]),
+            stride=numbers(*_other_strides(shape) if key == reversed_at else strides),
         )
+    if rng.random() < 0.3:
+        entries[rng.choice([*entries, "args"])] = rng.choice(OBJECTS)
     body = pushed(**entries)
     if rng.random() < 0.7:
         body = pushed(**{rng.choice(["state_dict"] * 9 + WORDS): body, "epoch": b"K\2"})
     data = {f"_{kind}": bytes(n * BITS[kind] // 8) for kind, n in counts.items()}
     return b"\x80\x02" + body + STOP, data
+
+
+def _other_strides(shape: tuple[int, ...]) -> list[int]:
+    """Returns the strides of `channels_last`, or of a transposed matrix."""
+    axes = [0, *range(2, len(shape)), 1] if len(shape) > 2 else [*reversed(range(len(shape)))]
+    strides, step = [1] * len(shape), 1
+    for axis in reversed(axes):
+        strides[axis], step = min(step, 2**70), step * shape[axis]
+    return strides
 
 
 def _opcodes(rng: random.Random) -> Files:
@@ -314,7 +327,9 @@ def instruction(rng: random.Random) -> bytes:
         small = rng.randrange(4).to_bytes(max(count, 1), "little")[:count]
         return opcode.code.encode("latin-1") + rng.choice([small, rng.randbytes(count)])
     if count == pickletools.UP_TO_NEWLINE:
-        return opcode.code.encode("latin-1") + rng.choice([b"torch\nSize\n", b"1\n", b"os\nx\n"])
+        return opcode.code.encode("latin-1") + rng.choice(
+            [b"torch\nSize\n", b"1\n", b"os\nx\n", b"a\nB\n", b"a\nb\n"]
+        )
     width = {"1": 1, "4": 4, "8": 8}.get(opcode.arg.name[-1], 4) if opcode.arg else 4
     content = rng.choice(WORDS).encode(errors="surrogatepass")
     return (

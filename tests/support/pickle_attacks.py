@@ -72,6 +72,23 @@ PICKLES: dict[str, tuple[bytes, str]] = {
         b"\x80\x02" + text("os.system") + b")R" + STOP,
         "it calls something that is not a global",
     ),
+    "call of nothing": (b"\x80\x02(o" + STOP, "it calls nothing"),
+    "call of an object": (
+        table(a=name("a.B") + b")R)R"),
+        "it calls something that is not a global",
+    ),
+    "shape that is an object": (
+        table(a=tensor(shape=name("a.B") + b")\x81")),
+        "shape or strides are not sizes",
+    ),
+    "size that is an object": (
+        table(a=tensor(shape=MARK + name("a.B") + b")\x81K\2t")),
+        "shape or strides are not sizes",
+    ),
+    "storage that is an object": (
+        table(a=name("torch._utils._rebuild_tensor_v2") + MARK + name("a.B") + b")\x81K\0))tR"),
+        "a tensor has no storage",
+    ),
     "call without tuple": (b"\x80\x02" + name("torch.Size") + b"]R" + STOP, "without a tuple"),
     "name that is a number": (b"\x80\x04NN\x93" + STOP, "the name of a global is not text"),
     "long name": (b"\x80\x04" + text("o" * 300) * 2 + b"\x93" + STOP, "has 601 characters"),

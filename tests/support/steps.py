@@ -16,7 +16,7 @@ from ckptconv.dtypes import BITS
 from ckptconv.maps.ops import OPS
 from ckptconv.planning.step import Step, Target
 from ckptconv.reading.header import encode_header, read_header
-from ckptconv.reading.tensor import Header, Tensor
+from ckptconv.reading.tensor import Header, Order, Tensor
 from ckptconv.streaming.stream import lay_out, write
 from ckptconv.streaming.transfers import Transfer, transfers
 
@@ -51,9 +51,11 @@ def _random_bytes(dtype: str, count: int, seed: int) -> bytes:
     return _encoded(random.standard_normal(count) * 10.0 ** random.integers(-8, 4, count), dtype)
 
 
-def source(file: str, name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
+def source(
+    file: str, name: str, dtype: str, shape: tuple[int, ...], order: Order | None = None
+) -> Tensor:
     """Returns a tensor of a file that `Run` will write."""
-    return Tensor(Path(file), name, dtype, shape, 0, 0)
+    return Tensor(Path(file), name, dtype, shape, 0, 0, order)
 
 
 def _file(path: Path, tensors: list[Tensor], contents: dict[str, bytes]) -> Header:
@@ -70,6 +72,10 @@ def naive(step: Step, contents: dict[str, bytes]) -> dict[str, bytes]:
         data = contents[each.name]
         if each.dtype != step.targets[0].dtype:
             data = _encoded(_decoded(data, each.dtype), step.targets[0].dtype)
+        if each.order:
+            width = BITS[step.targets[0].dtype] // 8
+            stored = np.frombuffer(data, f"V{width}").reshape(each.order.stored)
+            data = stored.transpose(each.order.axes).tobytes()
         row.append(data)
     whole = b"".join(row)
     if step.op.name == "transpose":
@@ -92,6 +98,15 @@ CASTS = st.sampled_from(["F16", "BF16", "F32", None, None])
 
 
 @st.composite
+def orders(draw: st.DrawFn, shape: tuple[int, ...]) -> Order | None:
+    """Draws an order of the elements of a tensor, which is often that of its axes."""
+    axes = draw(st.permutations(range(len(shape))))
+    if 0 in shape or list(axes) == sorted(axes):
+        return None
+    return Order(tuple(shape[axes.index(n)] for n in range(len(shape))), tuple(axes))
+
+
+@st.composite
 def steps_of_all_kinds(draw: st.DrawFn) -> list[Step]:
     """Draws steps of every operation, in both directions, over two source and target files."""
     steps = []
@@ -110,7 +125,13 @@ def steps_of_all_kinds(draw: st.DrawFn) -> list[Step]:
         step = Step(
             op,
             tuple(
-                source(draw(st.sampled_from(["a", "b"])), f"s{n}.{i}", dtype, s)
+                source(
+                    draw(st.sampled_from(["a", "b"])),
+                    f"s{n}.{i}",
+                    dtype,
+                    s,
+                    draw(orders(s)) if len(before) == 1 else None,
+                )
                 for i, s in enumerate(before)
             ),
             tuple(
@@ -151,7 +172,10 @@ class Run:
         self.steps = [
             replace(
                 step,
-                sources=tuple(self.headers[s.file.name].tensors[s.name] for s in step.sources),
+                sources=tuple(
+                    replace(self.headers[s.file.name].tensors[s.name], order=s.order)
+                    for s in step.sources
+                ),
             )
             for step in self.steps
         ]

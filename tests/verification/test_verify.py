@@ -277,10 +277,12 @@ def test_a_component_that_the_file_lacks_must_be_said_to_come_from_elsewhere(
 def test_keys_that_no_map_knows_are_named(sample: Sample, tmp_path: Path) -> None:
     source = tmp_path / "more.safetensors"
     save({**raw(sample("sd1")), "mystery.weight": ("F32", (1,), b"\0\0\0\0")}, source)
-    ckptconv.convert(source, tmp_path / "out", ignore_unclaimed=True)
-    found = kinds(ckptconv.verify(source, tmp_path / "out"))
+    ckptconv.convert(source, tmp_path / "out")
+    found = kinds(ckptconv.verify(source, tmp_path / "out", strict=True))
     assert found == {("model", "source"): (Problem("mystery.weight", "no key map knows it"),)}
-    assert ckptconv.verify(source, tmp_path / "out", ignore_unclaimed=True).passed
+    passed = ckptconv.verify(source, tmp_path / "out")
+    assert passed.passed
+    assert "no key map knows mystery.weight: kept aside" in passed.checks[0].notes
 
 
 def test_the_folder_of_another_file_is_not_this_one(

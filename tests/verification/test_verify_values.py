@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 import ckptconv
+from ckptconv.configs.config import configs
+from ckptconv.folder.read import ComponentFolder
+from ckptconv.reading.tensor import Tensor
 from ckptconv.reports.junit import junit
-from ckptconv.verification.checks.config import same
+from ckptconv.verification.checks.config import check_config, same
 from ckptconv.verification.result import Problem
 from tests.conftest import Copy, Folder, Sample
 from tests.mutations import replace
@@ -48,6 +51,29 @@ def test_cast_weights_must_be_the_exactly_rounded_ones(
 def test_a_dtype_that_was_asked_for_is_the_only_right_one(sample: Sample, folder: Folder) -> None:
     found = ckptconv.verify(sample("sd1"), folder("sd1"), dtype="fp16")
     assert kinds(found)["vae", "data"][0].what == "has dtype F32, expected F16"
+
+
+@pytest.mark.parametrize("entry", ["torch_dtype", "dtype"])
+@pytest.mark.parametrize(
+    ("said", "ours", "others"),
+    [
+        (None, (0, 0), (0, 0)),
+        ("float32", (0, 0), (0, 0)),
+        ("float16", (0, 0), (0, 0)),  # as stored
+        ("bfloat16", (1, 0), (0, 1)),
+        ("decimal", (1, 0), (1, 0)),
+        (["float16"], (1, 0), (1, 0)),
+    ],
+)
+def test_the_dtype_in_which_transformers_loads_the_weights(
+    entry: str, said: Any, ours: tuple[int, int], others: tuple[int, int], small: Path
+) -> None:
+    config = configs(ckptconv.plan(small))["text_encoder"]
+    tensors = {"x": Tensor(Path("x"), "x", "F16", (1,), 0, 0)}
+    part = ComponentFolder(Path("x"), {**config.values, entry: said}, tensors)
+    for is_ours, expected in ((True, ours), (False, others)):
+        check = check_config(config, part, ours=is_ours)
+        assert (len(check.problems), len(check.notes)) == expected
 
 
 def test_nan_stays_nan_in_a_cast_and_is_found_on_demand(sample: Sample, tmp_path: Path) -> None:

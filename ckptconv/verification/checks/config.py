@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from ...configs.config import TORCH_NAMES, Config, class_of
+from ...configs.config import DTYPES, Config, class_of
+from ...dtypes import FLOATS, LIBRARY_NAMES
 from ...errors import option
 from ...folder.names import CONFIG_FILES, INDEX
 from ...folder.read import ComponentFolder
@@ -26,8 +27,6 @@ RENAMED = {
     "DPTFeatureExtractor": "DPTImageProcessor",
 }
 """Classes under another name of theirs: of an older release, or of a twin that does the same."""
-DTYPES = ("torch_dtype", "dtype")
-"""Entries that say how transformers loads the weights."""
 SCHEDULE = {
     "beta_end",
     "beta_schedule",
@@ -92,7 +91,7 @@ def _differences(
         idle = not ours and not IDLE.isdisjoint({entry, f"{entry} of {name}"})
         noted = origin == "assumed" or idle or (other and entry not in SCHEDULE)
         yield f"{entry} {text}" if noted else Problem(entry, text)
-    yield from _wrong_dtypes(own, part)
+    yield from _wrong_dtypes(own, part, ours)
 
 
 def check_index(
@@ -185,18 +184,21 @@ def _renamed(name: Any) -> Any:
     return RENAMED.get(name, name) if isinstance(name, str) else name
 
 
-def _wrong_dtypes(own: Mapping[str, Any], part: ComponentFolder) -> Iterator[Problem | str]:
-    stored = {TORCH_NAMES[t.dtype] for t in part.tensors.values() if t.dtype in TORCH_NAMES}
-    variants = all(tensor.file.name.count(".") > 1 for tensor in part.tensors.values())
+def _wrong_dtypes(
+    own: Mapping[str, Any], part: ComponentFolder, ours: bool
+) -> Iterator[Problem | str]:
+    """Yields dtypes to load the weights in that are neither float32 nor what is stored.
+
+    Published folders have such: a variant shares its configuration with another.
+    """
+    stored = {LIBRARY_NAMES.get(tensor.dtype) for tensor in part.tensors.values()}
+    known = [LIBRARY_NAMES.get(dtype) for dtype in FLOATS]
     for entry in DTYPES:
         said = own.get(entry)
-        if said is None or not stored or said in stored:
+        if said in (None, "float32", *stored):
             continue
-        what = f"is {_show(said)}, but the weights are {' and '.join(sorted(stored))}"
-        if said in TORCH_NAMES.values() and variants:
-            yield f"{entry} {what}: a variant shares its configuration with another"
-        else:
-            yield Problem(entry, what)
+        what = f"is {_show(said)}, expected float32, which diffusers loads by default"
+        yield Problem(entry, what) if ours or said not in known else f"{entry} {what}"
 
 
 def _plain(value: Any, want: Any) -> Any:
