@@ -1,11 +1,13 @@
 """Finds weights that a download never filled: the room that it reserved reads as zeros.
 
-A large weight that is zero throughout is one, unless its layer begins as zeros in training. So is
-the last large weight of a file if it ends in zeros: there the download stopped.
+Downloads leave holes anywhere in a file. So a large weight should neither be zero throughout nor in
+megabytes of it, unless its layer begins as zeros in training; and the last one of a file should not
+end in zeros, where a download stopped.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,11 +21,11 @@ from .step import ASIDE, Step
 LARGE = 1 << 14
 """Elements. Smaller weights, and biases and norms of any size, may well be zero."""
 
-BLOCK = 1 << 14
-"""Bytes at the end of a weight that are looked at first: a weight with another value in them is not
-read further."""
+PIECE = 2 << 20
+"""Bytes, at least, of the pieces that a larger weight is looked at in."""
 
-CHUNK = 4 << 20
+BLOCK = 4 << 10
+"""Bytes at the end of a piece that are read first: if they are not zero, nothing else of it is."""
 
 ZERO_AT_FIRST = re.compile(
     r"(^|\.)(proj_out|conv2|conv_out)\.weight$|^controlnet_(down_blocks|mid_block)\b"
@@ -33,7 +35,7 @@ new ControlNet, hold them so."""
 
 
 def zero_weights(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[Tensor, str]]:
-    """Yields weights that should not be zero, and whether they are `all zero` or end in zeros.
+    """Yields weights that should not be zero, and how far they are.
 
     Args:
         tensors: each after its key in diffusers.
@@ -50,12 +52,21 @@ def zero_weights(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[Tensor
     last = {tensor.file: tensor for tensor in ordered}
     with Files() as files:
         for tensor in ordered:
-            if not _is_zero(files, tensor, max(tensor.start, tensor.end - BLOCK)):
-                continue
-            if _is_zero(files, tensor, tensor.start):
+            count = max(1, tensor.nbytes // PIECE)
+            ends = [tensor.start + tensor.nbytes * n // count for n in range(count + 1)]
+            zero = sum(
+                end - start
+                for start, end in itertools.pairwise(ends)
+                if _is_zero(files, tensor, end - BLOCK, end) and _is_zero(files, tensor, start, end)
+            )
+            if zero == tensor.nbytes:
                 yield tensor, "all zero"
-            elif tensor is last[tensor.file]:
-                yield tensor, f"zero in its last {BLOCK:,} bytes and more, where the file ends"
+            elif zero:
+                yield tensor, f"zero in {zero:,} of its {tensor.nbytes:,} bytes"
+            elif tensor is last[tensor.file] and _is_zero(
+                files, tensor, tensor.end - 4 * BLOCK, tensor.end
+            ):
+                yield tensor, "zero at its end, where the file ends"
 
 
 def require_filled(path: Path, steps: Iterable[Step]) -> None:
@@ -84,10 +95,7 @@ def require_filled(path: Path, steps: Iterable[Step]) -> None:
         )
 
 
-def _is_zero(files: Files, tensor: Tensor, start: int) -> bool:
-    """Whether a tensor is zero from an offset of the file on."""
-    for at in range(start, tensor.end, CHUNK):
-        data = files.read(tensor.file, at, min(CHUNK, tensor.end - at))
-        if data != bytes(len(data)):
-            return False
-    return True
+def _is_zero(files: Files, tensor: Tensor, start: int, end: int) -> bool:
+    """Whether the bytes of a tensor are zero between two offsets of its file."""
+    start = max(start, tensor.start)
+    return files.read(tensor.file, start, end - start) == bytes(end - start)

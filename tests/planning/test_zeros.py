@@ -79,7 +79,7 @@ def test_a_tail_of_zeros_is_found_inside_the_last_weight(sample: Sample, tmp_pat
         out.truncate(sample("sd1").stat().st_size)
     with pytest.raises(FileRefused, match="1 large weights are zero") as caught:
         ckptconv.convert(file, tmp_path / "out")
-    assert f"{last.name} {list(last.shape)} is zero in its last" in caught.value.problems[0]
+    assert f"{last.name} {list(last.shape)} is zero at its end, where" in caught.value.problems[0]
 
 
 def test_shards_pickles_and_donors_are_looked_at(sample: Sample, tmp_path: Path) -> None:
@@ -109,14 +109,19 @@ def test_a_network_that_was_never_trained_converts(sample: Sample, tmp_path: Pat
     ckptconv.convert(control, tmp_path / "control")
 
 
-def test_a_weight_that_is_not_zero_is_not_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("hole", "found"), [(1, False), (8, True)])
+def test_megabytes_of_zeros_inside_a_weight_are_found(
+    hole: int, found: bool, tmp_path: Path
+) -> None:
     path = tmp_path / "large.safetensors"
-    beginning, infos = encode_header([("a", "F16", (2**34, 4))], {})
-    with path.open("wb") as file:
-        file.write(beginning)
-        file.seek(infos["a"].end - 1)
-        file.write(b"1")  # the rest is a hole of 128 GiB
-    assert list(zero_weights(read_header(path).tensors.items())) == []
+    beginning, infos = encode_header([("a", "F16", (16, 1 << 20))], {})
+    path.write_bytes(beginning + b"1" * infos["a"].nbytes)
+    with path.open("r+b") as file:
+        file.seek(infos["a"].start + 13_000_000)
+        file.write(bytes(hole << 20))
+    told = [how for _, how in zero_weights(read_header(path).tensors.items())]
+    assert bool(told) == found
+    assert not told or told[0].endswith("of its 33,554,432 bytes")
 
 
 @pytest.mark.parametrize("ending", [".aria2", ".part", ".crdownload", ".!qB"])
