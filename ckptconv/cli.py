@@ -6,6 +6,7 @@ failed, 2 wrong usage.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import io
 import signal
@@ -37,6 +38,20 @@ class _Group(click.Group):
             return None
         command: click.Command = importlib.import_module(f".commands.{name}", __package__).command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        word = args[0]
+        if word in COMMANDS or word.startswith("-") or ctx.resilient_parsing:
+            return super().resolve_command(ctx, args)
+        if near := difflib.get_close_matches(word, COMMANDS, 1):
+            hint = f"did you mean `ckptconv {near[0]}`?"
+        elif Path(word).suffix or Path(word).exists():
+            hint = f"did you mean `ckptconv inspect {word}`?"
+        else:
+            hint = f"it is one of {', '.join(COMMANDS)}"
+        raise click.UsageError(f"there is no command {word!r}; {hint}", ctx)
 
     def invoke(self, ctx: click.Context) -> Any:
         signal.signal(signal.SIGTERM, _terminated)

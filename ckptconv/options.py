@@ -57,6 +57,7 @@ class Choices(TypedDict, total=False):
     family: str | None
     original_config: AnyPath | None
     lora: AnyPath | Iterable[AnyPath]
+    ignore_zeros: bool
     maps: KeyMaps | None
 
 
@@ -109,6 +110,7 @@ class Options:
         family: what a lone VAE is for, `sd1`, `sd2` or `sdxl`; detected by default.
         original_config: the LDM or SGM yaml of the model, which wins over what is measured.
         lora: a LoRA, DoRA, LoHa or LoKr to add to the weights, as FILE or FILE:SCALE; or several.
+        ignore_zeros: accept large weights that are all zero, as an unfinished download has them.
         maps: the key maps to use; by default those that come with ckptconv.
     """
 
@@ -125,6 +127,7 @@ class Options:
     family: str | None = None
     original_config: Path | None = None
     lora: tuple[AdapterFile, ...] = ()
+    ignore_zeros: bool = False
     maps: KeyMaps = dataclasses.field(default_factory=bundled)
 
     @classmethod
@@ -185,6 +188,7 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys((*DONORS, "original_config"), Path),
     **{name: functools.partial(_fact, name) for name in FACTS},
     "lora": lambda value: tuple(map(adapter_file, _items(value))),
+    "ignore_zeros": bool,
     "maps": lambda value: value,
 }
 """By field of `Options`, the function that turns a caller's value into the record's."""

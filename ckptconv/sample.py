@@ -41,7 +41,7 @@ NOT_WIDTHS = {1000, 49408}
 class Sample:
     """`sample.yaml`: how to shrink the published layout to a small model."""
 
-    divide: Mapping[str, int]
+    divides: Mapping[str, int]
     metadata: Mapping[str, str] = field(default_factory=dict)
     exact: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     repeats: Mapping[str, int] = field(default_factory=dict)
@@ -80,7 +80,7 @@ def layout_of(
     tensors = []
     for key, info in architecture.layout(task or "").tensors.items():
         shape, kind = info.shape, info.dtype
-        prefix = next((p for p in spec.divide if key.startswith(p)), None)
+        prefix = next((p for p in spec.divides if key.startswith(p)), None)
         if prefix is not None and cast and kind in FLOATS:
             kind = cast
         if not full:
@@ -88,7 +88,7 @@ def layout_of(
                 continue
             if prefix is not None:
                 exact = spec.exact.get(prefix, {})
-                shape = tuple(exact.get(n) or _shrunk(n, spec.divide[prefix]) for n in shape)
+                shape = tuple(exact.get(n) or _shrunk(n, spec.divides[prefix]) for n in shape)
         if key in roots and task and (count := channels[task]):
             shape = (shape[0], count, *shape[2:])
         tensors.append((key, kind, shape))

@@ -54,7 +54,7 @@ def dtype_name(_ctx: click.Context, _option: click.Parameter, value: str | None)
 
 _KINDS: dict[str, dict[str, Any]] = {
     "dtype": {"callback": dtype_name, "metavar": "DTYPE"},
-    "ema": {"is_flag": True},
+    **{name: {"is_flag": True} for name in ("ema", "ignore_zeros")},
     "only": {"callback": _names, "metavar": "NAMES"},
     "lora": {"multiple": True, "metavar": "FILE[:SCALE]"},
     "zero_terminal_snr": {"default": None},

@@ -19,6 +19,7 @@ from ..maps.architecture import Architecture
 from ..options import Choices, Options, checked
 from ..planning.components import Donor
 from ..planning.plan import Plan, build_plan
+from ..planning.zeros import require_filled
 from ..reading.source import open_header
 from .write import CONVERTED, Packaging, Report, write_folder
 
@@ -77,6 +78,8 @@ def convert(
     plan, original = plan_file(path, options)
     check_destination(out, overwrite=overwrite, kind=CONVERTED, inputs=plan.files)
     plan.require_complete(strict=strict)
+    if packaging.weights and not options.ignore_zeros:
+        require_filled(plan.detection.header.path, plan.steps)
     configs, notes = configured(plan, original)
     report = write_folder(plan, configs, out, packaging, options.only, progress)
     absent = [

@@ -124,13 +124,13 @@ class Detection:
 class ForeignFormat:
     """One entry of `foreign.yaml`: what a file is that has a key of these patterns, and a hint.
 
-    Only a `whole` model may hold a UNet in the original layout.
+    An entry that `decides` is right even if the file matches an architecture.
     """
 
     keys: tuple[str, ...] = field(metadata=word("has"))
-    what: str
+    title: str
     hint: str
-    whole: bool = False
+    decides: bool = False
 
 
 def inspect(path: str | Path, *, maps: KeyMaps | None = None) -> Detection:
@@ -176,9 +176,10 @@ def detect(
             ],
             hint="their conditions in arch.yaml overlap: add one that only one of them meets",
         )
-    refusal = _foreign(header, maps, whole=True)
-    if refusal or not matching:
-        refusal = refusal or _refusal(header, given, verdicts, maps)
+    refusal = _foreign(header, maps, deciding=True)
+    if not (refusal or matching):
+        refusal = _refusal(header, given, verdicts, maps)
+    if refusal:
         return Detection(given, verdicts, refusal=refusal, notes=given.notes)
     architecture, task = maps.architectures[matching[0].architecture], matching[0].task
     assert task is not None  # noqa: S101  (without one, a line fails)
@@ -351,8 +352,8 @@ def _refusal(
     nearest = min(whole, key=lambda verdict: len(verdict.failing))
     ends = [(v.prefix + UNET_ROOT, v.prefix + CONV_OUT) for v in whole]
     if not any(first in header.tensors and last in header.tensors for first, last in ends):
-        if found := _foreign(given, maps, whole=False):
-            return found
+        if foreign := _foreign(given, maps):
+            return foreign
         some = ", ".join(list(given.tensors)[:3])
         return NotACheckpoint(
             f"{header.path}: this is not a Stable Diffusion checkpoint: no key is one of theirs",
@@ -366,12 +367,16 @@ def _refusal(
     )
 
 
-def _foreign(header: Header, maps: KeyMaps, *, whole: bool) -> NotACheckpoint | None:
-    """Says what a file is that holds a key of another family; of a whole model, or of anything."""
-    for entry in maps.typed(tuple[ForeignFormat, ...], "foreign"):
-        if entry.whole >= whole and (key := first_match(header.tensors, entry.keys)):
+def _foreign(given: Header, maps: KeyMaps, *, deciding: bool = False) -> NotACheckpoint | None:
+    """Says what a file of another kind is; `deciding` asks only the entries that decide."""
+    known = maps.typed(tuple[ForeignFormat, ...], "foreign")
+    entries = [entry for entry in known if entry.decides or not deciding]
+    if not first_match(given.tensors, [key for entry in entries for key in entry.keys]):
+        return None  # as for every checkpoint: one pass over the keys tells
+    for entry in entries:
+        if key := first_match(given.tensors, entry.keys):
             return NotACheckpoint(
-                f"{header.path}: this is {entry.what}",
+                f"{given.path}: this is {entry.title}",
                 problems=[f"it holds the key {key!r}"],
                 hint=entry.hint,
             )

@@ -20,10 +20,14 @@ from ..maps.ops import RENAME
 from ..options import Options
 from ..planning.plan import Plan
 from ..planning.step import Step, Target
+from ..planning.zeros import require_filled
 from ..reading.tensor import Tensor
 
 EXACT_IN_FP16 = {"F16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 """Dtypes whose every value is a value of float16."""
+
+FOR_FOLDERS = ("dtype", "ignore_zeros", "maps")
+"""The options that make sense for a diffusers folder."""
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +88,7 @@ def open_model(
 
     Args:
         path: a checkpoint, or a folder with `model_index.json`.
-        options: that decide what is read; a folder takes `dtype` only.
+        options: that decide what is read; a folder takes those of `FOR_FOLDERS` only.
         given: names of components that are not needed from it.
 
     Raises:
@@ -92,8 +96,15 @@ def open_model(
         UsageError: the options contradict each other or the file.
     """
     path = Path(path)
-    if path.is_dir():
-        return _from_folder(path, options, given)
+    read = _from_folder if path.is_dir() else _from_file
+    model = read(path, options, given)
+    if not options.ignore_zeros:
+        require_filled(path, model.steps)
+    return model
+
+
+def _from_file(path: Path, options: Options, given: Collection[str]) -> Model:
+    """Plans the conversion of a checkpoint."""
     made, original = plan_file(path, options, without=given)
     _refuse_single(path, made.detection.require()[0])
     if made.absent:
@@ -167,7 +178,7 @@ def _name_of(stored: Container[str]) -> str:
 def _from_folder(path: Path, options: Options, given: Collection[str]) -> Model:
     """Reads the configurations and the headers of a diffusers folder."""
     default = Options()
-    names = [field.name for field in fields(Options) if field.name not in ("dtype", "maps")]
+    names = [field.name for field in fields(Options) if field.name not in FOR_FOLDERS]
     if unfit := sorted(n for n in names if getattr(options, n) != getattr(default, n)):
         raise UsageError(
             f"{', '.join(unfit)}: for a checkpoint only, and {path} is a folder",

@@ -120,7 +120,7 @@ class Joint:
     `reads` (the word `of`) is the sum of those in `gives` (`is`), times `times`, plus `plus`.
     """
 
-    reads: Mapping[str, int] = field(metadata=word("of"))
+    reads: Mapping[str, int] = field(metadata=word("has"))
     gives: Mapping[str, int] = field(metadata=word("is"))
     times: int = 1
     plus: int = 0

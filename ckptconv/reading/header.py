@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..dtypes import BITS
 from ..errors import HeaderError
 from ..files import open_regular, read_at
-from .formats import other_format
+from .formats import ENOUGH, other_format
 from .strict_json import Repeated, is_unicode, show, strict_loads
 from .tensor import Header, Tensor, are_sizes, in_file_order
 
@@ -129,7 +129,7 @@ def encode_header(
 def _read_raw(path: Path) -> tuple[bytes, int]:
     """Returns the bytes of the header, not yet parsed, and the size of the file."""
     with open_regular(path) as (file, size):
-        length = _check_length(path, file.read(64), size)
+        length = _check_length(path, file.read(ENOUGH), size)
         return read_at(file, _LENGTH_BYTES, length), size
 
 
@@ -139,8 +139,7 @@ def _check_length(path: Path, beginning: bytes, size: int) -> int:
     header = beginning[_LENGTH_BYTES:]
     odd = length > _MAX_HEADER or not header.startswith(b"{")
     if odd and (other := other_format(beginning)):  # a real length may begin like another format
-        message = f"{path}: this is {other.what}, not a safetensors file"
-        raise HeaderError(message, hint=other.hint)
+        raise HeaderError(f"{path}: this is {other.what}", hint=other.hint)
     missing = _LENGTH_BYTES + length - size
     for wrong, message in (
         (size == 0, "the file is empty (0 bytes)"),
@@ -150,14 +149,9 @@ def _check_length(path: Path, beginning: bytes, size: int) -> int:
             f"{_LENGTH_BYTES} bytes for the length of its header, then the header",
         ),
         (
-            length > _MAX_HEADER,
-            "this is not a safetensors file: the length of its header would be "
-            f"{length:,} bytes, but the format allows at most {_MAX_HEADER:,}",
-        ),
-        (
-            not header.startswith(b"{"),
-            f"this is not a safetensors file: its header begins with {header[:8]!r}, but a header "
-            "begins with '{'",
+            odd,
+            "this is neither a safetensors file nor a PyTorch checkpoint: it begins with "
+            f"{beginning[:16]!r}, not with the length of a header (8 bytes) and '{{'",
         ),
         (
             missing > 0,

@@ -16,6 +16,7 @@ CHECKS = {
     "weights": "names, shapes and dtypes are those that the class expects",
     "config": "the configuration agrees with the weights and with the architecture",
     "data": "the values are those of the file",
+    "zeros": "no large weight is zero, as an unfinished download leaves it",
     "finite": "no value is NaN or infinite",
     "tokenizer": "vocabulary, merges and special tokens are those of CLIP",
     "record": "what ckptconv notes of the source agrees with it",

@@ -28,6 +28,7 @@ from ..maps.architecture import KeyMaps
 from ..options import Choices, Options, checked
 from ..planning.plan import Plan
 from ..planning.step import ASIDE
+from ..planning.zeros import zero_weights
 from .checks.config import check_config, check_index, class_said, same
 from .checks.data import Bytes, check_data, check_finite
 from .checks.tokenizer import check_tokenizer
@@ -176,6 +177,7 @@ def _verified(
         extent = f"{len(model.aside)} tensors kept aside"
         checks.append(Check.of("model", "record", wrong, extent))
     checks += check_finite(read) if finite else ()
+    checks += _check_zeros(model, ignore=options.ignore_zeros)
     architecture, task = plan.detection.require() if plan else (None, None)
     order = list(dict.fromkeys(["model", *configs, *(check.component for check in checks)]))
     return Verification(
@@ -269,6 +271,15 @@ def _check_unexpected(
             yield Check(name, "data", (Problem(name, what),))
         elif isinstance(said, str) and (home := maps.model_classes.get(said)):
             yield check_weights(name, part, home, said)
+
+
+def _check_zeros(model: ModelFolder, *, ignore: bool) -> Iterator[Check]:
+    """Yields a check for every component with weights that an unfinished download left zero."""
+    for name, part in model.parts.items():
+        if found := list(zero_weights(part.tensors.items())):
+            problems = [Problem(tensor.name, f"is {how}") for tensor, how in found]
+            note = f"{len(found):,} large weights are zero, such as {found[0][0].name}"
+            yield Check.of(name, "zeros", [note] if ignore else problems)
 
 
 def _record_problems(model: ModelFolder, plan: Plan, read: Bytes) -> Iterator[Problem]:

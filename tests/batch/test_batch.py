@@ -46,7 +46,7 @@ def test_a_run_goes_on_past_a_bad_file_and_ends_with_a_table(
     assert [(f"{name}.safetensors" in row, word in row) for row, (name, word) in zip(
         rows, [("a", "done"), ("b", "failed"), ("c.v1", "done")], strict=True
     )] == [(True, True)] * 3  # fmt: skip
-    assert f"error: {models / 'b.safetensors'}: this is not a safetensors file" in done.stderr
+    assert f"error: {models / 'b.safetensors'}: this is a text, not a model" in done.stderr
     assert done.stderr.endswith("2 of 3 files done\n")
     assert raw_folder(out / "a") == raw_folder(out / "c.v1") == raw_folder(folder("small"))
     assert not (out / "b").exists()
@@ -69,7 +69,7 @@ def test_inspect_tells_files_in_the_order_they_are_given(models: Path) -> None:
     assert [bool(each["error"]) for each in told] == [False, True, False]
     text = shell.run("inspect", "--hash", *files, code=1).stdout
     assert text.count("scheduler.prediction_type = epsilon") == 2
-    assert text.count("this is not a safetensors file") == 1
+    assert text.count("this is a text, not a model") == 1
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_a_cluster_converts_from_bucket_to_bucket(
     command += ["--dask", cluster.scheduler_address]
     done = shell.run(*command, code=1)
     assert done.stdout.splitlines() == ["s3://box/out/x", "s3://box/out/y"]
-    assert "error: s3://box/in/z.safetensors: this is not a safetensors file" in done.stderr
+    assert "error: s3://box/in/z.safetensors: this is a text, not a model" in done.stderr
     assert bucket.ls("box/out", refresh=True) == ["box/out/x", "box/out/y"]
     local = folder("small")
     expected = {str(p.relative_to(local)) for p in local.rglob("*") if p.is_file()}
@@ -219,7 +219,7 @@ def test_what_is_wrong_with_a_place_is_told_of_its_address(
         o.error for o in run(Inspection(), [Pair("s3://box/no"), Pair("s3://box/in/z.safetensors")])
     ]
     assert told[0].startswith("s3://box/no: cannot be fetched: no such file\nhint:")
-    assert told[1].startswith("s3://box/in/z.safetensors: this is not a safetensors file")
+    assert told[1].startswith("s3://box/in/z.safetensors: this is a text, not a model")
     type(bucket).clear_instance_cache()
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     refused = shell.run("inspect", "s3://box/in/*", code=1)

@@ -99,8 +99,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda _: None, "cannot be read: No such file"),
     "folder": (Path.mkdir, "this is a folder"),
     "empty": (Path.touch, "the file is empty"),
-    "text": (lambda path: path.write_text("hello, this is a text"), "not a safetensors file"),
-    "noise": (lambda path: path.write_bytes(bytes(range(256)) * 9), "not a safetensors file"),
+    "text": (lambda path: path.write_text("hello, this is a text"), "a text, not a model"),
+    "noise": (lambda path: path.write_bytes(bytes(range(256)) * 9), "neither a safetensors"),
     "json": (lambda path: path.write_bytes(b"{}" * 40), "this is a JSON text"),
     "header of no JSON": (
         lambda path: path.write_bytes(struct.pack("<Q", 16) + b"{" * 16),
@@ -148,7 +148,10 @@ def test_a_bad_file_gives_no_traceback_in_a_process_of_its_own(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["frobnicate"], "No such command 'frobnicate'"),
+        (["frobnicate"], "there is no command 'frobnicate'; it is one of inspect, plan"),
+        (["convrt", "FILE"], "no command 'convrt'; did you mean `ckptconv convert`?"),
+        (["FILE"], "did you mean `ckptconv inspect /"),
+        (["no.safetensors"], "did you mean `ckptconv inspect no.safetensors`?"),
         (["inspect"], "Missing argument 'FILE'"),
         (["inspect", "FILE", "--frob"], "No such option"),
         (["convert", "FILE", "OUT", "--dtype", "fp8"], "dtype 'fp8' is unknown"),

@@ -260,6 +260,67 @@ def test_a_file_that_is_no_checkpoint_gets_a_sentence_that_says_what_it_is(
     assert "\nhint: " in message
 
 
+DIT = "model.diffusion_model."
+FAMILIES = {  # keys of published files, by a word of the sentence that names their family
+    "AnimateDiff": ["down_blocks.0.motion_modules.0.temporal_transformer.norm.weight"],
+    "T2I-Adapter": ["conv_in.weight", "body.0.block1.weight"],
+    "IP-Adapter": ["image_proj.norm.weight", "ip_adapter.1.to_k_ip.weight"],
+    "Stable Video Diffusion": ["first_stage_model.decoder.conv_out.time_mix_conv.weight"],
+    "ModelScope": ["transformer_in.norm.weight", "down_blocks.0.temp_convs.0.conv1.0.weight"],
+    "DeepFloyd": ["add_embedding.pool.positional_embedding", "encoder_hid_proj.weight"],
+    "Kandinsky": ["clip_to_seq.weight", "input_blocks.0.0.weight", "to_model_dim_n.weight"],
+    "Kolors": ["down_blocks.0.resnets.0.norm1.weight", "encoder_hid_proj.weight"],
+    "Stable Cascade": ["clf.1.weight", "down_blocks.1.0.channelwise.0.weight"],
+    "Wuerstchen": ["blocks.0.0.depthwise.weight", "cond_mapper.0.weight"],
+    "HunyuanVideo": [
+        "double_blocks.0.img_attn_qkv.weight",
+        "txt_in.individual_token_refiner.blocks.0.norm1.weight",
+    ],
+    "HunyuanDiT": ["mlp_t5.0.weight", "x_embedder.proj.weight"],
+    "Chroma": ["distilled_guidance_layer.in_proj.bias", "double_blocks.0.img_attn.qkv.weight"],
+    "FLUX.2": [
+        DIT + "double_blocks.0.img_attn.qkv.weight",
+        DIT + "double_stream_modulation_img.lin.weight",
+    ],
+    "AuraFlow": ["double_layers.0.attn.w1q.weight", "t_embedder.mlp.0.weight"],
+    "Qwen-Image": ["transformer_blocks.0.attn.norm_added_q.weight", "txt_norm.weight"],
+    "Stable Diffusion 3": ["pos_embed.pos_embed", "transformer_blocks.0.attn.to_q.weight"],
+    "Wan 2.1 or 2.2": [DIT + "blocks.0.cross_attn.k.weight", DIT + "head.modulation"],
+    "VAE of Wan": ["decoder.middle.0.residual.0.gamma", "encoder.conv1.weight"],
+    "Z-Image": ["cap_pad_token", "noise_refiner.0.attention.qkv.weight", "x_embedder.weight"],
+    "Lumina 2": ["cap_embedder.0.weight", "noise_refiner.0.attention.qkv.weight"],
+    "Mochi": ["blocks.0.attn.qkv_x.weight", "t_embedder.mlp.0.weight", "t5_yproj.weight"],
+    "CogVideoX": ["patch_embed.text_proj.weight", "transformer_blocks.0.norm1.linear.weight"],
+    "LTX-Video": [
+        DIT + "adaln_single.emb.timestep_embedder.linear_1.bias",
+        DIT + "patchify_proj.weight",
+    ],
+    "Sana": ["attention_y_norm.weight", "t_block.1.weight"],
+    "PixArt": ["blocks.0.cross_attn.q_linear.weight", "t_block.1.weight", "y_embedder.y_embedding"],
+    "HiDream": ["caption_projection.0.linear.weight", "t_embedder.timestep_embedder.linear_1.bias"],
+    "ESRGAN": ["body.0.rdb1.conv1.weight", "conv_first.weight"],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_are_called_by_their_names(family: str) -> None:
+    message = refusal(made(dict.fromkeys(FAMILIES[family], (4, 4))))
+    assert family in message.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "family"),
+    [
+        (UNET + "encoder_hid_proj.weight", "Kolors"),
+        (UNET + "input_blocks.1.1.time_mixer.mix_factor", "Stable Video Diffusion"),
+        ("down_blocks.0.motion_modules.0.norm.weight", "AnimateDiff"),
+    ],
+)
+def test_some_keys_tell_another_family_even_beside_a_whole_unet(key: str, family: str) -> None:
+    message = refusal(made({**shapes(published("sdxl-base-fp16")), key: (4, 4)}))
+    assert family in message.splitlines()[0]
+
+
 @pytest.mark.parametrize("entry", FOREIGN, ids=lambda entry: entry.what[:30])
 def test_every_pattern_of_the_foreign_files_is_reached(entry: ForeignFormat) -> None:
     assert entry.keys
@@ -286,7 +347,7 @@ def test_a_model_of_another_kind_is_not_called_by_the_name_of_its_unet(
 
 
 def test_every_foreign_kind_has_a_sentence_of_its_own() -> None:
-    assert len({entry.what for entry in FOREIGN}) == len(FOREIGN)
+    assert len({entry.title for entry in FOREIGN}) == len(FOREIGN)
 
 
 @pytest.mark.parametrize("prefix", ["", "control_model."])

@@ -188,7 +188,7 @@ def test_sd2_base_and_768_v_are_told_apart_by_the_spread_of_one_bias(
 ) -> None:
     (tmp_path / "sd2").mkdir()
     (tmp_path / "sd2" / "sample.yaml").write_text(
-        f"divide: {{}}\nspread: {{{PREFIXED}: {deviation}}}"
+        f"divides: {{}}\nspread: {{{PREFIXED}: {deviation}}}"
     )
     sd2 = bundled().architectures["sd2"]
     spread = replace(sd2, maps=KeyMaps([tmp_path, *bundled().folders]))

@@ -46,7 +46,7 @@ blocks:
   enc.layers: encoder.layers
   dec.layers: decoder.layers
 """
-SAMPLE = "divide: {}\n"
+SAMPLE = "divides: {}\n"
 CONFIG = {
     "encoder_block_out_channels": (16, 16),
     "decoder_block_out_channels": (16, 16),

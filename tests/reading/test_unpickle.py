@@ -267,7 +267,7 @@ CODE = table(a=tensor())
 OTHERS = {
     "script": (_script(), "this is a TorchScript program, not a checkpoint"),
     "arrays": (_arrays(), "a zip file, but not a PyTorch checkpoint"),
-    "nothing": (zipped({}), "this is not a safetensors file"),
+    "nothing": (zipped({}), "this is a zip archive"),
     "two roots": (zipped({"x/data.pkl": CODE, "y/data.pkl": CODE}), "with data.pkl, found 2"),
     "no root": (zipped({"data.pkl": CODE}), "with data.pkl, found 0"),
     "deep root": (zipped({"x/y/data.pkl": CODE}), "with data.pkl, found 0"),
@@ -302,7 +302,7 @@ def test_paths_that_are_not_files_are_refused(tmp_path: Path) -> None:
         (tmp_path / "none.ckpt", "No such file"),
     ):
         for read in (open_header, pickled.read_pickled):
-            with pytest.raises(HeaderError, match=what):
+            with pytest.raises(FileRefused, match=what):
                 read(path)
 
 
