@@ -321,11 +321,11 @@ def test_some_keys_tell_another_family_even_beside_a_whole_unet(key: str, family
     assert family in message.splitlines()[0]
 
 
-@pytest.mark.parametrize("entry", FOREIGN, ids=lambda entry: entry.what[:30])
+@pytest.mark.parametrize("entry", FOREIGN, ids=lambda entry: entry.title[:30])
 def test_every_pattern_of_the_foreign_files_is_reached(entry: ForeignFormat) -> None:
     assert entry.keys
     for key in (pattern.replace("*", "x") for pattern in entry.keys):
-        assert refusal(made({key: (4, 4)})).startswith(f"made.safetensors: this is {entry.what}\n")
+        assert refusal(made({key: (4, 4)})).startswith(f"made.safetensors: this is {entry.title}\n")
 
 
 @pytest.mark.parametrize(
