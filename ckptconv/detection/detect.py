@@ -20,13 +20,10 @@ from ..maps.schema import word
 from ..reading.source import open_header
 from ..reading.tensor import Header, Tensor
 from .facts import Fact, Hints, config_beside, find_fact, first_match, notes_of
-from .spellings import CONV_OUT, in_original_names, respelled, unwrapped
+from .spellings import CONV_OUT, STRAYS, in_original_names, respelled, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-STRAYS = 20
-"""Of so many keys one may be a stray beside a component that is alone in its file."""
 
 INDEX = re.compile(r"0|[1-9][0-9]{0,4}")
 """A number that stands for a `*`."""

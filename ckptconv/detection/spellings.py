@@ -10,7 +10,6 @@ everything else sees one layout only; every tensor keeps the name that it has in
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
@@ -19,6 +18,9 @@ from ..reading.tensor import Header, Tensor
 
 CONV_OUT = "out.2.weight"
 """The last layer of a UNet, which a ControlNet, the copy of its first half, does not have."""
+
+STRAYS = 20
+"""Of so many keys one may be a stray, beside those that begin with a prefix."""
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Segments that DataParallel, `torch.compile`, FSDP and activation checkpointing leave in keys."""
@@ -50,9 +52,10 @@ def unwrapped(header: Header, maps: KeyMaps) -> Header:
     found = " and ".join(sorted({s for key in bare for s in split[key]} & WRAPPERS))
     header = renamed(header, bare, f"the keys are read without the wrapper {found}")
     architectures = maps.architectures.values()
-    if not _holds(header, architectures) and (shared := _shared_prefix(header, architectures)):
-        names = {key: key.removeprefix(shared) for key in header.tensors}
-        header = renamed(header, names, f"the keys are read without {shared}, which all begin with")
+    if not _holds(header, architectures):
+        start = _wrapping_prefix(header, architectures)
+        names = {k: k.removeprefix(start) for k in header.tensors if start and k.startswith(start)}
+        header = renamed(header, names, f"the keys are read without {start}, which they begin with")
     unets = [p for p in _places(header, (UNET_ROOT, CONV_OUT)) if p not in ("", EMA_OF)]
     if unets and not (UNET_ROOT in header.tensors and CONV_OUT in header.tensors):
         header = _moved(header, dict.fromkeys(unets, EMA_OF))
@@ -197,15 +200,14 @@ def _elsewhere(
     return dict([*named.items(), *unnamed.items()][:1])
 
 
-def _shared_prefix(header: Header, architectures: Iterable[Architecture]) -> str:
-    """Returns the shortest prefix of all keys without which a network begins; empty for none."""
-    ends = (min(header.tensors, default="").split("."), max(header.tensors, default="").split("."))
-    segments = [
-        s for s, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False))
-    ]
+def _wrapping_prefix(header: Header, architectures: Iterable[Architecture]) -> str:
+    """Returns the shortest prefix of all keys but strays before a network; empty for none."""
     roots = {prefix + a.root for a in architectures for prefix in a.prefixes}
-    starts = (".".join(segments[: n + 1]) + "." for n in range(len(segments)))
-    return next((s for s in starts if any(s + root in header.tensors for root in roots)), "")
+    for start in sorted({start for root in roots for start in _places(header, [root])}, key=len):
+        strays = sum(not key.startswith(start) for key in header.tensors)
+        if strays * STRAYS <= len(header.tensors):
+            return start
+    return ""
 
 
 def _free(names: Mapping[str, str], header: Header) -> dict[str, str]:

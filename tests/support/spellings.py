@@ -96,6 +96,8 @@ def openclip_as_transformers(prefix: str, other: str) -> Spelling:
                 found[other + whole[name]] = tensor
             elif name == "text_projection":
                 found[f"{other}text_projection.weight"] = tensor.T.contiguous()
+            elif not name.startswith("transformer.resblocks."):
+                found[other + name] = tensor
             else:
                 _, _, number, layer = name.split(".", 3)
                 start = f"{other}text_model.encoder.layers.{number}."
