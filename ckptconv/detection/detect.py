@@ -119,10 +119,7 @@ class Detection:
 
 @dataclass(frozen=True, slots=True)
 class ForeignFormat:
-    """One entry of `foreign.yaml`: what a file is that has a key of these patterns, and a hint.
-
-    An entry that `decides` is right even if the file matches an architecture.
-    """
+    """One entry of `foreign.yaml`; one that `decides` is right even if an architecture matches."""
 
     keys: tuple[str, ...] = field(metadata=word("has"))
     title: str
