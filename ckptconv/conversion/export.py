@@ -181,7 +181,7 @@ def _require_whole(restoration: Restoration, model: ModelFolder) -> list[str]:
     models = {c.name: model.parts[c.name] for c in architecture.models if c.name in model.parts}
     problems = [*model.problems, *restoration.problems]
     problems += [problem for part in models.values() for problem in part.problems]
-    problems = problems or list(plan.problems)  # which follow from the others
+    problems = problems or [*plan.problems, *plan.lacking(models)]  # which follow from the others
     if problems:
         raise FileRefused(
             f"{model.path}: this is not a whole {title} model, so it cannot become one file",

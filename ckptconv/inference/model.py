@@ -111,7 +111,7 @@ def _from_file(path: Path, options: Options, given: Collection[str]) -> Model:
         supplies = ", ".join(option_for(made, name) for name in made.absent)
         raise Incomplete(
             f"{path}: the file has no {' and no '.join(made.absent)}, which its pipeline needs",
-            problems=[line for lines in made.incomplete.values() for line in lines],
+            problems=made.lacking(made.absent),
             hint=f"supply what is missing: {supplies}; or, in Python, load_pipeline(..., "
             f"components={{{made.absent[0]!r}: None}}) leaves it out",
         )

@@ -102,6 +102,10 @@ class Plan:
         """Returns the plan with every float tensor cast to `fp16`, `bf16` or `fp32`."""
         return replace(self, steps=tuple(_cast(step, dtype) for step in self.steps))
 
+    def lacking(self, components: Collection[str]) -> list[str]:
+        """Returns what the file lacks of those of some components that are incomplete."""
+        return [line for n, lines in self.incomplete.items() if n in components for line in lines]
+
     def require_complete(self, *, strict: bool = False) -> None:
         """Checks that the plan gives a model.
 
@@ -119,7 +123,7 @@ class Plan:
                 hint="take all of them from the same model: another file can supply a component, "
                 f"as {option('vae', 'FILE')} does",
             )
-        found = [line for lines in self.incomplete.values() for line in lines] if strict else []
+        found = self.lacking(self.absent) if strict else []
         if problems := [*self.problems, *found]:
             title = self.detection.require()[0].title
             raise Incomplete(

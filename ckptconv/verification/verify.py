@@ -116,7 +116,9 @@ def _of_folder(model: ModelFolder, options: Options) -> _Expected:
     architecture, task = plan.detection.require()
     findings: list[Problem | str] = [
         *(Problem("the original layout", t) for t in (*restoration.problems, *plan.problems)),
+        *(Problem("the original layout", line) for line in plan.lacking(model.parts)),
         *plan.detection.notes,
+        *plan.notes,
         *(f"the folder has no {name}" for name in plan.absent),
     ]
     extent = f"{architecture.title}, {task.name}"
@@ -222,8 +224,7 @@ def _check_source(plan: Plan, notes: list[str], *, strict: bool) -> Check:
     findings += [*plan.detection.notes, *notes]
     if strict:
         findings += [Problem(key, "no key map knows it") for key in plan.unclaimed]
-        lost = (line for lines in plan.incomplete.values() for line in lines)
-        findings += [Problem("the file", line) for line in lost]
+        findings += [Problem("the file", line) for line in plan.lacking(plan.absent)]
     findings += plan.notes
     dropped = Counter(step.reason for step in plan.steps if step.reason)
     findings += [f"tensors that are not converted ({why}): {n:,}" for why, n in dropped.items()]
@@ -263,7 +264,9 @@ def _check_unexpected(
         if name in configs or not (part.tensors or part.problems):
             continue
         said = class_said(part.config or {})
-        if plan and configs:
+        # where the folder is told alone, the plan leaves out what it holds and is incomplete
+        own = plan is not None and plan.detection.header.path == model.path
+        if plan and configs and not (own and name in plan.incomplete):
             architecture, _ = plan.detection.require()
             what = f"a {architecture.title} model has no such component"
             if name in architecture.components:

@@ -92,7 +92,7 @@ def lose(key: str) -> Callable[[Raw], Raw]:
         (
             "vae",
             lambda t: {**t, QUERY: (t[QUERY][0], (*t[QUERY][1], 1), t[QUERY][2])},
-            f"vae: {QUERY}: needs shape [out, in], found [128, 128, 1]",
+            f"vae: {QUERY}: needs shape [out, in] or [out], found [128, 128, 1]",
         ),
     ],
 )  # fmt: skip

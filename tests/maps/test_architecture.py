@@ -173,8 +173,8 @@ def test_a_folder_of_ones_own_adds_and_replaces(tmp_path: Path) -> None:
         (("sample_size: 64", "sample_size: !dimm [x, 1]"), "; did you mean '!dim'?\n"),
         (("sample_size: 64", "sample_size: !dim [x]"), "sample_size: 'axis' is missing\n"),
         (
-            ("sample_size: 64", "sample_size: !dim [x, 1, 2, 3]"),
-            "'!dim' takes [key, axis, otherwise",
+            ("sample_size: 64", "sample_size: !dim [x, 1, 2, y, 3]"),
+            "'!dim' takes [key, axis, otherwise, also",
         ),
         (
             ("sample_size: 64", "sample_size: !heads [x, wide]"),

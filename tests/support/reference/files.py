@@ -134,7 +134,7 @@ def numbered(config: unet.UNetConfig) -> dict[str, Tensor]:
         config: Hyper-parameters of the UNet.
     """
     shapes = layout(unet_alone(config))
-    return {k: torch.full(s, n, dtype=torch.float16) for n, (k, s) in enumerate(shapes.items())}
+    return {k: torch.full(s, n, dtype=torch.float16) for n, (k, s) in enumerate(shapes.items(), 1)}
 
 
 def networks(parts: Parts, seed: int) -> dict[str, nn.Module]:
