@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 FIRST = "first_stage_model."
 SCALE = {"vae.scaling_factor": 0.18215}
 LINEAR = partial(vae.Vae, vae.TINY_VAE_LINEAR)
+FLAT_TOP = partial(vae.Vae, replace(vae.TINY_VAE, channel_mult=(1, 2, 2, 2)))
+STEEP = partial(vae.Vae, replace(vae.TINY_VAE, channels=32, channel_mult=(1, 2, 4, 8)))
 LONE_VAE = Relative("VAE", {"": VAE}, configs=SCALE)
 LONE_CLIP = Relative("CLIP text encoder", {"": CLIP})
 LONE_OPENCLIP = Relative("OpenCLIP text encoder", {"": OPENCLIP})
@@ -38,6 +41,8 @@ class TestProperties(Properties):
         LONE_VAE,
         Relative("VAE", {FIRST: VAE}, configs=SCALE, variant="under the prefix of checkpoints"),
         Relative("VAE", {FIRST: LINEAR}, configs=SCALE, variant="with linear attention"),
+        Relative("VAE", {"": FLAT_TOP}, configs=SCALE, variant="1, 2, 2, 2 wide"),
+        Relative("VAE", {"": STEEP}, configs=SCALE, variant="1, 2, 4, 8 wide", slow=True),
         LONE_CLIP,
         PROJECTED,
         LONE_OPENCLIP,
