@@ -100,6 +100,7 @@ def test_help_shows_every_keyword(name: str) -> None:
     assert "**choices" not in text
 
 
+@pytest.mark.slow
 def test_reprs_are_short(small: Path, folder: Folder, tmp_path: Path) -> None:
     found = ckptconv.inspect(small)
     plan = ckptconv.plan(small)

@@ -29,6 +29,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workplace")
 def test_every_command_runs() -> None:
     assert len(COMMANDS) >= 7

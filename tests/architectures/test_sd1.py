@@ -65,6 +65,7 @@ def test_v_prediction_and_zero_terminal_snr_set_the_whole_schedule(
     check_v_prediction("sd1", markers, expected, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_controlnet_in_a_checkpoint_is_a_component_of_its_pipeline(
     sample: Sample, tmp_path: Path
 ) -> None:

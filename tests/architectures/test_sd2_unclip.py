@@ -104,6 +104,7 @@ def unclip(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     return convert(ONLY_L, folder, "--image-normalizer", statistics("pair", folder))
 
 
+@pytest.mark.slow
 def test_unclip_computes_the_same_and_goes_back_with_its_statistics(unclip: Converted) -> None:
     unclip.compare()
     assert ckptconv.inspect(unclip.file).facts["image_encoder"].value == "openai"

@@ -161,6 +161,7 @@ def test_a_damaged_marker_is_replaced_by_the_published_values_and_that_is_said(
     assert (vae.values["latents_mean"], vae.origins["latents_mean"]) == (MEAN, "measured")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "markers", "scheduler", "vae"),
     [

@@ -106,6 +106,7 @@ def test_the_ema_copy_becomes_the_unet_and_its_own_weights_are_lost(
 # Files of unusual layout.
 
 
+@pytest.mark.slow
 def test_names_and_shapes_that_the_folder_cannot_tell_come_back(
     sample: Sample, tmp_path: Path
 ) -> None:
@@ -127,6 +128,7 @@ def test_names_and_shapes_that_the_folder_cannot_tell_come_back(
     assert raw(plain.out) == {key: published[key] for key in published.keys() - plain.lost.keys()}
 
 
+@pytest.mark.slow
 def test_a_sd2_file_of_a_pruned_text_tower_comes_back(sample: Sample, tmp_path: Path) -> None:
     tower = "cond_stage_model.model."
     gone = (f"{tower}text_projection", f"{tower}logit_scale", f"{tower}transformer.resblocks.2.")
@@ -232,6 +234,7 @@ def test_a_cast_rounds_the_weights_and_leaves_the_noise_schedule(
     assert not done.as_source
 
 
+@pytest.mark.slow
 def test_hashes_of_other_tensors_are_not_carried_over(sample: Sample, tmp_path: Path) -> None:
     source = tmp_path / "hashed.safetensors"
     hashes = {"sshs_model_hash": "ab", "modelspec.hash_sha256": "0xcd", "modelspec.title": "T"}

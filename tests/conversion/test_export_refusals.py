@@ -151,6 +151,7 @@ def run(*arguments: object) -> Any:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_the_command_says_what_was_restored_and_what_was_not(
     folder: Folder, copy: Copy, tmp_path: Path
 ) -> None:

@@ -109,6 +109,7 @@ def test_a_pipeline_has_one_dtype_fp32_unless_another_is_asked_for(
             assert held == {expected}, part
 
 
+@pytest.mark.slow
 def test_an_image_is_drawn_from_a_sharded_cast_inpainting_model(
     sample: Sample, complaints: list[str], tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ DTYPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd2", "sdxl", "sdxl-refiner", "koala-700m"])
 def test_a_unet_in_the_diffusers_layout_is_told_by_its_original_names(
     name: str, sample: Sample, tmp_path: Path
@@ -117,6 +118,7 @@ def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return parts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("sd2", "apart"), ("sdxl", "as transformers"), ("sdxl-refiner", "apart")],
@@ -188,6 +190,7 @@ def test_a_network_is_the_same_in_every_spelling(name: str) -> None:
         assert plan.detection.notes or spelling == "projection as a linear layer"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "some"),
     [

@@ -134,6 +134,7 @@ def kohya(unet: torch.nn.Module, encoder: bool) -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.slow
 def test_loras_of_kohya_apply_with_their_scale(sample: Sample, run: Run, tmp_path: Path) -> None:
     whole, unet = tmp_path / "whole.safetensors", tmp_path / "unet.safetensors"
     for path in (whole, unet):
@@ -160,6 +161,7 @@ def test_loras_of_kohya_apply_with_their_scale(sample: Sample, run: Run, tmp_pat
         assert np.abs(made[one] - made[other]).mean() > 0.5, (one, other)
 
 
+@pytest.mark.slow
 def test_a_lora_that_does_not_fit_is_refused(sample: Sample, run: Run, tmp_path: Path) -> None:
     lora = tmp_path / "style.safetensors"
     save_file(kohya(load_pipeline(sample("sd1"), device="cpu").unet, encoder=False), lora)

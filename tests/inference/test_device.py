@@ -192,6 +192,7 @@ def test_a_model_that_outgrows_one_gpu_is_spread() -> None:
     assert not inside, "a block that the library keeps whole is split"
 
 
+@pytest.mark.slow
 def test_a_model_that_outgrows_all_gpus_is_refused() -> None:
     rooms: list[dict[int, int]] = [
         {0: 2_000_000_000, 1: 2_000_000_000},

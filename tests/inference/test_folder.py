@@ -65,6 +65,7 @@ def test_every_task_is_what_stock_diffusers_loads(
             assert mine == str(getattr(their.config, entry, None)), (name, entry)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("dtype", [None, "bf16"])
 def test_shards_variants_and_a_cast(dtype: str | None, sample: Sample, tmp_path: Path) -> None:
@@ -109,6 +110,7 @@ def test_names_of_a_newer_release(copy: Copy) -> None:
     assert_same(ours, stock(ours, folder, torch.float32))
 
 
+@pytest.mark.slow
 def test_a_class_of_others_is_loaded_by_its_library(copy: Copy) -> None:
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig

@@ -102,6 +102,7 @@ def test_every_task_makes_the_same_image_twice(
     assert said["pipeline"] == cls.__name__
 
 
+@pytest.mark.slow
 def test_the_whole_program_says_what_matters_and_nothing_else(
     sample: Sample, tmp_path: Path, image: Path
 ) -> None:
@@ -148,6 +149,7 @@ def test_the_png_carries_its_parameters(sample: Sample, run: Run, tmp_path: Path
     }
 
 
+@pytest.mark.slow
 def test_every_setting_changes_the_image(sample: Sample) -> None:
     pipe = load_pipeline(sample("sd1"), device="cpu")
     pipe.set_progress_bar_config(disable=True)
@@ -167,6 +169,7 @@ def test_every_setting_changes_the_image(sample: Sample) -> None:
     assert made[-2].size == (64, 72)
 
 
+@pytest.mark.slow
 def test_several_images_have_seeds_of_their_own(sample: Sample, run: Run, tmp_path: Path) -> None:
     result = run(sample("sd1"), *SMALL, "--count", "2")
     paths = [tmp_path / "out-1.png", tmp_path / "out-2.png"]
@@ -177,6 +180,7 @@ def test_several_images_have_seeds_of_their_own(sample: Sample, run: Run, tmp_pa
     assert not np.array_equal(pixels(paths[0]), pixels(paths[1]))
 
 
+@pytest.mark.slow
 def test_a_seed_is_drawn_and_printed(sample: Sample, run: Run, tmp_path: Path) -> None:
     said = []
     for _ in range(2):
@@ -187,6 +191,7 @@ def test_a_seed_is_drawn_and_printed(sample: Sample, run: Run, tmp_path: Path) -
     assert said[0] != said[1]
 
 
+@pytest.mark.slow
 def test_the_size_follows_the_image_and_then_the_training(
     sample: Sample, run: Run, image: Path, tmp_path: Path
 ) -> None:
@@ -200,6 +205,7 @@ def test_the_size_follows_the_image_and_then_the_training(
     assert with_config.unet.config.sample_size * with_config.vae_scale_factor == 768
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["inpainting", "image-to-image"])
 def test_an_image_is_what_is_changed(
     task: str, sample: Sample, run: Run, image: Path, mask: Path, tmp_path: Path
@@ -217,6 +223,7 @@ def test_an_image_is_what_is_changed(
     assert np.abs(made[0] - made[1]).mean() > 1
 
 
+@pytest.mark.slow
 def test_zero_terminal_snr_rescales_the_guidance(sample: Sample, run: Run, tmp_path: Path) -> None:
     trained = ("--prediction-type", "v_prediction", "--zero-terminal-snr")
     run(sample("sdxl"), *SMALL, *trained)
@@ -247,6 +254,7 @@ def test_compile_compiles_the_unet(
     assert compiled == ["UNet2DConditionModel"]
 
 
+@pytest.mark.slow
 def test_on_the_cpu_weights_become_fp32_unless_asked(
     sample: Sample, run: Run, tmp_path: Path, folder: Folder
 ) -> None:
@@ -256,6 +264,7 @@ def test_on_the_cpu_weights_become_fp32_unless_asked(
     assert parameters(tmp_path / "out.png")["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_a_folder_makes_the_same_image_as_its_file(
     sample: Sample, folder: Folder, run: Run, tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ def image(pipe: Any, seed: int = 5, size: int = 64, steps: int = 2) -> Any:
     return np.asarray(generate(pipe, arguments, seed)).astype(int)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "dtype", "device"),
     [
@@ -68,6 +69,7 @@ def test_modules_are_those_of_diffusers(
     assert found == {device}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "device"),
     [
@@ -174,6 +176,7 @@ def test_a_full_size_sdxl_loads_in_its_own_size_and_runs(full_size: Path) -> Non
     assert np.array_equal(one, image(pipe, size=1024))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 def test_moved_bytes_are_the_bytes_of_the_file(
     device: str, sample: Sample, monkeypatch: pytest.MonkeyPatch

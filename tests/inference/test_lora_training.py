@@ -33,6 +33,7 @@ def prediction(pipe: Any, noise: torch.Tensor) -> torch.Tensor:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sd1", "sdxl"])
 def test_an_adapter_trains_saves_and_loads(
     architecture: str, sample: Sample, tmp_path: Path

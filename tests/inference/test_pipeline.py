@@ -64,6 +64,7 @@ def test_every_task_is_bit_identical_to_the_converted_folder(
     } == {CPU}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch_dtype. is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("architecture", "dtype"), [("sd1", "fp16"), ("sdxl", "fp32"), ("sdxl-refiner", "bf16")]
@@ -81,6 +82,7 @@ def test_a_cast_is_bit_identical_to_the_converted_folder(
     assert_same(ours, theirs)
 
 
+@pytest.mark.slow
 def test_the_ema_copy_is_loaded_if_asked(sample: Sample, tmp_path: Path) -> None:
     file = sample("sd1", ema=True)
     ckptconv.convert(file, tmp_path / "out", ema=True)
@@ -90,6 +92,7 @@ def test_the_ema_copy_is_loaded_if_asked(sample: Sample, tmp_path: Path) -> None
     assert not torch.equal(ours.unet.conv_in.weight, plain.unet.conv_in.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [name for name, task in bundled().pipelines.items() if task.also])
 def test_the_same_weights_do_other_tasks(own: str, sample: Sample) -> None:
     architecture = next(a for a in bundled().architectures.values() if own == a.tasks[0].pipeline)
@@ -137,6 +140,7 @@ def test_a_missing_component_is_named_with_what_to_do(sample: Sample, tmp_path: 
     assert torch.equal(vae.decoder.conv_in.weight, given[f"{prefix}decoder.conv_in.weight"])
 
 
+@pytest.mark.slow
 def test_ready_components_take_the_place_of_the_files(sample: Sample) -> None:
     base = load_pipeline(sample("sdxl"), device="cpu")
     shared = {"vae": base.vae, "text_encoder_2": base.text_encoder_2, "scheduler": base.scheduler}
@@ -197,6 +201,7 @@ def test_keys_that_no_map_knows_stop_nobody(sample: Sample, tmp_path: Path) -> N
     assert load_pipeline(file, device="cpu").unet is not None
 
 
+@pytest.mark.slow
 def test_a_folder_loads_in_its_own_dtype_and_variant(
     folder: Folder, sample: Sample, tmp_path: Path
 ) -> None:

@@ -54,6 +54,7 @@ def meanwhile(work: Callable[[], None], see: Callable[[], Any]) -> list[Any]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_four_threads_load_while_a_fifth_builds_modules(
     kind: str, sample: Sample, folder: Folder
@@ -108,6 +109,7 @@ def state() -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_nothing_of_the_process_changes(kind: str, sample: Sample, tmp_path: Path) -> None:
     import ckptconv

@@ -39,6 +39,7 @@ def test_weights_that_keep_their_dtype_take_no_memory_of_their_own(
     assert not pipe.unet.conv_in.weight.any(), "the weight is not a view of the file"
 
 
+@pytest.mark.slow
 def test_unaligned_tensors_load_the_same(sample: Sample, tmp_path: Path) -> None:
     source = sample("sd1")
     data = source.read_bytes()
@@ -81,6 +82,7 @@ def test_fp8_becomes_fp16_exactly(kind: torch.dtype, sample: Sample, tmp_path: P
     assert pipe.unet.conv_in.weight.unique().numel() > 50
 
 
+@pytest.mark.slow
 def test_values_too_large_for_the_dtype_are_reported(
     sample: Sample, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

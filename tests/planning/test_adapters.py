@@ -92,6 +92,7 @@ def pipelines() -> dict[str, Any]:
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "write", "changed"),
     [

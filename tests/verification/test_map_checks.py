@@ -248,6 +248,7 @@ def mine(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["option", "environment"])
 def test_own_key_maps_reach_every_command(
     how: str, mine: Path, sample: Sample, tmp_path: Path

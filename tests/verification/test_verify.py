@@ -49,6 +49,7 @@ def base(
     return convert
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_converted_folder_verifies_against_its_file_and_alone(
     name: str, sample: Sample, base: Callable[[str], Path]

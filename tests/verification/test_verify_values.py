@@ -28,6 +28,7 @@ LAYER_3 = "text_model.encoder.layers.3.mlp.fc2.bias"
 # Dtypes.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 def test_cast_weights_must_be_the_exactly_rounded_ones(
     dtype: str, sample: Sample, tmp_path: Path
@@ -76,6 +77,7 @@ def test_the_dtype_in_which_transformers_loads_the_weights(
         assert (len(check.problems), len(check.notes)) == expected
 
 
+@pytest.mark.slow
 def test_nan_stays_nan_in_a_cast_and_is_found_on_demand(sample: Sample, tmp_path: Path) -> None:
     tensors = raw(sample("sd1"))
     key = "first_stage_model.decoder.conv_in.bias"
@@ -159,6 +161,7 @@ def test_nothing_of_the_folder_is_run(sample: Sample, copy: Copy) -> None:
 # Tokenizers.
 
 
+@pytest.mark.slow
 def test_the_single_file_of_a_tokenizer_is_checked_by_what_it_does(
     sample: Sample, copy: Copy
 ) -> None:
