@@ -88,12 +88,12 @@ def test_variants_and_shards_load(
 
 
 @pytest.mark.filterwarnings("ignore:.torch_dtype. is deprecated")
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("name", "task"),
+    ("name", "task", "dtype"),
     [
-        pytest.param(name, task.name, marks=[pytest.mark.slow] if n else [])
+        pytest.param(name, task.name, dtype, marks=[pytest.mark.slow] if n else [])
         for n, (name, task) in enumerate(TASKS)
+        for dtype in (DTYPES if name != TASKS[n - 1][0] else ["fp16"])  # else the same modules
     ],
 )
 def test_a_pipeline_has_one_dtype_fp32_unless_another_is_asked_for(
