@@ -140,8 +140,8 @@ def _donor(
     except OSError:
         is_folder = False  # its name is too long, say: the reader reports that
     if not is_folder:
-        header = open_header(place)
-        return Donor((header,), detection=detect(header, maps=architecture.maps, decided=decided))
+        detection = detect(open_header(place), maps=architecture.maps, decided=decided)
+        return Donor((detection.header,), detection=detection)
     folder = place / name if (place / name).is_dir() else place
     config = folder / "config.json"
     if not config.is_file():

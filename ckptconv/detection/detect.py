@@ -244,8 +244,8 @@ def judge(architecture: Architecture, keys: Keys) -> Verdict:
     for prefix in architecture.prefixes:
         task, line = _task(architecture, prefix, keys.tensors)
         lines = [line, *(_test(c, prefix, keys, network) for c in architecture.conditions)]
-        if architecture.single:
-            lines.append(_alone(prefix, keys.tensors))
+        if architecture.single and all(line.holds for line in lines):
+            lines.append(_alone(architecture, prefix, keys.tensors))
         verdicts.append(Verdict(architecture.name, prefix, tuple(lines), task))
     # Where there is no network, conditions that ask for less than there is hold for no reason.
     return max(
@@ -286,12 +286,17 @@ def _why(task: Task) -> str:
     return "the UNet's input channels tell the task" if task.channels else "it has no other"
 
 
-def _alone(prefix: str, tensors: Mapping[str, Tensor]) -> Line:
+def _alone(architecture: Architecture, prefix: str, tensors: Mapping[str, Tensor]) -> Line:
     """Whether a component is all that a file holds, but for strays.
 
     In anything more it is a part of the whole, perhaps of one that is not known.
     """
-    others = [key for key in tensors if not key.startswith(prefix)]
+    known = {key for key in tensors if key.startswith(prefix)}
+    if not prefix:
+        names = {s.keymap for s in architecture.rooted.sources}
+        maps = [architecture.maps.keymap(name).bound(tensors) for name in names]
+        known = {key for key in known if any(m.match(m.spelled(key)) for m in maps)}
+    others = [key for key in tensors if key not in known]
     if len(others) * STRAYS <= len(tensors):
         return Line("nothing else is in the file", True)
     return Line(f"the file holds other things, such as {others[0]}, needed none", False)
@@ -351,7 +356,7 @@ def _refusal(
         some = ", ".join(list(given.tensors)[:3])
         return NotACheckpoint(
             f"{header.path}: this is not a Stable Diffusion checkpoint: no key is one of theirs",
-            problems=[f"it holds {len(header.tensors):,} tensors, such as {some}"],
+            problems=[f"the keys of the file ({len(header.tensors):,}) are such as {some}"],
             hint="`ckptconv architectures` lists what is known",
         )
     return NotACheckpoint(

@@ -197,8 +197,10 @@ def _answer(witness: Witness, header: Header, task: str) -> tuple[Any, str, str]
     match witness:
         case InMetadata(names, values):
             for name in names:
-                if (text := header.metadata.get(name, "")) in values:
-                    return values[text], "metadata", f"the metadata says {name} = {text}"
+                text = header.metadata.get(name, "")
+                said = text.strip().lower()
+                if found := [value for word, value in values.items() if word.lower() == said]:
+                    return found[0], "metadata", f"the metadata says {name} = {text}"
         case Marker(key, value):
             if key in header.tensors:
                 return value, "marker", f"the file holds the key {key}"

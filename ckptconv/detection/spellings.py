@@ -10,11 +10,12 @@ everything else sees one layout only; every tensor keeps the name that it has in
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from ..maps.architecture import UNET_ROOT, Architecture, Component, KeyMaps, Source
-from ..reading.tensor import Header, Tensor
+from ..reading.tensor import Header, Shape, Tensor
 
 CONV_OUT = "out.2.weight"
 """The last layer of a UNet, which a ControlNet, the copy of its first half, does not have."""
@@ -51,11 +52,8 @@ def unwrapped(header: Header, maps: KeyMaps) -> Header:
     }
     found = " and ".join(sorted({s for key in bare for s in split[key]} & WRAPPERS))
     header = renamed(header, bare, f"the keys are read without the wrapper {found}")
-    architectures = maps.architectures.values()
-    if not _holds(header, architectures):
-        start = _wrapping_prefix(header, architectures)
-        names = {k: k.removeprefix(start) for k in header.tensors if start and k.startswith(start)}
-        header = renamed(header, names, f"the keys are read without {start}, which they begin with")
+    if not _holds(header, maps.architectures.values()):
+        header = _without_prefix(header, maps)
     unets = [p for p in _places(header, (UNET_ROOT, CONV_OUT)) if p not in ("", EMA_OF)]
     if unets and not (UNET_ROOT in header.tensors and CONV_OUT in header.tensors):
         header = _moved(header, dict.fromkeys(unets, EMA_OF))
@@ -179,35 +177,54 @@ def _places(header: Header, root: Iterable[str]) -> list[str]:
 def _elsewhere(
     header: Header, architecture: Architecture, component: Component, taken: Collection[str]
 ) -> dict[str, Source]:
-    """Returns the prefix under which a component is, if it is none that its sources have."""
-    found: list[tuple[str, Source]] = []
+    """Returns the prefixes under which a component is, beside those that its sources have.
+
+    Of several networks of its kind, the first in the file is the one that its name says, or that no
+    name says is another. Those of the same width are that one once more.
+    """
+    found: dict[tuple[str, str], Source] = {}
     for source in component.sources:
-        if root := architecture.maps.keymap(source.keymap).words.root:
-            found += [(prefix, source) for prefix in _places(header, root)]
-    if any(prefix == source.prefix for prefix, source in found):
-        return {}
-    not_free = {s.prefix for c in architecture.models for s in c.sources if s.prefix} | {*taken}
-    named: dict[str, Source] = {}
-    unnamed: dict[str, Source] = {}
-    for prefix, source in found:
+        if keys := architecture.maps.keymap(source.keymap).words.root:
+            found |= {(prefix, keys[0]): source for prefix in _places(header, keys)}
+    owners = {s.prefix for c in architecture.models for s in c.sources if s.prefix} | {*taken}
+    here = [place for place, source in found.items() if place[0] == source.prefix]
+    named: list[tuple[str, str]] = []
+    unnamed: list[tuple[str, str]] = []
+    for prefix, root in found:
         called = [
             other.name
             for other in architecture.models
             if any(f".{word}." in f".{prefix}" for word in other.aliases)
         ]
-        if prefix not in not_free and (not called or component.name in called):
-            (named if called else unnamed).setdefault(prefix, source)
-    return dict([*named.items(), *unnamed.items()][:1])
+        if prefix not in owners and (not called or component.name in called):
+            (named if called else unnamed).append((prefix, root))
+    places = [*here[:1], *named, *unnamed]
+    return {
+        place[0]: found[place]
+        for place in places
+        if place not in here and _shape(header, place) == _shape(header, places[0])
+    }
 
 
-def _wrapping_prefix(header: Header, architectures: Iterable[Architecture]) -> str:
-    """Returns the shortest prefix of all keys but strays before a network; empty for none."""
-    roots = {prefix + a.root for a in architectures for prefix in a.prefixes}
-    for start in sorted({start for root in roots for start in _places(header, [root])}, key=len):
-        strays = sum(not key.startswith(start) for key in header.tensors)
-        if strays * STRAYS <= len(header.tensors):
-            return start
-    return ""
+def _shape(header: Header, place: tuple[str, str]) -> Shape:
+    return header.tensors["".join(place)].shape
+
+
+def _without_prefix(header: Header, maps: KeyMaps) -> Header:
+    """Returns a header without what all keys but strays begin with, if a network is left then."""
+    bare, start = header, ""
+    while not _holds(bare, maps.architectures.values()):
+        starts = Counter(key.partition(".")[0] for key in bare.tensors if "." in key)
+        first, count = starts.most_common(1)[0] if starts else ("", 0)
+        if not starts or (len(header.tensors) - count) * STRAYS > len(header.tensors):
+            found = (
+                _places(bare, (UNET_ROOT, CONV_OUT)) or in_original_names(bare, maps) is not bare
+            )
+            return bare if found else header
+        start += f"{first}."
+        names = {k: k.removeprefix(start) for k in header.tensors if k.startswith(start)}
+        bare = renamed(header, names, f"the keys are read without {start}, which they begin with")
+    return bare
 
 
 def _free(names: Mapping[str, str], header: Header) -> dict[str, str]:

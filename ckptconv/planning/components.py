@@ -87,6 +87,11 @@ def _match(
         found |= zip(match.targets, shapes, strict=True)
         targets = (Target(component.name, t, tensor.dtype, found[t]) for t in match.targets)
         steps[key] = Step(match.op, (tensor,), tuple(targets))
+    usual = architecture.maps.keymap(source.keymap) if source.keymap != AS_IS else keymap
+    for key in header.tensors if usual.words.alternatives else ():
+        name = key.removeprefix(source.prefix)
+        if key.startswith(source.prefix) and usual.match(name) and not keymap.match(name):
+            problems.append(f"{key}: the file has its tensors in another spelling, too")
     layout = _fitting(_layout(architecture, component), found, keymap)
     strays, known = [], 0
     for key, step in steps.items():
@@ -135,7 +140,8 @@ def _bound(
     """Returns the map of a source for this header, or None if the source is not there."""
     prefix = source.prefix
     keys = [key[len(prefix) :] for key in header.tensors if key.startswith(prefix)]
-    if not keys or (source.has and source.has not in keys) or source.lacks in keys:
+    lacks = source.has and source.has not in keys
+    if not keys or lacks or (source.lacks and source.lacks in keys):
         return None
     if source.keymap == AS_IS:
         published = _layout(architecture, component)
@@ -218,6 +224,6 @@ def donor_match(architecture: Architecture, component: Component, donor: Donor) 
     match = best_match(architecture, component, header, sources)
     steps = {k: replace(s, targets=()) if s.op is DROP else s for k, s in match.steps.items()}
     if not match.known:
-        problem = f"{component.name}: {header.path} holds none in a layout that is known"
+        problem = f"{component.name}: the file holds none that {architecture.title} can have"
         return ComponentMatch(0, steps, (problem,))
     return replace(match, steps=steps, problems=match.problems + match.missing)

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..detection.detect import Detection
 from ..detection.spellings import EMA_NAMES, EMA_OF, EMA_PREFIX
 from ..dtypes import CASTS, FLOATS
-from ..errors import Incomplete, UsageError, option
+from ..errors import FileRefused, Incomplete, UsageError, option
 from ..files import Files, read_range
 from ..maps.architecture import Architecture
 from ..maps.ops import DROP
@@ -160,7 +160,7 @@ def build_plan(
         NotACheckpoint: no architecture matched.
         UsageError: a component that the architecture does not have, or `ema` without the UNet.
         Incomplete: `ema` is set and the file has no complete EMA copy.
-        FileRefused: an adapter cannot be read, or does not fit.
+        FileRefused: an adapter cannot be read or does not fit, or a donor lacks what it is to give.
     """
     architecture, _ = detection.require()
     header, donors, options = detection.header, donors or {}, options or Options()
@@ -176,7 +176,7 @@ def build_plan(
     from_donors: list[Step] = []
     absent = []
     incomplete: dict[str, tuple[str, ...]] = {}
-    inside: dict[str, tuple[str, ...]] = {}
+    unfit: dict[Path, tuple[str, ...]] = {}
     keep = only is None
     for component in architecture.models:
         name = component.name
@@ -185,21 +185,28 @@ def build_plan(
             headers = (theirs[name].header,) if name in theirs else donor.headers
             donated = donor_match(architecture, component, replace(donor, headers=headers))
             from_donors += donated.steps.values()
-            problems += donated.problems
+            unfit |= {donor.headers[0].path: donated.problems} if donated.problems else {}
             steps |= {key: dropped(s.sources[0], "replaced") for key, s in match.steps.items()}
         elif not match.known:
             absent.append(name)
-        elif match.missing and component is not architecture.rooted:
+            if component is architecture.rooted and name in wanted:
+                problems.append(f"{name}: none of its keys is in the file")
+        elif name not in wanted:
+            steps |= {key: dropped(s.sources[0], "left out") for key, s in match.steps.items()}
+        elif match.missing and not match.problems and keep and component is not architecture.rooted:
             absent.append(name)
             incomplete[name] = match.missing
             for key, step in match.steps.items():
-                steps[key] = dropped(step.sources[0], "incomplete", keep=keep)
-        elif name in wanted:
+                steps[key] = dropped(step.sources[0], "incomplete", keep=True)
+        else:
             steps |= match.steps
             problems += match.problems + match.missing
-            inside[name] = match.strays
-        else:
-            steps |= {key: dropped(s.sources[0], "left out") for key, s in match.steps.items()}
+    if unfit:
+        raise FileRefused(
+            f"{', '.join(map(str, unfit))}: cannot give what it is to give",
+            problems=[line for lines in unfit.values() for line in lines],
+            hint="give a file or folder that holds this component of such a model whole",
+        )
     steps |= _rest(architecture, own.header, steps, keep=keep)
     steps |= own.steps
     if options.ema:
@@ -208,6 +215,12 @@ def build_plan(
         steps |= _from_ema(header, steps)
     unclaimed = [key for key in header.tensors if key not in steps]
     problems += _unlike_twins(header)
+    written = [c for c in architecture.models if c.name in wanted and c.name not in absent]
+    inside = {
+        component.name: [key for key in unclaimed if key.startswith(prefix)]
+        for component in written
+        for prefix in {s.prefix for s in component.sources if s.prefix or architecture.single}
+    }
     steps |= {key: dropped(header.tensors[key], "unknown", keep=keep) for key in unclaimed}
     ordered = [steps[key] for key in header.tensors] + from_donors
     notes = list(_oddities(architecture, unclaimed, inside, incomplete))
@@ -269,10 +282,14 @@ def _rest(
 
 
 def _unlike_twins(header: Header) -> Iterator[str]:
-    """Yields tensors that are in the file in two spellings and differ."""
-    for twin, key in header.twins.items():
-        if not _same(header.tensors[twin], header.tensors[key]):
-            yield f"{twin}: is another spelling of {key}, but they differ: which is right?"
+    """Yields a line on the tensors that are in the file in two spellings and differ."""
+    unlike = [
+        f"{header.tensors[twin].name} and {header.tensors[key].name}"
+        for twin, key in header.twins.items()
+        if not _same(header.tensors[twin], header.tensors[key])
+    ]
+    if unlike:
+        yield f"in two spellings that differ, of which one has to go: {_some(unlike)}"
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

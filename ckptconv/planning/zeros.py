@@ -83,7 +83,7 @@ def require_filled(path: Path, steps: Iterable[Step]) -> None:
     ]
     if found := list(zero_weights(sources)):
         raise FileRefused(
-            f"{path}: the file is not whole: {len(found):,} large weights are zero, as an "
+            f"{path}: the file is not whole: large weights are zero, {len(found):,} in all, as an "
             "unfinished download leaves them",
             problems=[
                 f"{tensor.name} {list(tensor.shape)} is {how}"

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 import ckptconv
 from ckptconv.configs.config import configs
 from ckptconv.detection.detect import detect
-from ckptconv.errors import Incomplete
+from ckptconv.errors import FileRefused, Incomplete
 from ckptconv.maps.architecture import bundled
+from ckptconv.options import Options
 from ckptconv.planning.plan import Plan, build_plan
 from ckptconv.planning.step import ASIDE
 from ckptconv.reading.tensor import Header
@@ -23,7 +24,7 @@ from ckptconv.reading.tensor import Tensor as Info
 from ckptconv.sample import layout_of
 from tests.support.oracle import loaded
 from tests.support.relatives import assert_equal, round_trip
-from tests.support.spellings import spelled
+from tests.support.spellings import SPELLINGS, openclip_as_transformers, spelled
 from tests.walk import all_the_way
 
 if TYPE_CHECKING:
@@ -175,9 +176,7 @@ def written(plan: Plan) -> dict[tuple[str, str], tuple[str, tuple[int, ...]]]:
 
 @pytest.mark.parametrize("name", bundled().architectures)
 def test_a_network_is_the_same_in_every_spelling(name: str) -> None:
-    layout = layout_of(bundled().architectures[name])
-    dtypes = {dtype: torch_dtype for torch_dtype, dtype in DTYPES.items()}
-    tensors = {k: torch.empty(s, dtype=dtypes[d], device="meta") for k, d, s in layout}
+    tensors = sample_of(name)
     usual = plan_of(tensors)
     others = spelled(tensors)
     assert len(others) >= 5
@@ -221,7 +220,7 @@ def test_two_spellings_of_one_tensor_must_agree(
     given = {**tensors, twin: tensors[usual] if equal else tensors[usual] + 1}
     save_file({k: v.clone() for k, v in given.items()}, tmp_path / "twin.safetensors")
     if not equal:
-        with pytest.raises(Incomplete, match=f"{twin}: is another spelling of {usual}, but they"):
+        with pytest.raises(Incomplete, match=f"{twin} and {usual}"):
             ckptconv.convert(tmp_path / "twin.safetensors", tmp_path / "out")
         return
     report = ckptconv.convert(tmp_path / "twin.safetensors", tmp_path / "out")
@@ -255,3 +254,145 @@ def test_the_tokenizer_follows_a_longer_text_encoder(
     }
     built = configs(plan_of(tensors))
     assert {n: built[n].values["model_max_length"] for n in limits} == limits
+
+
+def sample_of(name: str) -> dict[str, Tensor]:
+    """Returns the tensors of a small file, without values."""
+    dtypes = {dtype: torch_dtype for torch_dtype, dtype in DTYPES.items()}
+    layout = layout_of(bundled().architectures[name])
+    return {k: torch.empty(s, dtype=dtypes[d], device="meta") for k, d, s in layout}
+
+
+MARK = torch.empty(0, device="meta")
+NODES = SPELLINGS["UNet and VAE of node editors"]
+
+
+def test_what_marks_a_file_is_found_inside_a_wrapper_around_other_prefixes() -> None:
+    marked = {**NODES(sample_of("sdxl")), "v_pred": MARK, "ztsnr": MARK}
+    plan = plan_of({f"state_dict.{key}": tensor for key, tensor in marked.items()})
+    assert plan.detection.facts["prediction_type"].value == "v_prediction"
+    assert plan.detection.facts["zero_terminal_snr"].value is True
+    assert not plan.unclaimed
+
+
+def test_a_key_that_is_nothing_but_a_prefix_is_a_stray() -> None:
+    plan = plan_of({**sample_of("sd1"), "model.diffusion_model.": MARK})
+    assert (plan.unclaimed, plan.absent) == (("model.diffusion_model.",), ())
+
+
+def test_a_whole_tower_under_other_names_gives_its_last_but_one_layer_too() -> None:
+    tensors = sample_of("sd2")
+    usual = written(plan_of(tensors))
+    spell = openclip_as_transformers("cond_stage_model.model.", "text_encoders.clip_h.transformer.")
+    assert written(plan_of(spell(tensors))) == usual
+
+
+@pytest.mark.parametrize(
+    ("name", "added", "said"),
+    [
+        (
+            "sdxl",
+            {"conditioner.embedders.1.model.text_projection.weight": (128, 128)},
+            "conditioner.embedders.1.model.text_projection: the file has its tensors in another sp",
+        ),
+        (
+            "sd2",
+            {"cond_stage_model.model.transformer.resblocks.0.attn.q_proj.weight": (64, 64)},
+            "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight: the file has its ",
+        ),
+    ],
+)
+def test_another_spelling_with_other_shapes_is_not_passed_over(
+    name: str, added: dict[str, tuple[int, ...]], said: str
+) -> None:
+    more = {key: torch.empty(shape, device="meta") for key, shape in added.items()}
+    problems = plan_of({**sample_of(name), **more}).problems
+    assert any(problem.startswith(said) for problem in problems), problems
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_two_networks_of_one_kind_must_agree(equal: bool, sample: Sample, tmp_path: Path) -> None:
+    tensors = load_file(sample("sd1"))
+    key = "decoder.conv_in.bias"
+    twins = {
+        f"vae.{k.removeprefix('first_stage_model.')}": v.clone()
+        for k, v in tensors.items()
+        if k.startswith("first_stage_model.")
+    }
+    twins[f"vae.{key}"] += 0 if equal else 1
+    save_file(tensors | twins, tmp_path / "twins.safetensors")
+    problems = ckptconv.plan(tmp_path / "twins.safetensors").problems
+    assert problems == (
+        ()
+        if equal
+        else (
+            "in two spellings that differ, of which one has to go: "
+            f"vae.{key} and first_stage_model.{key}",
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("vae", "double_blocks.{}.img_attn.qkv.weight"),
+        ("clip-text", "encoder.block.{}.layer.0.SelfAttention.q.weight"),
+    ],
+)
+def test_a_component_beside_a_network_of_others_is_not_alone(name: str, others: str) -> None:
+    more = {others.format(n): torch.empty(4, 4, device="meta") for n in range(300)}
+    path = Path("made.safetensors")
+    infos = {
+        key: Info(path, key, "F32", tuple(tensor.shape), 0, 0)
+        for key, tensor in {**sample_of(name), **more}.items()
+    }
+    assert detect(Header(path, infos, {}, 0, 0)).refusal
+
+
+def test_a_layer_more_inside_the_unet_is_said_with_what_that_means() -> None:
+    tensors = sample_of("sd1")
+    block = "model.diffusion_model.middle_block."
+    more = {
+        key.replace(f"{block}1.", f"{block}3."): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(f"{block}1.")
+    }
+    plan = plan_of({**tensors, **more})
+    assert set(plan.unclaimed) == set(more)
+    assert ["if the network computes with that" in note for note in plan.notes] == [True]
+
+
+@pytest.mark.parametrize("prefix", ["unet.", "some.trainer."])
+def test_the_diffusers_layout_may_have_a_prefix(
+    prefix: str, sample: Sample, tmp_path: Path
+) -> None:
+    ckptconv.convert(sample("koala-700m"), tmp_path / "whole", only=["unet"])
+    unet = load_file(tmp_path / "whole/unet/diffusion_pytorch_model.safetensors")
+    plan = plan_of({prefix + key: tensor for key, tensor in unet.items()})
+    assert plan.detection.require()[0].name == "koala-700m"
+    assert (plan.problems, plan.unclaimed) == ((), ())
+
+
+def test_a_donor_may_have_any_spelling_and_a_wrong_one_is_named(
+    sample: Sample, tmp_path: Path
+) -> None:
+    vae = {f"module.vae.{key}": tensor for key, tensor in load_file(sample("vae")).items()}
+    save_file(vae, tmp_path / "vae.safetensors")
+    save_file(dict(NODES(load_file(sample("sd1")))), tmp_path / "nodes.safetensors")
+    for donor in ("vae", "nodes"):
+        plan = ckptconv.plan(sample("sd1"), vae=tmp_path / f"{donor}.safetensors")
+        assert len(plan.tensors("vae")) == 248
+        assert plan.problems == ()
+    with pytest.raises(FileRefused, match=r"sd2\S*: cannot give what it is to give") as caught:
+        ckptconv.plan(sample("sd1"), text_encoder=sample("sd2"))
+    (problem,) = caught.value.problems
+    assert problem == "text_encoder: the file holds none that Stable Diffusion 1.x can have"
+
+
+def test_what_is_asked_for_must_be_whole_and_nothing_else_is_spoken_of() -> None:
+    tensors = {k: v for k, v in sample_of("sd1").items() if ".quant_conv." not in k}
+    detection = plan_of(tensors).detection
+    only_vae = build_plan(detection, Options(only=frozenset({"vae"})))
+    assert "vae: quant_conv.weight is missing" in only_vae.problems
+    only_unet = build_plan(detection, Options(only=frozenset({"unet"})))
+    assert (only_unet.problems, only_unet.notes) == ((), ())
