@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from ..maps.architecture import UNET_ROOT, Architecture, Component, KeyMaps, Source
-from ..reading.tensor import Header, Shape, Tensor
+from ..reading.tensor import Header, Tensor
 
 CONV_OUT = "out.2.weight"
 """The last layer of a UNet, which a ControlNet, the copy of its first half, does not have."""
@@ -182,32 +182,29 @@ def _elsewhere(
     Of several networks of its kind, the first in the file is the one that its name says, or that no
     name says is another. Those of the same width are that one once more.
     """
-    found: dict[tuple[str, str], Source] = {}
+    found: dict[str, tuple[str, Source]] = {}  # by the key of its root
     for source in component.sources:
         if keys := architecture.maps.keymap(source.keymap).words.root:
-            found |= {(prefix, keys[0]): source for prefix in _places(header, keys)}
+            for prefix in _places(header, keys):
+                found.setdefault(prefix + keys[0], (prefix, source))
     owners = {s.prefix for c in architecture.models for s in c.sources if s.prefix} | {*taken}
-    here = [place for place, source in found.items() if place[0] == source.prefix]
-    named: list[tuple[str, str]] = []
-    unnamed: list[tuple[str, str]] = []
-    for prefix, root in found:
+    here = [key for key, (prefix, source) in found.items() if prefix == source.prefix]
+    named: list[str] = []
+    unnamed: list[str] = []
+    for key, (prefix, _) in found.items():
         called = [
             other.name
             for other in architecture.models
             if any(f".{word}." in f".{prefix}" for word in other.aliases)
         ]
         if prefix not in owners and (not called or component.name in called):
-            (named if called else unnamed).append((prefix, root))
+            (named if called else unnamed).append(key)
     places = [*here[:1], *named, *unnamed]
     return {
-        place[0]: found[place]
-        for place in places
-        if place not in here and _shape(header, place) == _shape(header, places[0])
+        found[key][0]: found[key][1]
+        for key in places
+        if key not in here and header.tensors[key].shape == header.tensors[places[0]].shape
     }
-
-
-def _shape(header: Header, place: tuple[str, str]) -> Shape:
-    return header.tensors["".join(place)].shape
 
 
 def _without_prefix(header: Header, maps: KeyMaps) -> Header:
