@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from .errors import OutputError, UsageError, option, reason
+from .errors import OutputError, option, reason
 
 Kind = tuple[str, Callable[[Path], bool]]
 """What may be replaced: its name in messages, and a test of whether a path is that."""
@@ -167,10 +167,8 @@ def without_suffix(place: str) -> str:
     >>> without_suffix("models/v1.5.ckpt"), without_suffix("s3://b/x.safetensors.index.json")
     ('models/v1.5', 's3://b/x')
     """
-    suffix = INDEX_SUFFIX if place.endswith(INDEX_SUFFIX) else Path(place).suffix
-    if not suffix:
-        raise UsageError(f"{place}: has no suffix to leave out", hint="say where the folder goes")
-    return place.removesuffix(suffix)
+    index = place.endswith(INDEX_SUFFIX)
+    return place.removesuffix(INDEX_SUFFIX if index else Path(place).suffix)
 
 
 def _hidden(path: Path, end: str) -> Path:

@@ -370,7 +370,7 @@ def test_an_empty_file_is_refused() -> None:
 def test_an_unrelated_model_is_refused_with_some_of_its_keys() -> None:
     message = refusal(made({f"fc{i}.weight": (10, 10) for i in range(1200)}))
     assert "this is not a Stable Diffusion checkpoint" in message
-    assert "it holds 1,200 tensors, such as fc0.weight, fc1.weight, fc2.weight" in message
+    assert "the keys of the file (1,200) are such as fc0.weight, fc1.weight, fc2.weight" in message
     assert "`ckptconv architectures` lists what is known" in message
 
 

@@ -292,12 +292,12 @@ def test_a_component_that_is_incomplete_is_left_out(name: str, gone: str, said: 
     [
         (SD1, f"{VAE}encoder.mid.block_1.norm1.gain", "a Stable Diffusion 1.x vae has no "),
         (SD1, f"{UNET}input_blocks.1.1.transformer_blocks.0.attn3.to_q.weight", "1.x unet has no "),
-        (SD1, "cond_stage_model.transformer.vision_model.x", "no key map knows "),
+        (SD1, "cond_stage_model.transformer.vision_model.x", "1.x text_encoder has no "),
         (SD1, "lora_unet_down_blocks_0.alpha", "no key map knows "),
         (
             SDXL,
             "conditioner.embedders.1.model.transformer.text_projection.weight",
-            "no key map knows ",
+            "a Stable Diffusion XL text_encoder_2 has no ",
         ),
     ],
 )
