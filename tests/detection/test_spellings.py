@@ -17,14 +17,20 @@ from ckptconv.detection.detect import detect
 from ckptconv.errors import FileRefused, Incomplete
 from ckptconv.maps.architecture import bundled
 from ckptconv.options import Options
-from ckptconv.planning.plan import Plan, build_plan
-from ckptconv.planning.step import ASIDE
+from ckptconv.planning.plan import build_plan
 from ckptconv.reading.tensor import Header
 from ckptconv.reading.tensor import Tensor as Info
 from ckptconv.sample import layout_of
 from tests.support.oracle import loaded
 from tests.support.relatives import assert_equal, round_trip
-from tests.support.spellings import SPELLINGS, openclip_as_transformers, spelled
+from tests.support.spellings import (
+    DTYPES,
+    SPELLINGS,
+    openclip_as_transformers,
+    plan_of,
+    spelled,
+    written,
+)
 from tests.walk import all_the_way
 
 if TYPE_CHECKING:
@@ -36,12 +42,6 @@ if TYPE_CHECKING:
 
 
 SLOW = pytest.mark.slow
-DTYPES = {
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.int64: "I64",
-    torch.int32: "I32",
-}
 
 
 @pytest.mark.slow
@@ -154,42 +154,6 @@ def test_no_tensor_is_lost_to_a_name_that_another_has(sample: Sample, tmp_path: 
     assert plan.unclaimed == ("conv_norm_out.bias",)
 
 
-def plan_of(tensors: Mapping[str, Tensor]) -> Plan:
-    """Returns the plan of a file, from its header alone."""
-    path = Path("made.safetensors")
-    infos = {
-        key: Info(path, key, DTYPES[tensor.dtype], tuple(tensor.shape), 0, 0)
-        for key, tensor in tensors.items()
-    }
-    return build_plan(detect(Header(path, infos, {}, 0, 0)))
-
-
-def written(plan: Plan) -> dict[tuple[str, str], tuple[str, tuple[int, ...]]]:
-    """Returns what a plan writes into the folders of components."""
-    return {
-        (target.component, target.key): (target.dtype, target.shape)
-        for step in plan.steps
-        for target in step.targets
-        if target.component != ASIDE
-    }
-
-
-@pytest.mark.parametrize("name", bundled().architectures)
-def test_a_network_is_the_same_in_every_spelling(name: str) -> None:
-    tensors = sample_of(name)
-    usual = plan_of(tensors)
-    others = spelled(tensors)
-    assert len(others) >= 5
-    for spelling, other in others.items():
-        plan = plan_of(other)
-        assert plan.detection.require()[0].name == name, spelling
-        assert (plan.problems, plan.unclaimed, plan.absent) == ((), (), usual.absent), spelling
-        assert written(plan) == written(usual), spelling
-        assert plan.lossless
-        assert plan.detection.notes or spelling == "projection as a linear layer"
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "some"),
     [

@@ -33,6 +33,7 @@ from tests.support import stock
 from tests.support.published_relatives import PUBLISHED, header, understood
 from tests.support.reference.files import TINY_FILES
 from tests.support.relatives import Converted, Relative, assert_equal, exported, run, verified
+from tests.support.spellings import assert_same_in_every_spelling
 
 Convert = Callable[[Relative], Converted]
 """The fixture `converted`, of tests/architectures/conftest.py."""
@@ -75,6 +76,9 @@ class Properties:
             for step in plan.steps
             for source in step.sources
         } == {key: tensor.shape for key, tensor in tensors.items()}
+
+    def test_it_is_the_same_in_every_spelling(self, relative: Relative) -> None:
+        assert_same_in_every_spelling(relative.tensors())
 
     def test_its_configurations_say_what_only_it_has(
         self, relative: Relative, converted: Convert

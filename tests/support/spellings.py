@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+import torch
 from torch import Size, Tensor
+
+from ckptconv.detection.detect import detect
+from ckptconv.planning.plan import Plan, build_plan
+from ckptconv.planning.step import ASIDE
+from ckptconv.reading.tensor import Header
+from ckptconv.reading.tensor import Tensor as Info
 
 Tensors = Mapping[str, Tensor]
 Spelling = Callable[[Tensors], dict[str, Tensor]]
+
+DTYPES = {
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.int64: "I64",
+    torch.int32: "I32",
+}
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -154,3 +169,38 @@ def spelled(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
 
     found = {name: spell(tensors) for name, spell in SPELLINGS.items()}
     return {name: each for name, each in found.items() if shapes(each) != shapes(tensors)}
+
+
+def plan_of(tensors: Mapping[str, Tensor]) -> Plan:
+    """Returns the plan of a file, from its header alone."""
+    path = Path("made.safetensors")
+    infos = {
+        key: Info(path, key, DTYPES[tensor.dtype], tuple(tensor.shape), 0, 0)
+        for key, tensor in tensors.items()
+    }
+    return build_plan(detect(Header(path, infos, {}, 0, 0)))
+
+
+def written(plan: Plan) -> dict[tuple[str, str], tuple[str, tuple[int, ...]]]:
+    """Returns what a plan writes into the folders of components."""
+    return {
+        (target.component, target.key): (target.dtype, target.shape)
+        for step in plan.steps
+        for target in step.targets
+        if target.component != ASIDE
+    }
+
+
+def assert_same_in_every_spelling(tensors: dict[str, Tensor]) -> None:
+    """Asserts, from the header alone, that every spelling of a file gives the same folder."""
+    usual = plan_of(tensors)
+    others = spelled(tensors)
+    assert len(others) >= 5
+    for spelling, other in others.items():
+        plan = plan_of(other)
+        assert plan.detection.require() == usual.detection.require(), spelling
+        assert (plan.problems, plan.absent) == ((), usual.absent), spelling
+        assert len(plan.unclaimed) == len(usual.unclaimed), spelling
+        assert written(plan) == written(usual), spelling
+        assert plan.lossless
+        assert plan.detection.notes or spelling == "projection as a linear layer"
