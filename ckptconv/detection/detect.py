@@ -287,10 +287,7 @@ def _why(task: Task) -> str:
 
 
 def _alone(architecture: Architecture, prefix: str, tensors: Mapping[str, Tensor]) -> Line:
-    """Whether a component is all that a file holds, but for strays.
-
-    In anything more it is a part of the whole, perhaps of one that is not known.
-    """
+    """Whether a component is all of a file, but for strays, and not a part of something else."""
     known = {key for key in tensors if key.startswith(prefix)}
     if not prefix:
         names = {s.keymap for s in architecture.rooted.sources}

@@ -322,18 +322,16 @@ class KeyMap:
         bound.__dict__.update(chosen.__dict__)
         bound.rules = tuple(rules)
         bound._dropped = _Tree()
-        for rule in rules:
-            if rule.op is DROP:
-                bound._dropped.add(rule.source, rule)
+        for rule in (rule for rule in rules if rule.op is DROP):
+            bound._dropped.add(rule.source, rule)
         return bound
 
     def _with(self, used: frozenset[Rule]) -> KeyMap:
         """Returns the map with alternatives in the place of the rules that give the same keys."""
         if used not in self._bound:
             new = _Tree()
-            for rule in used:
-                for target in rule.targets:
-                    new.add(target, rule)
+            for target, rule in ((target, rule) for rule in used for target in rule.targets):
+                new.add(target, rule)
             kept = [
                 r for r in self.rules if not any(new.overlap(t, exact=r.exact) for t in r.targets)
             ]
