@@ -294,10 +294,7 @@ class KeyMap:
         return cls(name, rules, file)
 
     def bound(self, keys: Iterable[str]) -> KeyMap:
-        """Returns the map for a file that holds `keys`.
-
-        It has the alternatives that the file needs, and every `-1` is the index it stands for.
-        """
+        """Returns the map for a file of `keys`: with its alternatives, and an index for each `-1`."""
         split = [tuple(key.split(".")) for key in keys]
         used = self.words.alternatives and frozenset(
             found[0] for key in split if (found := self._alternatives.find(key))
@@ -322,7 +319,7 @@ class KeyMap:
         bound.__dict__.update(chosen.__dict__)
         bound.rules = tuple(rules)
         bound._dropped = _Tree()
-        for rule in (rule for rule in rules if rule.op is DROP):
+        for rule in filter(lambda rule: rule.op is DROP, rules):
             bound._dropped.add(rule.source, rule)
         return bound
 
@@ -330,8 +327,9 @@ class KeyMap:
         """Returns the map with alternatives in the place of the rules that give the same keys."""
         if used not in self._bound:
             new = _Tree()
-            for target, rule in ((target, rule) for rule in used for target in rule.targets):
-                new.add(target, rule)
+            for rule in used:
+                for target in rule.targets:
+                    new.add(target, rule)
             kept = [
                 r for r in self.rules if not any(new.overlap(t, exact=r.exact) for t in r.targets)
             ]
