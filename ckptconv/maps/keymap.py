@@ -294,7 +294,7 @@ class KeyMap:
         return cls(name, rules, file)
 
     def bound(self, keys: Iterable[str]) -> KeyMap:
-        """Returns the map for a file of `keys`: with its alternatives, and an index for each `-1`."""
+        """Returns the map for a file of `keys`: with its alternatives, an index for each `-1`."""
         split = [tuple(key.split(".")) for key in keys]
         used = self.words.alternatives and frozenset(
             found[0] for key in split if (found := self._alternatives.find(key))
