@@ -43,6 +43,10 @@ class Colour(enum.Enum):
 
     RED = 1
 
+    def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
+        """Pickles as most releases of Python do; some 3.11 name getattr, which is refused."""
+        return Colour, (self.value,)
+
 
 class Settings(dict[str, Any]):
     """A dict with a class of its own."""
