@@ -217,9 +217,13 @@ def build_plan(
     problems += _unlike_twins(header)
     written = [c for c in architecture.models if c.name in wanted and c.name not in absent]
     inside = {
-        component.name: [key for key in unclaimed if key.startswith(prefix)]
+        component.name: [key for key in unclaimed if key.startswith(prefixes)]
         for component in written
-        for prefix in {s.prefix for s in component.sources if s.prefix or architecture.single}
+        if (
+            prefixes := tuple(
+                s.prefix for s in component.sources if s.prefix or architecture.single
+            )
+        )
     }
     steps |= {key: dropped(header.tensors[key], "unknown", keep=keep) for key in unclaimed}
     ordered = [steps[key] for key in header.tensors] + from_donors
