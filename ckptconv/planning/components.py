@@ -48,14 +48,14 @@ class ComponentMatch:
         steps: by original key.
         problems: tensors of a wrong shape.
         missing: what the network lacks.
-        strays: keys inside the network that it does not have.
+        strays: how many keys inside the network it does not have.
     """
 
     known: int
     steps: Mapping[str, Step]
     problems: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
-    strays: tuple[str, ...] = ()
+    strays: int = 0
 
 
 def best_match(
@@ -63,7 +63,7 @@ def best_match(
 ) -> ComponentMatch:
     """Returns the match of the source that fits best."""
     matches = [_match(architecture, component, header, source) for source in sources]
-    return max(matches, key=lambda m: (m.known, -len(m.problems + m.missing + m.strays)))
+    return max(matches, key=lambda m: (m.known, -len(m.problems + m.missing) - m.strays))
 
 
 def _match(
@@ -93,7 +93,7 @@ def _match(
         if key.startswith(source.prefix) and usual.match(name) and not keymap.match(name):
             problems.append(f"{key}: the file has its tensors in another spelling, too")
     layout = _fitting(_layout(architecture, component), found, keymap)
-    strays, known = [], 0
+    strays, known = set[str](), 0
     for key, step in steps.items():
         ranks = [layout.get(keymap.template(target.key)) for target in step.targets]
         if step.op is DROP:
@@ -101,7 +101,7 @@ def _match(
         if None not in ranks:
             known += len(ranks)
         elif not keymap.is_optional(key.removeprefix(source.prefix)):
-            strays.append(key)
+            strays.add(key)
         for target, rank in zip(step.targets, ranks, strict=True):
             if target.shape and rank not in (None, len(target.shape)):
                 shape = list(step.sources[0].shape)
@@ -111,7 +111,7 @@ def _match(
         {key: step for key, step in steps.items() if key not in strays},
         tuple(problems),
         tuple(f"{component.name}: {line}" for line in _missing(layout, found, keymap)),
-        tuple(strays),
+        len(strays),
     )
 
 

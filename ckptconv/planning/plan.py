@@ -176,7 +176,7 @@ def build_plan(
     from_donors: list[Step] = []
     absent = []
     incomplete: dict[str, tuple[str, ...]] = {}
-    unfit: dict[Path, tuple[str, ...]] = {}
+    unfit: dict[Path, list[str]] = {}
     keep = only is None
     for component in architecture.models:
         name = component.name
@@ -185,7 +185,8 @@ def build_plan(
             headers = (theirs[name].header,) if name in theirs else donor.headers
             donated = donor_match(architecture, component, replace(donor, headers=headers))
             from_donors += donated.steps.values()
-            unfit |= {donor.headers[0].path: donated.problems} if donated.problems else {}
+            if donated.problems:
+                unfit.setdefault(donor.headers[0].path, []).extend(donated.problems)
             steps |= {key: dropped(s.sources[0], "replaced") for key, s in match.steps.items()}
         elif not match.known:
             absent.append(name)
