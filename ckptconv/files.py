@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Literal
 
+MOST_JSON = 10**8
+"""Bytes of a JSON file: it may repeat the header of a checkpoint, which safetensors limits so."""
+MOST_YAML = 10**6
+"""Bytes of a YAML file; the published ones have a few thousand."""
+ONE_FILE = "give one .safetensors file"
+
 
 @contextlib.contextmanager
 def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
@@ -26,18 +32,46 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     HeaderError if it is not regular or cannot be read, now or inside the `with`.
     """
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            what = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
-            raise HeaderError(f"{path}: this is {what}", hint="give one .safetensors file")
-        file = path.open("rb")
+        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115  (below)
+    except IsADirectoryError as error:
+        raise HeaderError(f"{path}: this is a folder", hint=ONE_FILE) from error
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     with file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise HeaderError(f"{path}: this is not a regular file", hint=ONE_FILE)
         try:
             yield file, found.st_size
         except OSError as error:
             raise _unreadable(path, error) from error
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a file; a pipe that nobody writes to does not stop us."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """Returns a whole file that is not the checkpoint, such as a configuration.
+
+    Args:
+        path: of the file.
+        most: bytes that a file of its kind may have.
+
+    Raises:
+        FileRefused: it is not a regular file, is larger, or cannot be read.
+    """
+    try:
+        with open_regular(path) as (file, size):
+            if size <= most:
+                return file.read(most)
+    except HeaderError as error:
+        raise FileRefused(error.message, hint="check the file") from error
+    raise FileRefused(
+        f"{path}: has {size:,} bytes; a file of this kind has at most {most:,}",
+        hint="check the file",
+    )
 
 
 def read_at(file: BinaryIO, start: int, nbytes: int) -> bytes:
@@ -128,11 +162,11 @@ class Files(contextlib.ExitStack):
             return file.write(data) or 0
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the content of a JSON file; FileRefused if it cannot be read or holds no object."""
+def read_json(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
+    """Returns the object that a JSON file holds; FileRefused if it cannot be read or has none."""
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        values = json.loads(read_small(path, most))
+    except (ValueError, RecursionError) as error:
         what = f"{path}: cannot be read as JSON: {error}"
         raise FileRefused(what, hint="check the file") from error
     if not isinstance(values, dict):

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 import ckptconv
-from ckptconv.errors import FileRefused
-from ckptconv.files import ByteCounter, Files, read_range
+from ckptconv.errors import CkptconvError, FileRefused
+from ckptconv.files import MOST_JSON, ByteCounter, Files, read_json, read_range
 from ckptconv.folder.read import read_folder
 from ckptconv.maps.architecture import bundled
+from ckptconv.maps.yaml_files import Document
 from ckptconv.verification.checks.data import Bytes
 from tests.conftest import Folder
 from tests.support.checkpoints import raw_folder
@@ -201,3 +202,19 @@ def test_a_counter_reports_every_sum_of_several_threads() -> None:
     assert sums[-2:] == [780, 1000]
     assert counter.done == counter.total == 1000
     assert {total for _, total in seen} == {1000}
+
+
+@pytest.mark.parametrize("what", ["pipe", "device", "large"])
+def test_a_file_that_hangs_or_swells_is_refused(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, MOST_JSON + 1)
+    expected = "has 100,000,001 bytes" if what == "large" else "is not a regular file"
+    for reader in (read_json, Document):
+        with pytest.raises(CkptconvError, match=expected):
+            reader(path)

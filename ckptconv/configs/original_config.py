@@ -6,6 +6,7 @@ is which value stands in `key_maps/original-config.yaml`.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from ..detection.facts import Fact
 from ..errors import FileRefused
+from ..files import MOST_YAML, read_small
 from ..maps.architecture import KeyMaps
 from ..maps.schema import Many, word
 from .config import Config
@@ -102,18 +104,12 @@ def read_original_config(path: Path, maps: KeyMaps) -> OriginalConfig:
 
     hint = "give the yaml that the model was trained with, such as v1-inference.yaml"
     try:
-        loaded = OmegaConf.load(path)
+        loaded = OmegaConf.load(io.StringIO(read_small(path, MOST_YAML).decode()))
         if not isinstance(loaded, DictConfig):
             raise FileRefused(f"{path}: is not a YAML mapping", hint=hint)
         tree = _without_calls(OmegaConf.to_container(loaded, resolve=False))
         params = _at(OmegaConf.create(tree), "model.params")
-    except (
-        OSError,
-        ValueError,
-        YAMLError,
-        OmegaConfBaseException,
-        RecursionError,
-    ) as error:
+    except (ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise FileRefused(f"{path}: cannot be read as YAML: {error}", hint=hint) from error
     if not isinstance(params, DictConfig):
         raise FileRefused(f"{path}: has no entry model.params", hint=hint)

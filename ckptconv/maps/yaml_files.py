@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from ..errors import MapError
+from ..errors import FileRefused, MapError
+from ..files import MOST_YAML, read_small
 from . import schema
 from .schema import Fault
 
@@ -76,8 +77,8 @@ class Document:
         self.path = path
         self._data: dict[str, Any] = {}
         try:
-            self._text = path.read_text(encoding="utf-8")
-        except (ValueError, OSError) as error:
+            self._text = read_small(path, MOST_YAML).decode()
+        except (ValueError, FileRefused) as error:
             raise self._refusal(error) from error
         texts = ENTRY.split(self._text)[1:] if not ODD.search(self._text) else []
         self._entries = {text.partition(":")[0]: text for text in texts}

@@ -87,7 +87,7 @@ def test_paths_that_are_not_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     path = tmp_path / "secret.safetensors"
     path.write_bytes(pack({}))
-    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr(os, "open", denied)
     assert "cannot be read: Permission denied" in refusal(path)
 
 
@@ -98,7 +98,7 @@ def test_a_file_that_shrinks_while_it_is_read(
     path.write_bytes(pack({"a": entry()}))
     before = path.stat()
     path.write_bytes(path.read_bytes()[:40])
-    monkeypatch.setattr(Path, "stat", lambda _: before)
+    monkeypatch.setattr(os, "fstat", lambda _: before)
     assert "became shorter" in refusal(path)
 
 
