@@ -25,7 +25,7 @@ from .maps.architecture import KeyMaps, bundled
 FACTS: Mapping[str, tuple[Any, ...]] = {
     "prediction_type": ("epsilon", "v_prediction"),
     "zero_terminal_snr": (False, True),
-    "family": ("sd1", "sd2", "sdxl"),
+    "family": ("sd1", "sd2", "sdxl", "flux", "sd3"),
 }
 """The facts that an option can decide, and their values."""
 

@@ -7,7 +7,6 @@ are random, of a scale at which a forward pass stays finite; noise schedules are
 
 from __future__ import annotations
 
-import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -143,11 +142,12 @@ def _spec(architecture: Architecture) -> Sample:
 
 def _is_beyond(key: str, repeats: Mapping[str, int]) -> bool:
     """Whether a key belongs to a repeated layer that a small sample leaves out."""
-    segments = key.split(".")
-    return any(
-        container in repeats and index.isdigit() and int(index) >= repeats[container]
-        for container, index in itertools.pairwise(segments)
-    )
+    for container, count in repeats.items():
+        _, found, rest = f".{key}".rpartition(f".{container}.")
+        index = rest.partition(".")[0]
+        if found and index.isdigit() and int(index) >= count:
+            return True
+    return False
 
 
 def _shrunk(width: int, divisor: int) -> int:

@@ -29,6 +29,7 @@ from ..maps.holes import (
     Heads,
     Hole,
     Keyed,
+    Present,
     Side,
     UpDepths,
     Values,
@@ -258,6 +259,11 @@ class _Measure:
         if rows % width:
             raise OddWidth(f"{hole.key} has {rows} rows, which are no heads of {width}")
         return int(rows // width)
+
+    @measured.register
+    def _present(self, hole: Present) -> bool:
+        self.asked.append("measured")
+        return self._find(hole.key) is not None
 
     @measured.register
     def _side(self, hole: Side) -> int:

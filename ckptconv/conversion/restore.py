@@ -48,18 +48,22 @@ def restore(model: ModelFolder, options: Options) -> Restoration:
         NotACheckpoint: the folder holds no weights of the network that tells architectures apart,
             or no architecture matches.
     """
-    network = model.parts.get(model.single or "unet")
+    architectures = options.maps.architectures.values()
+    known = dict.fromkeys(a.single or a.main for a in architectures if a.single == model.single)
+    network = next((model.parts[name] for name in known if name in model.parts), None)
     if network is None or not network.tensors:
+        names = " or ".join(known) or model.single
         why = network.problems if network else ()
         raise NotACheckpoint(
-            f"{model.path}: which architecture this is cannot be told: it holds no UNet",
-            problems=why or ("there is no folder unet with weights",),
+            f"{model.path}: which architecture this is cannot be told: it holds no {names}",
+            problems=why or (f"there is no folder {names} with weights",),
             hint="give a whole folder; one component of it can be verified against its FILE",
         )
     candidates = [
         _candidate(architecture, model)
-        for architecture in options.maps.architectures.values()
+        for architecture in architectures
         if architecture.single == model.single
+        and (architecture.single or architecture.main) in model.parts
     ]
     if not candidates:
         raise NotACheckpoint(

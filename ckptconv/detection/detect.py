@@ -20,7 +20,7 @@ from ..maps.schema import word
 from ..reading.source import open_header
 from ..reading.tensor import Header, Tensor
 from .facts import Fact, Hints, config_beside, find_fact, first_match, notes_of
-from .spellings import CONV_OUT, STRAYS, in_original_names, respelled, unwrapped
+from .spellings import STRAYS, in_original_names, is_there, respelled, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -185,7 +185,7 @@ def detect(
     }
     facts = {name: (decided or {}).get(name, fact) for name, fact in found.items()}
     overruled = [_overruled(found[name], fact) for name, fact in facts.items()]
-    facts["task"] = Fact("task", task.name, "structure", _why(task))
+    facts["task"] = Fact("task", task.name, "structure", _why(architecture, task))
     return Detection(
         header,
         verdicts,
@@ -264,7 +264,7 @@ def _task(
         missing = f"{architecture.root} is missing: the file holds no {what} in the original layout"
         return None, Line(missing, False)
     counts = [task.channels for task in architecture.tasks]
-    if None not in counts and len(root.shape) != 4:
+    if architecture.root == UNET_ROOT and None not in counts and len(root.shape) != 4:
         found = f"{architecture.root} has shape {list(root.shape)}, needed a 4-D convolution"
         return None, Line(found, False)
     for task in sorted(architecture.tasks, key=lambda task: not task.key):
@@ -280,10 +280,11 @@ def _task(
     return None, Line(f"the {what} has {channels} input channels, needed {known}", False)
 
 
-def _why(task: Task) -> str:
+def _why(architecture: Architecture, task: Task) -> str:
     if task.key:
         return f"the file holds {task.key}"
-    return "the UNet's input channels tell the task" if task.channels else "it has no other"
+    tells = f"the {_network(architecture)}'s input channels tell the task"
+    return tells if task.channels else "it has no other"
 
 
 def _alone(architecture: Architecture, prefix: str, tensors: Mapping[str, Tensor]) -> Line:
@@ -303,7 +304,8 @@ def _network(architecture: Architecture) -> str:
     """Returns what people call the network that tells an architecture."""
     if architecture.root == UNET_ROOT:
         return "UNet"
-    return "VAE" if architecture.single == "vae" else architecture.single.replace("_", " ")
+    name = architecture.single or architecture.main
+    return "VAE" if name == "vae" else name.replace("_", " ")
 
 
 def _test(condition: Condition, prefix: str, keys: Keys, network: str) -> Line:
@@ -346,8 +348,7 @@ def _refusal(
         return NotACheckpoint(f"{header.path}: the file holds no tensors", hint="check its source")
     whole = [v for v in verdicts if not maps.architectures[v.architecture].single]
     nearest = min(whole, key=lambda verdict: len(verdict.failing))
-    ends = [(v.prefix + UNET_ROOT, v.prefix + CONV_OUT) for v in whole]
-    if not any(first in header.tensors and last in header.tensors for first, last in ends):
+    if not any(is_there(maps.architectures[v.architecture], v.prefix, header) for v in whole):
         if foreign := _foreign(given, maps):
             return foreign
         some = ", ".join(list(given.tensors)[:3])

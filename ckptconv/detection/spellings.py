@@ -116,11 +116,15 @@ def in_original_names(header: Header, maps: KeyMaps) -> Header:
 
 
 def present_name(key: str) -> str:
-    """Returns the name that diffusers gives a tensor of a VAE today.
+    """Returns the name that diffusers gives a tensor of a VAE today, and transformers one of T5.
 
     >>> present_name("encoder.mid_block.attentions.0.query.weight")
     'encoder.mid_block.attentions.0.to_q.weight'
+    >>> present_name("encoder.embed_tokens.weight")
+    'shared.weight'
     """
+    if key == "encoder.embed_tokens.weight":
+        return "shared.weight"
     if not key.startswith(OLD_ATTENTION_IN):
         return key
     place, _, leaf = key.rpartition(".")
@@ -227,6 +231,12 @@ def _without_prefix(header: Header, maps: KeyMaps) -> Header:
 def _free(names: Mapping[str, str], header: Header) -> dict[str, str]:
     """Leaves out new names that a tensor of the file has already: neither tensor may be lost."""
     return {old: new for old, new in names.items() if new not in header.tensors}
+
+
+def is_there(architecture: Architecture, prefix: str, header: Header) -> bool:
+    """Whether the network that tells an architecture is in the file; of a UNet, both its ends."""
+    ends = (UNET_ROOT, CONV_OUT) if architecture.root == UNET_ROOT else (architecture.root,)
+    return all(prefix + key in header.tensors for key in ends)
 
 
 def _holds(header: Header, architectures: Iterable[Architecture]) -> bool:

@@ -160,6 +160,7 @@ class Architecture:
         aliases: how the metadata of a file names it: the text begins so.
         single: the component that a file of this architecture is, so that its folder holds that
             component's files itself and no `model_index.json`; empty for a whole model.
+        main: the component of a whole model that tells architectures apart.
         root: the key, without prefix, at which the network that tells architectures apart begins.
         prefixes: what may stand before the keys of that network, in order of preference.
         task: whose components it has; None for those of all tasks.
@@ -172,6 +173,7 @@ class Architecture:
     tasks: Named[Task]
     aliases: tuple[str, ...] = ()
     single: str = ""
+    main: str = "unet"
     root: str = UNET_ROOT
     prefixes: Many[str] = field(default=("model.diffusion_model.", ""), metadata=word("prefix"))
     task: Task | None = field(default=None, metadata=GIVEN)
@@ -207,7 +209,7 @@ class Architecture:
     @property
     def rooted(self) -> Component:
         """The component that tells architectures apart."""
-        return self.components[self.single or "unet"]
+        return self.components[self.single or self.main]
 
     def for_task(self, task: Task) -> Architecture:
         """Returns the architecture with the components that a task's pipeline has."""
@@ -287,10 +289,12 @@ class KeyMaps(Folders):
         """Returns what an architecture is made of."""
         if name not in self._contents:
             file = f"{name}/arch"
-            data = self.merged(file, lambda word: word == "single" or word in schema.words(Content))
+            words = {"single", "main", *schema.words(Content)}
+            data = self.merged(file, lambda word: word in words)
             single = "unet"
             if isinstance(data, dict):
-                single = data.pop("single", single)
+                main = data.pop("main", single)
+                single = data.pop("single", main)
                 for part in ("facts", "joints"):
                     data[part] = self.extended(data.get(part, {}))
                 if isinstance(parts := data.get("components"), dict):

@@ -56,7 +56,14 @@ class Heads(Keyed):
     """The first axis of a tensor divided by the width of a head."""
 
     word = "heads"
-    width: int | FactValue
+    width: int | FactValue | Dim
+
+
+@dataclass(frozen=True)
+class Present(Keyed):
+    """Whether there is a tensor."""
+
+    word = "has"
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,8 @@ class Values(Keyed):
 
 
 HOLES: dict[str, type[Hole]] = {
-    hole.word: hole for hole in (Dim, FactValue, Heads, Side, Count, Depth, UpDepths, Values)
+    hole.word: hole
+    for hole in (Dim, FactValue, Heads, Present, Side, Count, Depth, UpDepths, Values)
 }
 """By the tag that YAML uses."""
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from ..errors import MapError
 from . import schema
-from .ops import DROP, OPS, RENAME, Op
+from .ops import DROP, OPS, RENAME, SPLIT_ROWS, Op, split_rows
 from .schema import GIVEN, Fault, Many
 
 Segments = tuple[str, ...]
@@ -34,9 +34,6 @@ another rule in the same place then means all the others."""
 Reason = Literal["training", "derived", "unused"]
 """Why a key may be dropped: needed by training only, computed from the configuration, or not used
 by the pipeline."""
-
-SPLITS = "split_rows"
-"""The operation that has several targets; every other has one."""
 
 
 class Pattern(tuple[str, ...]):
@@ -59,6 +56,7 @@ class Line:
 
     word: str = field(metadata=GIVEN)
     targets: tuple[Pattern, ...] = field(metadata=GIVEN)
+    shares: tuple[int, ...] = field(default=(), metadata=GIVEN)
 
     @classmethod
     def from_data(cls, data: Any, path: schema.Path, faults: list[Fault]) -> Line:
@@ -66,8 +64,8 @@ class Line:
         word, names = "", data
         if isinstance(data, Mapping) and len(data) == 1:
             ((word, names),) = data.items()
-            many = word == SPLITS
-            if many != isinstance(names, list) or (many and len(names) < 2):
+            many = word == SPLIT_ROWS
+            if many != isinstance(names, list | dict) or (many and len(names) < 2):
                 needed = "several names" if many else "one name"
                 faults.append(Fault(path, f"{word} needs {needed}, found {names!r}"))
                 return cls(word, ())
@@ -75,8 +73,11 @@ class Line:
             text = f"needs a name or {{kind or operation: name}}, found {data!r}"
             faults.append(Fault(path, text))
             return cls(word, ())
-        names = names if isinstance(names, list) else [names]
-        return cls(str(word), tuple(Pattern.from_data(name, path, faults) for name in names))
+        shares = tuple(names.values()) if isinstance(names, dict) else ()
+        if bad := [share for share in shares if type(share) is not int or share < 1]:
+            faults.append(Fault(path, f"{word} needs a number of shares, found {bad[0]!r}"))
+        names = [*names] if isinstance(names, list | dict) else [names]
+        return cls(str(word), tuple(Pattern.from_data(n, path, faults) for n in names), shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,4 +396,5 @@ def _last_is_placed(rule: Rule) -> bool:
 
 
 def _rule(source: Segments, line: Line) -> Rule:
-    return Rule(source, line.targets, OPS[line.word or RENAME.name], exact=bool(line.word))
+    op = split_rows(line.shares) if line.shares else OPS[line.word or RENAME.name]
+    return Rule(source, line.targets, op, exact=bool(line.word))

@@ -194,7 +194,8 @@ def _missing(layout: Mapping[str, int], found: Collection[str], keymap: KeyMap) 
         before, star, after = template.partition("*")
         names = [f"{before}{n}{after}" for n in sorted(entries.get(before, ()))]
         for name in names if star and names else [template]:
-            if name not in found:
+            origin = None if name in found else keymap.origin(name)
+            if name not in found and not (origin and keymap.is_optional(origin.source)):
                 yield f"{name} is missing"
 
 

@@ -85,7 +85,9 @@ def transfers(steps: Iterable[Step], places: Places) -> Iterator[Transfer]:
     """Yields what to move for some steps, given the places of all their targets."""
     for step in steps:
         into = [places[target.component, target.key] for target in step.targets]
-        if step.changes or (into and _order(step)):
+        if into and step.op.order == "halves swapped" and not step.changes:
+            yield from _swapped(step.sources[0], into[0])
+        elif step.changes or (into and _order(step)):
             yield from _whole(step, into)
         elif into:
             yield from _matched(step.sources, into)
@@ -107,10 +109,19 @@ def _whole(step: Step, into: Sequence[Tensor]) -> Iterator[Transfer]:
         start += place.numel
 
 
+def _swapped(source: Tensor, place: Tensor) -> Iterator[Transfer]:
+    """Yields the two halves of a tensor, each into the place of the other."""
+    half = source.numel // 2
+    for taken, done in ((half, 0), (0, half)):
+        if half:
+            part = _transfer(source, 0 if source.order else taken, place, done, half)
+            yield replace(part, order=source.order, first=taken if source.order else 0)
+
+
 def _order(step: Step) -> Order | None:
     """Returns how a step rearranges the elements of its source, if it does."""
     source = step.sources[0]
-    if step.op.keeps_order:
+    if step.op.order != "transposed":
         return source.order
     stored, axes = source.order or (source.shape, tuple(range(len(source.shape))))
     return Order(stored, axes[::-1])

@@ -62,9 +62,12 @@ def test_a_shape_that_does_not_fit_is_refused_with_what_was_needed(
 
 
 def test_the_set_is_closed_and_only_a_transpose_moves_elements() -> None:
-    assert set(OPS) == {"rename", "squeeze", "split_rows", "row", "transpose", "drop"}
+    assert set(OPS) == {
+        *("rename", "squeeze", "split_rows", "row", "transpose", "swap_halves", "drop"),
+    }
     assert all(OPS[op.name] is op for op in (RENAME, DROP))
-    assert [op.name for op in OPS.values() if not op.keeps_order] == ["transpose"]
+    moving = [op.name for op in OPS.values() if not op.keeps_order]
+    assert moving == ["transpose", "swap_halves"]
 
 
 DIM = st.integers(0, 6)

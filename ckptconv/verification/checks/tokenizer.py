@@ -1,4 +1,4 @@
-"""Are the files of a tokenizer those of CLIP, in meaning?
+"""Are the files of a tokenizer those of CLIP or of T5, in meaning?
 
 A folder holds `vocab.json` and `merges.txt`, or `tokenizer.json` as transformers 5 saves it, or
 all of them; which one a library reads depends on its version, so each must be right.
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ...configs.config import Config
-from ...configs.tokenizer import merges_text, vocabulary
+from ...configs.tokenizer import T5, merges_text, vocabulary
 from ...errors import FileRefused
 from ...files import read_json
 from ...folder.names import CONFIG_FILES
 from ...folder.read import ComponentFolder
 from ..result import Check, Problem
+from .t5 import t5_json, t5_pieces
 
 SPECIALS = "special_tokens_map.json"
 COMPARED = ("add_prefix_space", "do_lower_case", "errors", "model_max_length")
@@ -27,6 +28,8 @@ PROBE = "A  Photo of\nthe cat's 42."
 """Upper case, white space, a contraction and digits, in words that are one token each. (Not "!",
 which some tokenizers pad with and then take for a special token.)"""
 PROBE_TOKENS = ("a", "photo", "of", "the", "cat", "'s", "4", "2", ".")
+NEEDED = ("vocab.json", "merges.txt", "spiece.model")
+"""Files without which there must be a `tokenizer.json`."""
 UNSET = "<|endoftext|>"
 """The class's default for special tokens."""
 
@@ -36,12 +39,14 @@ def check_tokenizer(config: Config, part: ComponentFolder, *, ours: bool) -> Che
 
     In a folder of `ours`, which ckptconv wrote, every difference is a later change.
     """
-    extent = f"{len(_known()):,} tokens, {len(_known_merges()):,} merges"
+    clip = f"{len(_known()):,} tokens, {len(_known_merges()):,} merges"
+    extent = "32,100 pieces" if config.values["tokenizer_class"] == T5 else clip
     return Check.of(config.component.name, "tokenizer", _findings(config, part, ours), extent)
 
 
 def _findings(config: Config, part: ComponentFolder, ours: bool) -> Iterator[Problem | str]:
     folder, expected, settings = part.folder, config.values, CONFIG_FILES["tokenizer"]
+    t5 = expected["tokenizer_class"] == T5
     if part.config is None:
         yield Problem(settings, "is missing or cannot be read")
     else:
@@ -49,20 +54,27 @@ def _findings(config: Config, part: ComponentFolder, ours: bool) -> Iterator[Pro
         for problem in _specials(settings, expected, part.config, whole=True):
             yield f"{problem}, and {SPECIALS} overrules it" if overruled else problem
         yield from _entries(expected, part.config)
-    checks: dict[str, Callable[[Path], Iterable[object]]] = {
-        "vocab.json": _vocabulary,
-        "merges.txt": lambda path: _unlike_merges(_lines(path.read_text(encoding="utf-8"))),
-        "tokenizer.json": _tokenizer_json,
-        SPECIALS: lambda path: _specials(SPECIALS, expected, read_json(path), whole=False),
-        "added_tokens.json": lambda path: _unlike(read_json(path)),
-    }
+    checks: dict[str, Callable[[Path], Iterable[object]]] = (
+        {
+            "tokenizer.json": t5_json,
+            "spiece.model": t5_pieces,
+        }
+        if t5
+        else {
+            "vocab.json": _vocabulary,
+            "merges.txt": lambda path: _unlike_merges(_lines(path.read_text(encoding="utf-8"))),
+            "tokenizer.json": _tokenizer_json,
+            SPECIALS: lambda path: _specials(SPECIALS, expected, read_json(path), whole=False),
+            "added_tokens.json": lambda path: _unlike(read_json(path)),
+        }
+    )
     for file, check in checks.items():
         if (folder / file).exists():
             try:
                 yield from [Problem(file, str(what)) for what in check(folder / file)]
             except (OSError, UnicodeDecodeError, FileRefused) as error:
                 yield Problem(file, f"cannot be read: {error}")
-        elif file in ("vocab.json", "merges.txt") and not (folder / "tokenizer.json").exists():
+        elif file in NEEDED and not (folder / "tokenizer.json").exists():
             yield Problem(file, "is missing, and there is no tokenizer.json")
 
 
@@ -77,7 +89,7 @@ def _known_merges() -> list[str]:
 def _entries(expected: Mapping[str, Any], have: Mapping[str, Any]) -> Iterator[Problem]:
     wanted = expected["tokenizer_class"]
     said = str(have.get("tokenizer_class", wanted))
-    if said.removesuffix("Fast") != wanted:
+    if said.removesuffix("Fast") != wanted.removesuffix("Fast"):
         yield Problem("tokenizer_class", f"is {said!r}, expected {wanted!r}")
     for entry in COMPARED:
         found, want = have.get(entry), expected.get(entry)
@@ -97,7 +109,7 @@ def _specials(
     decoder = have.get("added_tokens_decoder")
     if isinstance(decoder, dict):
         numbers = {str(_content(token)): _number(key) for key, token in decoder.items()}
-        for what in _unlike(numbers):
+        for what in _unlike(numbers) if expected["tokenizer_class"] != T5 else ():
             yield Problem("added_tokens_decoder", what)
 
 
