@@ -92,3 +92,11 @@ def hide_progress_bars() -> None:
 
 def _matters(record: logging.LogRecord) -> bool:
     return not any(text in record.getMessage() for text in CHATTER[record.name])
+
+
+def tied(module: Any) -> dict[str, str]:
+    """Returns the names of tied weights, and of each the first name of the same weight."""
+    first: dict[int, str] = {}
+    every = module.state_dict(keep_vars=True)
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in every.items()}
+    return {name: usual for name, usual in names.items() if name != usual}

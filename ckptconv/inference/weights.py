@@ -20,6 +20,7 @@ from ..dtypes import BITS, nbytes, torch_dtype
 from ..errors import MapError
 from ..files import ByteCounter, Files
 from ..folder.read import current_name
+from ..libraries import tied
 from ..planning.step import Step, Target, targets_of
 from ..reading.tensor import Tensor
 from ..streaming.stream import converted, in_threads
@@ -50,7 +51,9 @@ def matched(module: nn.Module, targets: Mapping[str, Target]) -> tuple[dict[str,
         The name of the parameter by key, and sentences on what does not fit. A tensor for a buffer
         that is not part of the weights any more is passed over.
     """
-    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    twins = tied(module)
+    state = module.state_dict()
+    own = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in twins}
     buffers = {name for name, _ in module.named_buffers()} - own.keys()
     roots = {name.partition(".")[0] for name in [*own, *buffers]}
     names, problems = {}, []
@@ -134,7 +137,11 @@ def fill(
         mover = _Mover(files)
         in_threads(lambda move: done.add(mover.move(*move)), moves, THREADS)
     for name, module in modules.items():
-        module.load_state_dict(states[name], strict=True, assign=True)
+        twins = {twin: states[name][usual] for twin, usual in tied(module).items()}
+        module.load_state_dict(states[name] | twins, strict=True, assign=True)
+        if twins:  # or they would be two parameters from here on
+            tie: Any = module.tie_weights
+            tie()
         if list(devices[name]) == [""]:
             module.to(devices[name][""])  # the buffers; a parameter is there already
         module.eval()

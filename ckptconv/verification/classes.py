@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from ..libraries import LIBRARIES, find_class
+from ..libraries import LIBRARIES, find_class, tied
 
 MOST_LAYERS = 200
 """More of anything that a configuration counts would only take time and memory: the largest
@@ -138,12 +138,12 @@ def _expected(library: str, name: str, config: str) -> Expected:
                 model = owner(owner.config_class(**values))
             else:
                 model = owner(**values)
-            every = model.state_dict(keep_vars=True)
+            state = model.state_dict()
+            twins = tied(model)
     except Exception as error:  # whatever the class says of a bad configuration
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise Unbuildable(f"{name} cannot be built from the configuration: {why}") from error
-    first = {id(tensor): key for key, tensor in reversed(every.items())}
-    state = {key: every[key] for key in first.values()}  # of tied weights, the first name
+    state = {key: value for key, value in state.items() if key not in twins}
     prefix = "" if "embeddings.token_embedding.weight" not in state else "text_model."
     shapes = {prefix + key: tuple(value.shape) for key, value in state.items()}
     integers = {prefix + key for key, value in state.items() if not value.is_floating_point()}
