@@ -245,14 +245,15 @@ def _holds(header: Header, architectures: Iterable[Architecture]) -> bool:
 
 
 def _backwards(header: Header, architecture: Architecture, source: Source) -> dict[str, str]:
-    """Returns original names by names in the diffusers layout, of the tensors that stay whole."""
+    """Returns original names by those of the diffusers layout, if most tensors have one."""
     keymap = architecture.maps.keymap(source.keymap)
     names = {}
     for key in header.tensors:
         origin = keymap.origin(present_name(key))
         if origin and origin.parts == 1 and origin.op.keeps_order:
             names[key] = source.prefix + origin.source
-    return names if len(set(names.values())) == len(names) else {}
+    most = 2 * len(names) > len(header.tensors)  # a few names are alike in many networks
+    return names if most and len(set(names.values())) == len(names) else {}
 
 
 def _with_dots(header: Header, maps: KeyMaps) -> Iterator[tuple[str, str]]:
