@@ -142,7 +142,8 @@ def _steps(
     """
     start = source.prefix
     under = (key.removeprefix(start) for key in noted if key.startswith(start))
-    keymap = architecture.maps.keymap(source.keymap).bound(under)
+    keymap = architecture.maps.keymap(source.keymap)
+    keymap = keymap.bound(under) if noted else keymap.bound_by_targets(part.tensors)
     groups: dict[str, tuple[Op, dict[int, Tensor]]] = {}
     steps: dict[str, Step] = {}
     problems = []

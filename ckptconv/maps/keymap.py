@@ -16,20 +16,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import MapError
 from . import schema
 from .ops import DROP, OPS, RENAME, SPLIT_ROWS, Op, split_rows
+from .rules import LAST, Rule, Segments, Tree, is_index
 from .schema import GIVEN, Fault, Many
-
-Segments = tuple[str, ...]
-
-LAST = "-1"
-"""A segment of a `drop` pattern: the highest index that the file holds in this place. A `*` of
-another rule in the same place then means all the others."""
 
 Reason = Literal["training", "derived", "unused"]
 """Why a key may be dropped: needed by training only, computed from the configuration, or not used
@@ -124,25 +119,6 @@ class MapFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """One line of a map, its tables written out.
-
-    Attributes:
-        source: the pattern on the original side.
-        targets: the patterns on the diffusers side; several for `split_rows`, none for `drop`.
-        op: the operation.
-        exact: the pattern covers one whole key; otherwise all that lies below it as well.
-        reason: why the key is dropped; empty if it is not.
-    """
-
-    source: Segments
-    targets: tuple[Segments, ...]
-    op: Op = RENAME
-    exact: bool = False
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Match:
     """What a map says of one original key."""
 
@@ -159,71 +135,6 @@ class Origin:
     op: Op
     part: int
     parts: int
-
-
-@dataclass(slots=True)
-class _Node:
-    rule: tuple[Rule, int] | None = None
-    below: dict[str, _Node] = field(default_factory=dict)
-
-
-class _Tree:
-    """Patterns by segment: finds the rule for a key, and the rules that a new one overlaps."""
-
-    def __init__(self) -> None:
-        self.root = _Node()
-
-    def add(self, pattern: Segments, rule: Rule, part: int = 0) -> Rule | None:
-        """Adds a pattern of a rule and returns a rule that it overlaps, or None."""
-        overlap = self.overlap(pattern, exact=rule.exact)
-        node = self.root
-        for segment in pattern:
-            node = node.below.setdefault(segment, _Node())
-        node.rule = (rule, part)
-        return overlap
-
-    def overlap(self, pattern: Segments, *, exact: bool) -> Rule | None:
-        """Returns a rule that covers a key which another pattern covers as well, or None."""
-        return next(_overlaps(self.root, pattern, exact), None)
-
-    def find(self, key: Segments) -> tuple[Rule, int, Segments] | None:
-        """Returns (rule, number of the pattern in it, segments that the stars stand for)."""
-        if any("*" in segment for segment in key):
-            return None  # no published key has one, and it would pass for that of a pattern
-        return _find(self.root, key, ())
-
-
-def _overlaps(node: _Node, pattern: Segments, exact: bool) -> Iterator[Rule]:
-    if node.rule and (not pattern or not node.rule[0].exact):
-        yield node.rule[0]
-    if pattern:
-        head, rest = pattern[0], pattern[1:]
-        for segment, child in node.below.items():
-            if _meet(segment, head):
-                yield from _overlaps(child, rest, exact)
-    elif not exact:
-        for child in node.below.values():
-            yield from _overlaps(child, (), exact)
-
-
-def _meet(one: str, other: str) -> bool:
-    """Whether two segments of patterns can stand for the same segment of a key."""
-    if LAST in (one, other):  # the last may be any index, but the stars leave it out
-        return one == other or _is_index(one) or _is_index(other)
-    return one == other or "*" in (one, other)
-
-
-def _find(node: _Node, key: Segments, stars: Segments) -> tuple[Rule, int, Segments] | None:
-    if node.rule and (not key or not node.rule[0].exact):
-        return (*node.rule, stars + key)
-    if not key:
-        return None
-    found = None
-    if child := node.below.get(key[0]):
-        found = _find(child, key[1:], stars)
-    if not found and (child := node.below.get("*")):
-        found = _find(child, key[1:], (*stars, key[0]))
-    return found
 
 
 def _fill(pattern: Segments, carried: Segments) -> str:
@@ -251,19 +162,18 @@ class KeyMap:
         self.name = name
         self.rules = tuple(rules)
         self.words = words or MapFile()
-        self._sources, self._targets, self._dropped = _Tree(), _Tree(), _Tree()
-        self._optional, self._spellings, self._alternatives = _Tree(), _Tree(), _Tree()
+        self._sources, self._targets = Tree(), Tree()
+        self._last_sources, self._last_targets = Tree(), Tree()
+        self._optional, self._spellings, self._alternatives = Tree(), Tree(), Tree()
         self._bound: dict[frozenset[Rule], KeyMap] = {}
         problems = []
         for rule in self.rules:
             if not _last_is_placed(rule):
                 problems.append(
-                    f"{_line(rule)}: '-1' may stand once, in 'drop', with no '*' before it"
+                    f"{_line(rule)}: '-1' may stand once on each side, with no '*' before it"
                 )
             if clash := self._sources.add(rule.source, rule):
                 problems.append(f"{_line(clash)} and {_line(rule)} can match the same key")
-            if rule.op is DROP:
-                self._dropped.add(rule.source, rule)
             for part, target in enumerate(rule.targets):
                 if target.count("*") != rule.source.count("*"):
                     problems.append(f"{_line(rule)}: the two sides need the same number of '*'")
@@ -301,33 +211,45 @@ class KeyMap:
             found[0] for key in split if (found := self._alternatives.find(key))
         )
         chosen = self._with(used) if used else self
-        if not any(LAST in rule.source for rule in chosen.rules):
-            return chosen
-        rules = []
-        for rule in chosen.rules:
-            if LAST in rule.source:
-                at = rule.source.index(LAST)
-                indices = [
-                    int(key[at])
-                    for key in split
-                    if key[:at] == rule.source[:at] and key[at : at + 1] and _is_index(key[at])
-                ]
-                last = str(max(indices)) if indices else LAST
-                source = (*rule.source[:at], last, *rule.source[at + 1 :])
-                rule = dataclasses.replace(rule, source=source)
-            rules.append(rule)
+        return chosen._with_last(split, lambda rule: [rule.source])
+
+    def bound_by_targets(self, keys: Iterable[str]) -> KeyMap:
+        """Returns the map for a component of `keys`, with an index for each `-1`."""
+        return self._with_last([tuple(key.split(".")) for key in keys], lambda rule: rule.targets)
+
+    def _with_last(
+        self, keys: Sequence[Segments], patterns: Callable[[Rule], Sequence[Segments]]
+    ) -> KeyMap:
+        """Returns the map with an index for each `-1`, given keys that match some patterns."""
+        last = [rule for rule in self.rules if LAST in rule.source]
+        if not last:
+            return self
         bound = object.__new__(KeyMap)
-        bound.__dict__.update(chosen.__dict__)
-        bound.rules = tuple(rules)
-        bound._dropped = _Tree()
-        for rule in filter(lambda rule: rule.op is DROP, rules):
-            bound._dropped.add(rule.source, rule)
+        bound.__dict__.update(self.__dict__)
+        bound._last_sources, bound._last_targets = Tree(), Tree()
+        for rule in last:
+            indices = [
+                int(key[at])
+                for pattern in patterns(rule)
+                for at in [pattern.index(LAST)]
+                for key in keys
+                if key[:at] == pattern[:at] and key[at : at + 1] and is_index(key[at])
+            ]
+            index = str(max(indices)) if indices else LAST
+            source, *targets = (
+                tuple(index if segment == LAST else segment for segment in pattern)
+                for pattern in (rule.source, *rule.targets)
+            )
+            found = dataclasses.replace(rule, source=source, targets=tuple(targets))
+            bound._last_sources.add(source, found)
+            for part, target in enumerate(targets):
+                bound._last_targets.add(target, found, part)
         return bound
 
     def _with(self, used: frozenset[Rule]) -> KeyMap:
         """Returns the map with alternatives in the place of the rules that give the same keys."""
         if used not in self._bound:
-            new = _Tree()
+            new = Tree()
             for rule in used:
                 for target in rule.targets:
                     new.add(target, rule)
@@ -340,7 +262,7 @@ class KeyMap:
     def match(self, key: str) -> Match | None:
         """Returns what becomes of an original key, or None if no rule covers it."""
         segments = tuple(key.split("."))
-        found = self._dropped.find(segments) or self._sources.find(segments)
+        found = self._last_sources.find(segments) or self._sources.find(segments)
         if not found:
             return None
         rule, _, carried = found
@@ -353,7 +275,8 @@ class KeyMap:
 
     def origin(self, key: str) -> Origin | None:
         """Returns where a diffusers key comes from, or None if no rule gives it."""
-        found = self._targets.find(tuple(key.split(".")))
+        segments = tuple(key.split("."))
+        found = self._last_targets.find(segments) or self._targets.find(segments)
         if not found:
             return None
         rule, part, carried = found
@@ -367,19 +290,9 @@ class KeyMap:
         """Returns a key with `*` for each index into a container of `repeats`."""
         segments = key.split(".")
         for i in range(1, len(segments)):
-            if segments[i - 1] in self.words.repeats and _is_index(segments[i]):
+            if segments[i - 1] in self.words.repeats and is_index(segments[i]):
                 segments[i] = "*"
         return ".".join(segments)
-
-
-def _is_index(segment: str) -> bool:
-    """Decimal without leading zeros, and no longer than any real index."""
-    return (
-        segment.isascii()
-        and segment.isdigit()
-        and len(segment) < 6
-        and str(int(segment)) == segment
-    )
 
 
 def _line(rule: Rule) -> str:
@@ -387,12 +300,13 @@ def _line(rule: Rule) -> str:
 
 
 def _last_is_placed(rule: Rule) -> bool:
-    if any(LAST in target for target in rule.targets):
-        return False
-    if LAST not in rule.source:
-        return True
-    before = rule.source[: rule.source.index(LAST)]
-    return rule.op is DROP and "*" not in before and rule.source.count(LAST) == 1
+    here = LAST in rule.source
+    return all(
+        (LAST in pattern) == here
+        and pattern.count(LAST) <= 1
+        and "*" not in pattern[: pattern.index(LAST) if here else 0]
+        for pattern in (rule.source, *rule.targets)
+    )
 
 
 def _rule(source: Segments, line: Line) -> Rule:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from ..detection.detect import Detection
 from ..maps.architecture import Architecture, Component, Source
-from ..maps.keymap import KeyMap, MapFile, Match, Rule
+from ..maps.keymap import KeyMap, MapFile, Match
 from ..maps.ops import DROP, RENAME
+from ..maps.rules import Rule
 from ..reading.tensor import Header, Shape, Tensor
 from .step import Step, Target, dropped
 

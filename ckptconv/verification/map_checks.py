@@ -163,13 +163,17 @@ def _check_plan(architecture: Architecture, made: Plan) -> Iterator[Problem]:
         if architecture.components[name].layout:  # published files have none
             continue
         yield Problem(name, "no key of layout.json begins with the prefix of one of its sources")
+    keymaps = {
+        source: maps.keymap(source.keymap).bound_by_targets(made.tensors(component.name))
+        for component, source in sources
+    }
     for step in made.steps:
         for part, target in enumerate(step.targets):
             origins = [
                 (source.prefix + origin.source, origin.part)
                 for component, source in sources
                 if component.name == target.component
-                and (origin := maps.keymap(source.keymap).origin(target.key))
+                and (origin := keymaps[source].origin(target.key))
             ]
             if step.reason == "" and (step.sources[0].name, part) not in origins:
                 yield Problem(target.key, f"does not lead back to {step.sources[0].name}")

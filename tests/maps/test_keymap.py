@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from ckptconv.errors import MapError
 from ckptconv.maps import schema
 from ckptconv.maps.architecture import KeyMaps, bundled
-from ckptconv.maps.keymap import KeyMap, MapFile, Match, Origin, Pattern, Rule
+from ckptconv.maps.keymap import KeyMap, MapFile, Match, Origin, Pattern
+from ckptconv.maps.rules import Rule
 from ckptconv.maps.ops import DROP, OPS, RENAME
 from ckptconv.maps.schema import Fault
 from ckptconv.reading.header import header_from_json
