@@ -41,6 +41,16 @@ LIBRARY_NAMES: dict[str, str] = {
 }
 """The names that torch, and NumPy with ml_dtypes, give to dtypes of the format."""
 
+ONES: dict[str, bytes] = {
+    "F64": b"\0\0\0\0\0\0\xf0\x3f",
+    "F32": b"\0\0\x80\x3f",
+    "F16": b"\0\x3c",
+    "BF16": b"\x80\x3f",
+    "F8_E4M3": b"\x38",
+    "F8_E5M2": b"\x3c",
+}
+"""The bytes of 1.0, by dtype."""
+
 CASTS = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 """The dtypes that weights can be cast to: as users write them, and as safetensors does."""
 

@@ -29,7 +29,10 @@ FACTS: Mapping[str, tuple[Any, ...]] = {
 }
 """The facts that an option can decide, and their values."""
 
-DONORS = ("vae", "text_encoder", "text_encoder_2", "depth_estimator", "image_normalizer")
+DONORS = (
+    *("vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
+    *("depth_estimator", "image_normalizer"),
+)
 """The components that can come from another file; each has an option of its name."""
 
 SYNONYMS = {"torch_dtype": "dtype"}
@@ -50,6 +53,7 @@ class Choices(TypedDict, total=False):
     vae: AnyPath | None
     text_encoder: AnyPath | None
     text_encoder_2: AnyPath | None
+    text_encoder_3: AnyPath | None
     depth_estimator: AnyPath | None
     image_normalizer: AnyPath | None
     prediction_type: str | None
@@ -103,6 +107,7 @@ class Options:
         vae: take the VAE from another checkpoint, a lone component file or a diffusers folder.
         text_encoder: likewise the text encoder.
         text_encoder_2: likewise the second text encoder.
+        text_encoder_3: likewise the third.
         depth_estimator: likewise the depth estimator of SD2 depth-to-image.
         image_normalizer: likewise unCLIP's image statistics; a file of mean and deviation will do.
         prediction_type: what the UNet predicts, `epsilon` or `v_prediction`; detected by default.
@@ -120,6 +125,7 @@ class Options:
     vae: Path | None = None
     text_encoder: Path | None = None
     text_encoder_2: Path | None = None
+    text_encoder_3: Path | None = None
     depth_estimator: Path | None = None
     image_normalizer: Path | None = None
     prediction_type: str | None = None

@@ -76,15 +76,20 @@ def layout_of(
             f"{architecture.name} has no task {task!r}", hint=f"its tasks are {', '.join(channels)}"
         )
     spec = _spec(architecture)
+    published = architecture.layout(task or "").tensors
+    last: dict[str, int] = {}
+    for before, index, _ in filter(None, (_layer(k, c) for c in spec.repeats for k in published)):
+        last[before] = max(index, last.get(before, 0))
     tensors = []
-    for key, info in architecture.layout(task or "").tensors.items():
-        shape, kind = info.shape, info.dtype
-        prefix = next((p for p in spec.divides if key.startswith(p)), None)
+    for name, info in published.items():
+        key, shape, kind = name, info.shape, info.dtype
+        prefix = next((p for p in spec.divides if name.startswith(p)), None)
         if prefix is not None and cast and kind in FLOATS:
             kind = cast
         if not full:
-            if _is_beyond(key, spec.repeats):
+            if (kept := _kept(name, spec.repeats, last)) is None:
                 continue
+            key = kept
             if prefix is not None:
                 exact = spec.exact.get(prefix, {})
                 shape = tuple(exact.get(n) or _shrunk(n, spec.divides[prefix]) for n in shape)
@@ -140,14 +145,29 @@ def _spec(architecture: Architecture) -> Sample:
     return architecture.maps.typed(Sample, f"{architecture.name}/sample")
 
 
-def _is_beyond(key: str, repeats: Mapping[str, int]) -> bool:
-    """Whether a key belongs to a repeated layer that a small sample leaves out."""
+def _kept(key: str, repeats: Mapping[str, int], last: Mapping[str, int]) -> str | None:
+    """Returns the name that a key has in a small sample; None if its layer is left out.
+
+    Of the layers of a container the first are kept, and the very last, which may differ.
+    """
     for container, count in repeats.items():
-        _, found, rest = f".{key}".rpartition(f".{container}.")
-        index = rest.partition(".")[0]
-        if found and index.isdigit() and int(index) >= count:
-            return True
-    return False
+        if found := _layer(key, container):
+            before, index, after = found
+            if count < last[before] + 1:
+                if index == last[before] and count > 1:
+                    return f"{before}{count - 1}{after}"
+                if index >= max(count - 1, 1):
+                    return None
+    return key
+
+
+def _layer(key: str, container: str) -> tuple[str, int, str] | None:
+    """Returns what stands before and after the index into a container, and the index."""
+    before, found, rest = f".{key}".rpartition(f".{container}.")
+    index, _, after = rest.partition(".")
+    if not (found and index.isdigit()):
+        return None
+    return f"{before}{found}"[1:], int(index), f".{after}"
 
 
 def _shrunk(width: int, divisor: int) -> int:

@@ -28,6 +28,7 @@ from ..maps.holes import (
     FactValue,
     Heads,
     Hole,
+    IndicesOf,
     Keyed,
     Present,
     Side,
@@ -261,16 +262,27 @@ class _Measure:
         return int(rows // width)
 
     @measured.register
-    def _present(self, hole: Present) -> bool:
+    def _present(self, hole: Present) -> Any:
         self.asked.append("measured")
-        return self._find(hole.key) is not None
+        return hole.yes if self._find(hole.key) else hole.no
+
+    @measured.register
+    def _indices(self, hole: IndicesOf) -> list[int]:
+        self.asked.append("measured")
+        before, after = hole.key.split("*")
+        middles = (
+            key[len(before) : -len(after)]
+            for key in self.tensors
+            if key.startswith(before) and key.endswith(after)
+        )
+        return sorted(int(middle) for middle in middles)
 
     @measured.register
     def _side(self, hole: Side) -> int:
         if hole.assumed is not None and not self._find(hole.key):
             self.asked.append("assumed")
             return hole.assumed
-        patches = self._slot(hole.key).shape[hole.axis] - 1
+        patches = self._slot(hole.key).shape[hole.axis] - hole.beside
         edge = math.isqrt(max(patches, 0))
         if not patches or edge * edge != patches:
             raise LookupError(f"{hole.key} has {patches} patches, which fill no square")

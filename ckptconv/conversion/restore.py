@@ -150,7 +150,7 @@ def _steps(
     for key, tensor in part.tensors.items():
         if origin := keymap.origin(key):
             groups.setdefault(origin.source, (origin.op, {}))[1][origin.part] = tensor
-        elif not key.endswith(DERIVED):
+        elif not (key.endswith(DERIVED) or key in component.identity):
             problems.append(f"{component.name}: {tensor.name}: no map knows this key")
     for name, (op, parts) in groups.items():
         key, match = source.prefix + name, keymap.match(name)

@@ -25,7 +25,7 @@ from ..files import ByteCounter
 from ..folder.names import CONFIG_FILES, DROPPED, INDEX, LAYOUT, RECORD
 from ..folder.record import record_of
 from ..planning.plan import Plan
-from ..planning.step import ASIDE, Target
+from ..planning.step import ASIDE, Target, identity_matrix
 from ..reading.tensor import Header
 from ..streaming.stream import WeightFile, lay_out, write
 from ..streaming.transfers import transfers
@@ -170,7 +170,13 @@ def write_folder(
         done = ByteCounter(sum(sizes.values()), progress)
         places = {(name, key): t for name, file in files for key, t in file.tensors.items()}
         steps = [s for s in plan.steps if any((t.component, t.key) in places for t in s.targets)]
-        warnings = write([file for _, file in files], transfers(steps, places), done.add)
+        identities = [
+            (places[t.component, t.key], identity_matrix(t))
+            for t in plan.identities
+            if (t.component, t.key) in places
+        ]
+        todo = transfers(steps, places)
+        warnings = write([file for _, file in files], todo, done.add, identities)
         for path, content in contents.items():
             path.write_bytes(content)
         done.finish()

@@ -62,6 +62,7 @@ class Model:
         steps: bring the tensors from their files to the components.
         dtype: of the weights: a key of `CASTS`.
         notes: what the user should know.
+        identities: identity matrices that components get besides.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Model:
     steps: tuple[Step, ...]
     dtype: str
     notes: tuple[str, ...] = ()
+    identities: tuple[Target, ...] = ()
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -135,7 +137,8 @@ def _from_file(path: Path, options: Options, given: Collection[str]) -> Model:
             folder = donor.config.parent if donor and donor.config else None
             blueprints[name] = Blueprint(library, cls, config.component.kind, config.values, folder)
     stored = _name_of(_dtypes(made))
-    return Model(path, index, blueprints, made.steps, stored, (*made.notes, *notes))
+    said = (*made.notes, *notes)
+    return Model(path, index, blueprints, made.steps, stored, said, made.identities)
 
 
 def _refuse_single(path: Path, architecture: Architecture) -> None:

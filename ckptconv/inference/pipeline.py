@@ -186,7 +186,7 @@ def _built(
             hint=f"its components are {', '.join(parameters)}",
         )
     check_dtype(device, model.dtype)
-    dtype, targets = torch_dtype(CASTS[model.dtype]), targets_of(model.steps)
+    dtype, targets = torch_dtype(CASTS[model.dtype]), targets_of(model.steps, model.identities)
     parts: dict[str, Any] = {}
     modules: dict[str, torch.nn.Module] = {}
     with _refusals(model):
@@ -209,7 +209,7 @@ def _built(
             name: {part: torch.device("cuda", gpu) for part, gpu in gpus.items()}
             for name, gpus in spread(modules, dtype, free_memory()).items()
         }
-    for note in [*model.notes, *fill(modules, model.steps, devices, progress)]:
+    for note in [*model.notes, *fill(modules, model.steps, devices, progress, model.identities)]:
         log.warning("%s", note)
     arguments |= {name: _connected(module, devices[name]) for name, module in modules.items()}
     pipe: Any = cls(**{name: arguments[name] for name in parameters if name in arguments})

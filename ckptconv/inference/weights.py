@@ -78,6 +78,7 @@ def fill(
     steps: Iterable[Step],
     devices: Mapping[str, Devices],
     progress: Callable[[int, int], None] = lambda _done, _total: None,
+    identities: Iterable[Target] = (),
 ) -> list[str]:
     """Gives every parameter its tensor, and leaves the modules ready for inference.
 
@@ -86,6 +87,7 @@ def fill(
         steps: of a plan; the tensors that they write have the dtypes that the parameters get.
         devices: by component.
         progress: is called with bytes done and bytes in all, from one thread at a time.
+        identities: of a plan.
 
     Returns:
         Sentences on values that a cast could not hold.
@@ -97,7 +99,8 @@ def fill(
     import torch
 
     steps = list(steps)
-    targets, problems = targets_of(steps), []
+    targets, problems = targets_of(steps, identities), []
+    constant = {(target.component, target.key) for target in identities}
     names: dict[str, dict[str, str]] = {}
     places: dict[tuple[str, str], Tensor] = {}  # as if each tensor were alone in a file
     for component, module in modules.items():
@@ -125,9 +128,13 @@ def fill(
         for (component, key), place in places.items():
             name, own = names[component][key], parts[place.file]
             device = _device_of(name, devices[component])
+            dtype = torch_dtype(place.dtype)
             tensor = _view(place, own, files) if device.type == "cpu" else None
-            if tensor is None:
-                tensor = torch.empty(place.shape, dtype=torch_dtype(place.dtype), device=device)
+            if (component, key) in constant:
+                tensor = torch.eye(place.shape[0], device=device).to(dtype)
+                done.add(tensor.nbytes)
+            elif tensor is None:
+                tensor = torch.empty(place.shape, dtype=dtype, device=device)
                 for transfer in own:
                     cut = transfer.cut(CHUNK * 8 // BITS[transfer.dtypes[0]])
                     moves += [(part, tensor) for part in cut]

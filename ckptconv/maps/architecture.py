@@ -88,6 +88,7 @@ class Component:
     supply: str = field(default="", metadata=word("hint"))
     brings: Mapping[str, Any] = field(default_factory=dict)
     aliases: Many[str] = ()
+    identity: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if bool(self.sources) != (self.kind == "model"):

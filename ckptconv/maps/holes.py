@@ -61,22 +61,33 @@ class Heads(Keyed):
 
 @dataclass(frozen=True)
 class Present(Keyed):
-    """Whether there is a tensor."""
+    """One value where there is a tensor, another where there is none."""
 
     word = "has"
+    yes: Any = True
+    no: Any = False
+
+
+@dataclass(frozen=True)
+class IndicesOf(Keyed):
+    """The numbers that stand for the `*` of a key."""
+
+    word = "indices"
 
 
 @dataclass(frozen=True)
 class Side(Keyed):
-    """The edge of a square image: its patches and a class token have positions along an axis.
+    """The edge of a square image: an axis has its patches, and what is `beside` them.
 
-    Counted in patches, or in pixels if a patch has a width. Without the tensor it is assumed.
+    That is a class token, unless another number is given. Counted in patches, or in pixels if a
+    patch has a width. Without the tensor it is assumed.
     """
 
     word = "side"
     axis: int
     patch: int | Dim = 1
     assumed: int | None = None
+    beside: int = 1
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,7 @@ class Values(Keyed):
 
 HOLES: dict[str, type[Hole]] = {
     hole.word: hole
-    for hole in (Dim, FactValue, Heads, Present, Side, Count, Depth, UpDepths, Values)
+    for hole in (Dim, FactValue, Heads, Present, IndicesOf, Side, Count, Depth, UpDepths, Values)
 }
 """By the tag that YAML uses."""
 

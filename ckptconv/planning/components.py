@@ -94,6 +94,7 @@ def _match(
         if key.startswith(source.prefix) and usual.match(name) and not keymap.match(name):
             problems.append(f"{key}: the file has its tensors in another spelling, too")
     layout = _fitting(_layout(architecture, component), found, keymap)
+    shorter = _lacked_by_last(architecture, component)
     strays, known = set[str](), 0
     for key, step in steps.items():
         ranks = [layout.get(keymap.template(target.key)) for target in step.targets]
@@ -111,7 +112,7 @@ def _match(
         known,
         {key: step for key, step in steps.items() if key not in strays},
         tuple(problems),
-        tuple(f"{component.name}: {line}" for line in _missing(layout, found, keymap)),
+        tuple(f"{component.name}: {line}" for line in _missing(layout, found, keymap, shorter)),
         len(strays),
     )
 
@@ -163,26 +164,50 @@ def _matched(header: Header, source: Source, keymap: KeyMap) -> Iterator[tuple[s
 @functools.cache
 def _layout(architecture: Architecture, component: Component) -> dict[str, int]:
     """Returns the templates of a component's published keys, and the rank of each."""
+    keymap, shapes = _published(architecture, component)
+    return {keymap.template(key): len(shape) for key, shape in shapes.items()} if keymap else {}
+
+
+@functools.cache
+def _lacked_by_last(architecture: Architecture, component: Component) -> frozenset[str]:
+    """Returns the templates of keys that the last entry of their container does not have."""
+    keymap, shapes = _published(architecture, component)
+    entries: dict[str, set[int]] = {}
+    for key in shapes if keymap else ():
+        before, star, _ = keymap.template(key).partition("*") if keymap else ("", "", "")
+        if star:
+            entries.setdefault(before, set()).add(int(key[len(before) :].partition(".")[0]))
+    lacked = set()
+    for template in _layout(architecture, component):
+        before, star, after = template.partition("*")
+        if star and "*" not in after and f"{before}{max(entries[before])}{after}" not in shapes:
+            lacked.add(template)
+    return frozenset(lacked)
+
+
+def _published(
+    architecture: Architecture, component: Component
+) -> tuple[KeyMap | None, dict[str, Shape]]:
+    """Returns a component's published keys with their shapes, and the map that gives them."""
     header = architecture.layout(component.tasks[0] if component.layout else "")
-    layouts = []
+    layouts: list[tuple[KeyMap | None, dict[str, Shape]]] = [(None, {})]
     for source in component.sources:
         if keymap := _bound(architecture, component, source, header):
-            layouts.append(
-                {
-                    keymap.template(target): len(shape)
-                    for _, tensor, match in _matched(header, source, keymap)
-                    for target, shape in zip(
-                        match.targets,
-                        match.op.forward(tensor.shape, len(match.targets)),
-                        strict=True,
-                    )
-                }
-            )
-    return max(layouts, key=len, default={})
+            shapes: dict[str, Shape] = {}
+            for _, tensor, match in _matched(header, source, keymap):
+                given = match.op.forward(tensor.shape, len(match.targets))
+                shapes |= zip(match.targets, given, strict=True)
+            layouts.append((keymap, shapes))
+    return max(layouts, key=lambda each: len(each[1]))
 
 
-def _missing(layout: Mapping[str, int], found: Collection[str], keymap: KeyMap) -> Iterator[str]:
-    """Yields the keys of the layout that were not found, for every entry of a container."""
+def _missing(
+    layout: Mapping[str, int], found: Collection[str], keymap: KeyMap, shorter: Collection[str]
+) -> Iterator[str]:
+    """Yields the keys of the layout that were not found, for every entry of a container.
+
+    The last entry need not have keys of the templates `shorter`.
+    """
     entries: dict[str, set[int]] = {}
     for key in found:
         before, star, _ = keymap.template(key).partition("*")
@@ -193,8 +218,9 @@ def _missing(layout: Mapping[str, int], found: Collection[str], keymap: KeyMap) 
             yield f"{before}* has only the entries {', '.join(map(str, sorted(held)))}"
     for template in layout:
         before, star, after = template.partition("*")
-        names = [f"{before}{n}{after}" for n in sorted(entries.get(before, ()))]
-        for name in names if star and names else [template]:
+        indices = sorted(entries.get(before, ()))[: -1 if template in shorter else None]
+        names = [f"{before}{n}{after}" for n in indices]
+        for name in names if star and entries.get(before) else [template]:
             origin = None if name in found else keymap.origin(name)
             if name not in found and not (origin and keymap.is_optional(origin.source)):
                 yield f"{name} is missing"

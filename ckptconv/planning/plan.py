@@ -16,7 +16,7 @@ from ..detection.spellings import EMA_NAMES, EMA_OF, EMA_PREFIX
 from ..dtypes import CASTS, FLOATS
 from ..errors import FileRefused, Incomplete, UsageError, option
 from ..files import Files, read_range
-from ..maps.architecture import Architecture
+from ..maps.architecture import Architecture, Component
 from ..maps.ops import DROP
 from ..options import Options
 from ..reading.source import open_header
@@ -54,6 +54,7 @@ class Plan:
         donors: by component, what comes from elsewhere.
         adapters: what is added to the weights, in this order.
         notes: what the user should know.
+        identities: identity matrices that the classes need and no checkpoint holds.
     """
 
     detection: Detection
@@ -65,6 +66,7 @@ class Plan:
     donors: Mapping[str, Donor] = field(default_factory=dict)
     adapters: tuple[Adapter, ...] = ()
     notes: tuple[str, ...] = ()
+    identities: tuple[Target, ...] = ()
 
     def __repr__(self) -> str:
         state = "lossless" if self.lossless else "not lossless"
@@ -91,7 +93,7 @@ class Plan:
 
     @functools.cached_property
     def _targets(self) -> Mapping[str, Mapping[str, Target]]:
-        return targets_of(self.steps)
+        return targets_of(self.steps, self.identities)
 
     @functools.cached_property
     def misfits(self) -> tuple[str, ...]:
@@ -100,7 +102,9 @@ class Plan:
 
     def cast(self, dtype: str) -> Plan:
         """Returns the plan with every float tensor cast to `fp16`, `bf16` or `fp32`."""
-        return replace(self, steps=tuple(_cast(step, dtype) for step in self.steps))
+        identities = (replace(target, dtype=CASTS[dtype]) for target in self.identities)
+        steps = tuple(_cast(step, dtype) for step in self.steps)
+        return replace(self, steps=steps, identities=tuple(identities))
 
     def lacking(self, components: Collection[str]) -> list[str]:
         """Returns what the file lacks of those of some components that are incomplete."""
@@ -249,8 +253,23 @@ def build_plan(
         donors,
         adapters,
         (*notes, *passed_over),
+        tuple(_identities(written, donors, targets_of(changed))),
     )
     return plan if problems else replace(plan, problems=plan.misfits)
+
+
+def _identities(
+    written: Iterable[Component],
+    donors: Mapping[str, Donor],
+    targets: Mapping[str, Mapping[str, Target]],
+) -> Iterator[Target]:
+    """Yields the identity matrices that components get, as wide as one of their tensors."""
+    for component in written:
+        own, donor = targets.get(component.name, {}), donors.get(component.name)
+        for key, like in component.identity.items():
+            if like in own and not (donor and donor.config):  # a folder has its own
+                width = own[like].shape[0]
+                yield Target(component.name, key, own[like].dtype, (width, width))
 
 
 def _check_names(
@@ -291,7 +310,8 @@ def _unlike_twins(header: Header) -> Iterator[str]:
     unlike = [
         f"{header.tensors[twin].name} and {header.tensors[key].name}"
         for twin, key in header.twins.items()
-        if not _same(header.tensors[twin], header.tensors[key])
+        if header.has_data(header.tensors[key])
+        and not _same(header.tensors[twin], header.tensors[key])
     ]
     if unlike:
         yield f"in two spellings that differ, of which one has to go: {_some(unlike)}"

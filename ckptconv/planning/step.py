@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..dtypes import ONES
 from ..maps.ops import DROP, Op
 from ..reading.tensor import Shape, Tensor
 
@@ -64,13 +65,25 @@ class Step:
         return bool(self.targets) and self.sources[0].dtype != self.targets[0].dtype
 
 
-def targets_of(steps: Iterable[Step]) -> dict[str, dict[str, Target]]:
-    """Returns the tensors that steps write, by component and key, in source order."""
+def targets_of(
+    steps: Iterable[Step], identities: Iterable[Target] = ()
+) -> dict[str, dict[str, Target]]:
+    """Returns the tensors to write, by component and key: those of steps, in source order, first.
+
+    Args:
+        steps: of a plan.
+        identities: of the plan.
+    """
     found: dict[str, dict[str, Target]] = defaultdict(dict)
-    for step in steps:
-        for target in step.targets:
-            found[target.component][target.key] = target
+    for target in (*(target for step in steps for target in step.targets), *identities):
+        found[target.component][target.key] = target
     return found
+
+
+def identity_matrix(target: Target) -> bytes:
+    """Returns the data of an identity matrix."""
+    width, one = target.shape[0], ONES[target.dtype]
+    return (one + bytes(len(one) * width)) * (width - 1) + one
 
 
 def dropped(tensor: Tensor, reason: str, *, keep: bool = False) -> Step:

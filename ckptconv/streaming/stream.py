@@ -61,13 +61,16 @@ def lay_out(path: Path, targets: Iterable[Target], metadata: Mapping[str, str]) 
 
 
 def write(
-    files: Sequence[WeightFile], todo: Iterable[Transfer], progress: Callable[[int], None]
+    files: Sequence[WeightFile],
+    todo: Iterable[Transfer],
+    progress: Callable[[int], None],
+    constants: Iterable[tuple[Tensor, bytes]] = (),
 ) -> list[str]:
     """Writes files, none of which may exist, and returns what went wrong with single values.
 
     The beginning of a file is written last, when its data are whole: a run that is interrupted
     leaves files that no reader takes for weights. Several threads tell `progress` how many bytes
-    they wrote.
+    they wrote. `constants` are tensors of the files that come from no other file, with their data.
 
     Raises:
         OSError: from the system, such as a full disk.
@@ -79,6 +82,8 @@ def write(
     with Files() as opened:
         parts = [part for each in joined(todo) for part in each.cut(_elements(each))]
         counts = in_threads(lambda part: _move(part, opened, progress), parts, THREADS)
+        for place, data in constants:
+            opened.write(place.file, place.start, data)
         for file in files:
             opened.write(file.path, 0, file.beginning)
     overflows = [(part.target, n) for part, n in zip(parts, counts, strict=True) if n]

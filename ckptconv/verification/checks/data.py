@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from ...dtypes import FLOATS
-from ...files import ByteCounter
+from ...dtypes import FLOATS, ONES
+from ...files import ByteCounter, Files
 from ...folder.read import ComponentFolder, ModelFolder
 from ...planning.plan import Plan
-from ...planning.step import ASIDE, Step, Target
+from ...planning.step import ASIDE, Step, Target, identity_matrix
 from ...reading.tensor import Tensor
 from ...streaming.transfers import Places, Transfer, transfers
 from ..compare import Found, Key, compare, look_for_nonfinite
@@ -89,6 +89,11 @@ def check_data(
         ),
         *_wrong_dtypes(both, cast=cast),
         *(
+            Problem(t.key, "is not an identity matrix, as this pipeline needs it")
+            for t in plan.identities
+            if t.component == name and t.key in found and not _is_identity(t, found[t.key])
+        ),
+        *(
             Problem(key, f"{at.count:,} of {at.of:,} values differ, the first at {at.where}")
             for key, at in _of(name, read.different).items()
         ),
@@ -105,6 +110,13 @@ def check_finite(read: Bytes) -> Iterator[Check]:
         )
         floats = [t for t in _of(name, read.tensors).values() if t.dtype in FLOATS]
         yield Check(name, "finite", problems, (), f"{len(floats):,} tensors of floats")
+
+
+def _is_identity(target: Target, tensor: Tensor) -> bool:
+    if tensor.shape != target.shape or tensor.dtype not in ONES:
+        return False
+    with Files() as files:
+        return bytes(tensor.read(files)) == identity_matrix(replace(target, dtype=tensor.dtype))
 
 
 def _of(component: str, values: Mapping[Key, Value]) -> dict[str, Value]:
