@@ -214,7 +214,7 @@ class _Measure:
             return {key: self.fill(item) for key, item in value.items()}
         if not isinstance(value, Hole):
             return value
-        if isinstance(value, Keyed) and "*" in value.key:
+        if isinstance(value, Keyed) and "*" in value.key and not isinstance(value, IndicesOf):
             holes = [replace(value, key=key) for key in self._each(value.key)]
             holes[:-1] = [  # only the last level may take its depth from elsewhere
                 replace(hole, last="") if isinstance(hole, Depth) else hole for hole in holes[:-1]
@@ -269,13 +269,8 @@ class _Measure:
     @measured.register
     def _indices(self, hole: IndicesOf) -> list[int]:
         self.asked.append("measured")
-        before, after = hole.key.split("*")
-        middles = (
-            key[len(before) : -len(after)]
-            for key in self.tensors
-            if key.startswith(before) and key.endswith(after)
-        )
-        return sorted(int(middle) for middle in middles)
+        start = len(hole.key.partition("*")[0])
+        return [int(key[start:].partition(".")[0]) for key in self._each(hole.key)]
 
     @measured.register
     def _side(self, hole: Side) -> int:
