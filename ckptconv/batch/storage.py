@@ -82,13 +82,15 @@ class Staged:
                 _local(pair.source, Path(folder, "in")), _local(pair.out, Path(folder, "out"))
             )
             names = {local.source: pair.source, local.out: pair.out}
-            data: dict[str, Any] = {}
+
+            def reworded(error: CkptconvError) -> CkptconvError:
+                return error.reworded(lambda text: str(_renamed(text, names)))
+
             try:
                 data, error = self._staged(pair, local, moved)
             except CkptconvError as refused:
-                error = refused
-            error = error and error.reworded(lambda text: str(_renamed(text, names)))
-            return _renamed(data, names), error
+                raise reworded(refused) from refused
+            return _renamed(data, names), error and reworded(error)
 
     def _staged(self, pair: Pair, local: Pair, moved: Moved) -> Done:
         conversion = self.work if is_url(pair.out) and isinstance(self.work, Conversion) else None

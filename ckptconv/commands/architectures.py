@@ -8,8 +8,7 @@ import click
 
 from ..maps.architecture import Relative
 from ..maps.schema import Named
-from ..reports.table import wrap
-from .shared import columns, echo_json, echo_table, key_maps, output_options
+from .shared import echo_json, echo_lines, echo_table, key_maps, output_options
 
 WORKS = ("detect", "convert", "verify", "export")
 """What works with every relative."""
@@ -46,7 +45,7 @@ def command(*, as_json: bool) -> None:
         return
     for row in architectures:
         what = f"{row['architecture']}: {row['title']} ({', '.join(row['components'])})"
-        click.echo("\n".join(wrap(what, columns(), "  ")))
+        echo_lines([what])
         for task, pipeline in row["tasks"].items():
             click.echo(f"  {task:28} {pipeline}")
     click.echo(f"\n{', '.join(WORKS)}: every relative; run: those that say yes")

@@ -10,11 +10,21 @@ import click
 from ..batch.work import Inspection, Outcome
 from ..destination import check_destination
 from ..detection.detect import Detection
-from ..errors import SHOWN, printable
+from ..errors import SHOWN
 from ..planning.plan import Plan
 from ..reports.numbers import millions, size
 from .many import PLACE, Columns, finish, many_options, outcomes_of, why_not
-from .shared import FILE, echo_json, echo_table, exit_for, key_maps, note, output_options
+from .shared import (
+    FILE,
+    columns,
+    echo_json,
+    echo_lines,
+    echo_table,
+    exit_for,
+    key_maps,
+    note,
+    output_options,
+)
 
 if TYPE_CHECKING:
     from ..reports.network import Block
@@ -93,10 +103,8 @@ def _print(
             _print_tree(tree)
     for name, verdict in data["verdicts"].items() if verdicts else ():
         click.echo(f"{name}: {'matches' if verdict['matches'] else 'does not match'}")
-        for line in verdict["failing"]:
-            click.echo(printable(f"  - {line}"))
-    for name, value in data.get("hashes", {}).items():
-        click.echo(f"{name}: {value}")
+        echo_lines(f"  - {line}" for line in verdict["failing"])
+    echo_lines(f"{name}: {value}" for name, value in data.get("hashes", {}).items())
 
 
 def _print_summary(data: dict[str, Any]) -> None:
@@ -108,8 +116,7 @@ def _print_summary(data: dict[str, Any]) -> None:
     for name in ("prediction_type", "zero_terminal_snr"):
         if fact := data.get(name):  # a lone component has none
             lines.append(f"{name}: {fact['value']} ({fact['source']}: {fact['detail']})")
-    for line in lines:
-        click.echo(printable(line))
+    echo_lines(lines)
     if data["components"]:
         echo_table(COMPONENTS, [_cells(name, row) for name, row in data["components"].items()])
     lines = ["evidence:", *(f"  - {line}" for line in data["evidence"])]
@@ -129,8 +136,7 @@ def _print_summary(data: dict[str, Any]) -> None:
             lines += [f"{name}:", *(f"  - {item}" for item in items[:SHOWN])]
         if len(items) > SHOWN:
             lines.append(f"  ... and {len(items) - SHOWN} more (--json shows all)")
-    for line in lines:
-        click.echo(printable(line))
+    echo_lines(lines)
 
 
 def _cells(name: str, row: dict[str, Any]) -> list[str]:
@@ -155,7 +161,7 @@ def _print_tree(plan: Plan) -> None:
             branch = root.add(f"{component.name}: {total:,} parameters")
             for block in members:
                 branch.add(f"{block.name}: {', '.join(_traits(block))}")
-    Console(color_system=None, highlight=False).print(root, soft_wrap=True)
+    Console(color_system=None, width=columns()).print(root)
 
 
 def _traits(block: Block) -> list[str]:

@@ -10,17 +10,17 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..dtypes import cast_name
-from ..errors import CkptconvError, UsageError
+from ..errors import CkptconvError, UsageError, printable
 from ..maps.architecture import Architecture, KeyMaps, bundled
 from ..options import FACTS, HELP, Options
-from ..reports.table import table
+from ..reports.table import table, wrap
 from ..version import __version__
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -176,6 +176,12 @@ def columns(*, err: bool = False) -> int:
     """Returns how many characters fit in a line; where it is no terminal, as many as you like."""
     stream = sys.stderr if err else sys.stdout
     return shutil.get_terminal_size().columns if stream.isatty() else 10**6
+
+
+def echo_lines(lines: Iterable[str]) -> None:
+    """Prints lines; on a terminal, they break between words, and go on with an indent."""
+    for line in lines:
+        click.echo("\n".join(wrap(printable(line), columns(), "    ")))
 
 
 def echo_table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, err: bool = False) -> None:

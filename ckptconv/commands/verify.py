@@ -21,6 +21,7 @@ from .many import PLACE, Columns, finish, many_options, outcomes_of, what_it_is,
 from .shared import (
     FILE,
     echo_json,
+    echo_lines,
     exit_for,
     note,
     options_of,
@@ -107,7 +108,7 @@ def command(
     if as_json:
         echo_json(found.as_data(), found.error)
     elif not found.refusal:
-        click.echo(as_text(found))
+        echo_lines(as_text(found).splitlines())
     if found.refusal:
         click.echo(f"error: {found.refusal}", err=True)
     exit_for(found.error)
