@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from xml.etree import ElementTree as ET
 
 import click
 import pytest
+import yaml
 
 import ckptconv
 from ckptconv.cli import COMMANDS, main
@@ -223,3 +225,34 @@ def test_a_table_keeps_its_words_at_any_width(width: int) -> None:
     if width >= 90:
         assert lines[0].split() == list(titles)
         assert len(lines) == 4
+
+
+HOOKS = yaml.safe_load((PACKAGE.parent / ".pre-commit-hooks.yaml").read_text())
+
+
+@pytest.mark.parametrize(("hook", "args"), [*zip(HOOKS, (["out"], ["."]), strict=True)])
+@pytest.mark.parametrize("wrong", [(), (Problem("a", "differs"),)])
+def test_a_hook_fails_if_a_check_does(
+    hook: dict[str, Any],
+    args: list[str],
+    wrong: tuple[Problem, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert hook.keys() >= {"id", "name", "description", "entry", "language", "files"}
+    assert (hook["language"], hook["pass_filenames"]) == ("python", False)
+    assert re.search(hook["files"], {"out": "out/model_index.json", ".": "x/arch.yaml"}[args[0]])
+    assert f"- id: {hook['id']}\n        args: [" in CI
+    checks = (Check("unet", "data", wrong),)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.yaml").touch()
+    monkeypatch.setattr("ckptconv.batch.work.verify", lambda *_, **__: verification(checks))
+    monkeypatch.setattr("ckptconv.commands.maps.check_maps", lambda _: checks)
+    program, *words = hook["entry"].split()
+    assert program == "ckptconv"
+    assert ("a: differs" in run(*words, *args, code=len(wrong)).output) == bool(wrong)
+
+
+def test_what_the_readme_installs_can_load_a_lora() -> None:
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    assert any(line.startswith("peft>=") for line in project["dependencies"])

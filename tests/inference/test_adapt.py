@@ -175,13 +175,6 @@ def test_a_lora_that_does_not_fit_is_refused(sample: Sample, run: Run, tmp_path:
     assert "no such file" in run(sample("sd1"), "--lora", "nowhere", code=3).stderr.lower()
 
 
-def test_a_lora_needs_peft(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(UsageError, match="PEFT") as caught:
-        read_loras([str(sample("sd1"))])
-    assert caught.value.hint == "pip install peft"
-
-
 def test_how_the_scale_of_a_lora_is_written(tmp_path: Path) -> None:
     odd = tmp_path / "a:b.safetensors"
     save_file({"x": torch.ones(1)}, odd)
