@@ -29,7 +29,7 @@ def prepare() -> int:
     place = Path(os.environ["GITHUB_ACTION_PATH"], "pyproject.toml")
     packages = (os.environ["PACKAGE"], os.environ["TORCH_INDEX"], place.read_text(), sys.version)
     report = tempfile.mkdtemp(prefix="ckptconv-report.", dir=os.environ["RUNNER_TEMP"])
-    artifact = f"{os.environ['NAME']}-{digest(*(os.environ[name] for name in job))}"
+    artifact = "-".join((os.environ["NAME"], digest(*(os.environ[name] for name in job))))
     output(folder=report, artifact=artifact, packages=digest(*packages))
     return 0
 
@@ -76,8 +76,10 @@ def result() -> int:
     )
     # four spaces keep any text as it is
     stopped = "### ckptconv stopped\n\n" + "".join(f"    {line}\n" for line in log.splitlines())
+    text = read_text(report / "summary.md") or stopped
+    sys.stdout.write(text)
     with Path(os.environ["GITHUB_STEP_SUMMARY"]).open("a", encoding="utf-8") as summary:
-        summary.write(read_text(report / "summary.md") or stopped)
+        summary.write(text)
     if error:
         lines = [error["message"], *(f"- {p}" for p in error.get("problems", ())[:SHOWN])]
         hint = error.get("hint")
