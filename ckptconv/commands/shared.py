@@ -53,6 +53,7 @@ def _hush(ctx: click.Context, _option: click.Parameter, value: bool) -> None:
         ctx.meta[QUIET] = True
         warnings.simplefilter("ignore")  # of the libraries
         logging.disable(logging.WARNING)
+        ctx.call_on_close(lambda: logging.disable(logging.NOTSET))
 
 
 quiet_option = click.option(
