@@ -25,6 +25,7 @@ from ..inference.generation import (
     parse_pixels,
     prompt_warnings,
     save_png,
+    with_defaults,
 )
 from ..inference.model import open_model
 from ..inference.pipeline import OFFLOADS, build_pipeline, pipeline_class
@@ -49,7 +50,7 @@ DTYPE_ON_CPU = "fp32"
 @click.argument("prompt")
 @click.option("-o", "--out", type=FILE, required=True, help="The PNG to write.")
 @click.option("--negative", metavar="TEXT", help="What not to show.")
-@click.option("--steps", type=click.IntRange(min=1), default=30, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), help="Of the model by default, or 30.")
 @click.option("--guidance", "--cfg", type=float, help="How strongly the prompt guides.")
 @click.option(
     "--guidance-rescale",
@@ -120,9 +121,9 @@ def command(
 ) -> None:
     """Make images of PROMPT with the checkpoint (or the diffusers folder) FILE.
 
-    Options that are not given take the defaults of the diffusers pipeline, and the size is then
-    the one that the model was trained at. On a CPU the weights become fp32 by default. The PNG
-    holds its parameters in a text chunk. The same seed gives the same image.
+    Options that are not given take the defaults of the model, or of its diffusers pipeline, and the
+    size is then the one that the model was trained at. On a CPU the weights become fp32 by default.
+    The PNG holds its parameters in a text chunk. The same seed gives the same image.
     """
     if (width is None) != (height is None) or (size and width is not None):
         raise UsageError("--width and --height go together, without --size")
@@ -140,6 +141,7 @@ def command(
     model = open_model(file, decided)
     hide_progress_bars()
     cls, task = pipeline_class(model, task)
+    settings = with_defaults(model, settings)
     check(cls, task, settings)
     images, adapters = open_images(settings), read_loras(loras)
     chosen = find_scheduler(scheduler) if scheduler else None

@@ -353,7 +353,7 @@ def _refusal(
             return foreign
         some = ", ".join(list(given.tensors)[:3])
         return NotACheckpoint(
-            f"{header.path}: this is not a Stable Diffusion checkpoint: no key is one of theirs",
+            f"{header.path}: this is no checkpoint that is known: no key belongs to one",
             problems=[f"the keys of the file ({len(header.tensors):,}) are such as {some}"],
             hint="`ckptconv architectures` lists what is known",
         )

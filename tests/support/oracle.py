@@ -185,7 +185,9 @@ def _(network: flux.Flux, folder: Path) -> None:
     image = noise(2, rows * columns, config.channels)
     states = noise(2, words, config.text_width, seed=2)
     time = torch.tensor([0.3, 0.9], dtype=torch.float64)
-    where = torch.cartesian_prod(torch.zeros(1), *(torch.arange(n).float() for n in (rows, columns)))
+    where = torch.cartesian_prod(
+        torch.zeros(1), *(torch.arange(n).float() for n in (rows, columns))
+    )
     ids = torch.cat([torch.zeros(words, 3), where])
     inputs: dict[str, Tensor] = {}
     if config.pooled_width:

@@ -144,7 +144,7 @@ class Stream(nn.Module):
 
 def split_heads(qkv: Tensor, heads: int, norm: QueryKeyNorm) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries and keys, normed per head, and values: [B, T, heads, 128] each."""
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
+    q, k, v = qkv.reshape(*qkv.shape[:2], 3, heads, -1).unbind(2)
     return norm.query_norm(q), norm.key_norm(k), v
 
 
@@ -177,7 +177,8 @@ class DoubleBlock(nn.Module):
         mods = {"img": img_mod.unbind(1), "txt": txt_mod.unbind(1)}
         image = self.img_attn(normed(img, *mods["img"][:2]))
         text = self.txt_attn(normed(txt, *mods["txt"][:2]))
-        mixed = attended(*(torch.cat(pair, dim=1) for pair in zip(text, image, strict=True)), positions)
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(text, image, strict=True))
+        mixed = attended(q, k, v, positions)
         of_text, of_image = mixed[:, : txt.shape[1]], mixed[:, txt.shape[1] :]
         img = img + mods["img"][2][:, None] * self.img_attn.proj(of_image)
         txt = txt + mods["txt"][2][:, None] * self.txt_attn.proj(of_text)
@@ -319,18 +320,22 @@ class Flux(nn.Module):
         if self.config.approximator is not None:  # one after the other
             every = self.distilled_guidance_layer(time).split([*sizes.values()], dim=1)
             return dict(zip(sizes, every, strict=True))
-        dtype = self.time_in.in_layer.weight
+        dtype = self.img_in.weight.dtype
         vector = self.time_in(timestep_embedding(1000 * time, 256).to(dtype))
         if guidance is not None:
             vector = vector + self.guidance_in(timestep_embedding(1000 * guidance, 256).to(dtype))
         vector = vector + self.vector_in(pooled)
-        layers = {
-            **{("single", i): block.modulation for i, block in enumerate(self.single_blocks)},
-            **{("img", i): block.img_mod for i, block in enumerate(self.double_blocks)},
-            **{("txt", i): block.txt_mod for i, block in enumerate(self.double_blocks)},
-            ("last", 0): self.final_layer.adaLN_modulation,
+        names = {
+            "single": "single_blocks.{}.modulation",
+            "img": "double_blocks.{}.img_mod",
+            "txt": "double_blocks.{}.txt_mod",
+            "last": "final_layer.adaLN_modulation",
         }
-        return {place: layer(vector).unflatten(-1, (sizes[place], -1)) for place, layer in layers.items()}
+        found = {}
+        for (kind, i), size in sizes.items():
+            row: Tensor = self.get_submodule(names[kind].format(i))(vector)
+            found[kind, i] = row.reshape(len(row), size, -1)
+        return found
 
 
 DEV = FluxConfig()
@@ -342,6 +347,4 @@ TINY_DEV = replace(DEV, width=256, double=2, single=2, text_width=96, pooled_wid
 TINY_SCHNELL = replace(TINY_DEV, guidance=False)
 TINY_FILL = replace(TINY_DEV, channels=384)
 TINY_CONTROL = replace(TINY_DEV, channels=128)
-TINY_CHROMA = replace(
-    TINY_SCHNELL, pooled_width=None, approximator=160, approximator_layers=2
-)
+TINY_CHROMA = replace(TINY_SCHNELL, pooled_width=None, approximator=160, approximator_layers=2)

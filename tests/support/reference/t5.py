@@ -35,6 +35,9 @@ class T5Config:
     twice: bool = False
 
 
+BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+"""What the first layer alone has: the bias of each class of distances, for each head."""
+
 HEAD = 64
 FARTHEST = 128
 """From this distance on, all distances are one class."""
@@ -79,7 +82,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         q, k, v = (
-            layer(x).unflatten(-1, (self.heads, HEAD)).transpose(1, 2)
+            layer(x).reshape(*x.shape[:2], self.heads, HEAD).transpose(1, 2)
             for layer in (self.q, self.k, self.v)
         )
         scores = q @ k.transpose(-1, -2) + bias  # T5 does not divide by the root of the width
@@ -158,8 +161,8 @@ class T5(nn.Module):
         """Encode token ids of shape [B, T]; returns [B, T, width]."""
         length = range(ids.shape[1])
         classes = [[bucket(key - query, self.config.buckets) for key in length] for query in length]
-        first = self.encoder.block[0].layer[0].SelfAttention
-        bias = first.relative_attention_bias.weight[torch.tensor(classes)].permute(2, 0, 1)
+        table = self.get_parameter(BIAS)
+        bias = table[torch.tensor(classes)].permute(2, 0, 1)
         x = self.shared(ids)
         for block in self.encoder.block:
             x = block(x, bias)
