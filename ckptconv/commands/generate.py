@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +25,21 @@ from ..inference.generation import (
     parse_pixels,
     prompt_warnings,
     save_png,
+    with_defaults,
 )
 from ..inference.model import open_model
 from ..inference.pipeline import OFFLOADS, build_pipeline, pipeline_class
 from ..libraries import hide_progress_bars
-from .shared import FILE, echo_json, json_option, options_of, plan_options, progress
+from .shared import (
+    FILE,
+    echo_json,
+    is_animated,
+    note,
+    options_of,
+    output_options,
+    plan_options,
+    progress,
+)
 
 DTYPE_ON_CPU = "fp32"
 """Unless another is asked for: a convolution in fp16 takes a thousand times longer on most CPUs."""
@@ -41,7 +50,7 @@ DTYPE_ON_CPU = "fp32"
 @click.argument("prompt")
 @click.option("-o", "--out", type=FILE, required=True, help="The PNG to write.")
 @click.option("--negative", metavar="TEXT", help="What not to show.")
-@click.option("--steps", type=click.IntRange(min=1), default=30, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), help="Of the model by default, or 30.")
 @click.option("--guidance", "--cfg", type=float, help="How strongly the prompt guides.")
 @click.option(
     "--guidance-rescale",
@@ -88,7 +97,7 @@ DTYPE_ON_CPU = "fp32"
 )
 @plan_options
 @click.option("--overwrite", is_flag=True, help="Replace images that are there.")
-@json_option
+@output_options
 def command(
     file: Path,
     prompt: str,
@@ -112,9 +121,9 @@ def command(
 ) -> None:
     """Make images of PROMPT with the checkpoint (or the diffusers folder) FILE.
 
-    Options that are not given take the defaults of the diffusers pipeline, and the size is then
-    the one that the model was trained at. On a CPU the weights become fp32 by default. The PNG
-    holds its parameters in a text chunk. The same seed gives the same image.
+    Options that are not given take the defaults of the model, or of its diffusers pipeline, and the
+    size is then the one that the model was trained at. On a CPU the weights become fp32 by default.
+    The PNG holds its parameters in a text chunk. The same seed gives the same image.
     """
     if (width is None) != (height is None) or (size and width is not None):
         raise UsageError("--width and --height go together, without --size")
@@ -132,12 +141,13 @@ def command(
     model = open_model(file, decided)
     hide_progress_bars()
     cls, task = pipeline_class(model, task)
+    settings = with_defaults(model, settings)
     check(cls, task, settings)
     images, adapters = open_images(settings), read_loras(loras)
     chosen = find_scheduler(scheduler) if scheduler else None
     for warning in prompt_warnings(settings):
-        click.echo(f"warning: {printable(warning)}", err=True)
-    click.echo(f"device {place}: {reason}", err=True)
+        note(f"warning: {printable(warning)}")
+    note(f"device {place}: {reason}")
     started = time.monotonic()
     with progress("loading") as show:
         pipe = build_pipeline(
@@ -150,11 +160,11 @@ def command(
         )
     loaded = time.monotonic()
     for warning in set_scheduler(pipe, *chosen) if chosen else ():
-        click.echo(f"warning: {printable(warning)}", err=True)
+        note(f"warning: {printable(warning)}")
     add_loras(pipe, adapters)
     if compiled:
         pipe.unet.compile()
-    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    pipe.set_progress_bar_config(disable=not is_animated())
     arguments = call_arguments(pipe, settings, images)
     first = secrets.randbelow(2**32) if seed is None else seed
     made = []
@@ -172,7 +182,7 @@ def command(
         }
         save_png(image, path, values)
         made.append({"file": str(path), **values})
-        click.echo(f"{path}: seed {first + number}", err=True)
+        note(f"{path}: seed {first + number}")
         if not as_json:
             click.echo(path)
     if as_json:

@@ -353,7 +353,7 @@ def _refusal(
             return foreign
         some = ", ".join(list(given.tensors)[:3])
         return NotACheckpoint(
-            f"{header.path}: this is not a Stable Diffusion checkpoint: no key is one of theirs",
+            f"{header.path}: this is no checkpoint that is known: no key belongs to one",
             problems=[f"the keys of the file ({len(header.tensors):,}) are such as {some}"],
             hint="`ckptconv architectures` lists what is known",
         )
@@ -361,6 +361,7 @@ def _refusal(
         f"{header.path}: no known architecture matches; the nearest is {nearest.architecture}",
         problems=[line.text for line in nearest.failing],
         hint="`ckptconv inspect --verdicts FILE` shows what every architecture says of the file",
+        code="unknown-architecture",
     )
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect as python_inspect
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from ..libraries import library_version
 from ..maps.architecture import bundled
 from ..version import __version__
 from .device import less_memory, memory_errors
+from .model import Model
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -47,6 +48,7 @@ SYNTAX = re.compile(
 """What web UIs take for instructions in a prompt: LoRA files, emphasis, and how to split it."""
 
 KEYWORDS = {
+    "steps": "num_inference_steps",
     "negative": "negative_prompt",
     "guidance": "guidance_scale",
     "guidance_rescale": "guidance_rescale",
@@ -65,14 +67,18 @@ RESCALE = 0.7
 """Guidance rescale for a model of zero terminal SNR: https://arxiv.org/abs/2305.08891, 3.4."""
 
 
+STEPS = 30
+"""Denoising steps of a model that does not ask for another number."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What an image is made of; None leaves a value to the pipeline's own default.
+    """What an image is made of; None leaves a value to the model or to its pipeline.
 
     Attributes:
         prompt: what to show.
         negative: what not to show.
-        steps: number of denoising steps.
+        steps: number of denoising steps; that of the model by default, or else `STEPS`.
         guidance: how strongly the prompt guides (classifier-free guidance).
         guidance_rescale: how far guidance is scaled back to the spread of the prediction, 0 to 1.
         image_guidance: how strongly the image guides, in instruct-pix2pix.
@@ -87,7 +93,7 @@ class Settings:
 
     prompt: str
     negative: str | None = None
-    steps: int = 30
+    steps: int | None = None
     guidance: float | None = None
     guidance_rescale: float | None = None
     image_guidance: float | None = None
@@ -132,6 +138,28 @@ def prompt_warnings(settings: Settings) -> list[str]:
     return warnings
 
 
+def with_defaults(model: Model, settings: Settings) -> Settings:
+    """Returns settings with what a model was made for in the place of what is not given.
+
+    Args:
+        model: from `open_model`.
+        settings: of the caller.
+    """
+    task = bundled().pipelines.get(str(model.index.get("_class_name")))
+    fitting = [
+        defaults.values
+        for defaults in (task.defaults if task else ())
+        if all(model.entry(place) == value for place, value in defaults.config.items())
+    ]
+    found: Mapping[str, Any] = {"steps": STEPS, **(fitting[0] if fitting else {})}
+    return replace(settings, **{n: v for n, v in found.items() if getattr(settings, n) is None})
+
+
+def _keywords(takes: Container[str]) -> dict[str, str]:
+    """Returns `KEYWORDS` for a pipeline that takes some; one may only follow an image."""
+    return KEYWORDS | ({} if "image" in takes else {"image": "control_image"})
+
+
 def check(cls: type[DiffusionPipeline], task: str, settings: Settings) -> None:
     """Checks that the settings fit a pipeline.
 
@@ -145,7 +173,7 @@ def check(cls: type[DiffusionPipeline], task: str, settings: Settings) -> None:
     """
     takes = python_inspect.signature(cls.__call__).parameters
     problems = []
-    for name, keyword in KEYWORDS.items():
+    for name, keyword in _keywords(takes).items():
         word, value = option(name), getattr(settings, name)
         if value is not None and keyword not in takes:
             problems.append(f"{word} does not fit: {cls.__name__} takes none")
@@ -157,11 +185,12 @@ def check(cls: type[DiffusionPipeline], task: str, settings: Settings) -> None:
     if "strength" in takes:
         strength = settings.strength
         strength = takes["strength"].default if strength is None else strength
+        steps = settings.steps or takes["num_inference_steps"].default
         if not 0 < strength <= 1:
             problems.append(f"{option('strength', strength)} is not above 0 and at most 1")
-        elif int(settings.steps * strength) < 1:
+        elif int(steps * strength) < 1:
             problems.append(
-                f"{option('steps', settings.steps)} times strength {strength} is less than one step"
+                f"{option('steps', steps)} times strength {strength} is less than one step"
             )
     if problems:
         raise UsageError(
@@ -211,21 +240,21 @@ def call_arguments(
     takes = python_inspect.signature(pipe.__call__).parameters
     arguments = {
         keyword: value
-        for name, keyword in KEYWORDS.items()
+        for name, keyword in _keywords(takes).items()
         if name not in images and (value := getattr(settings, name)) is not None
     }
-    arguments |= {"prompt": settings.prompt, "num_inference_steps": settings.steps}
+    arguments["prompt"] = settings.prompt
     if settings.guidance_rescale is None and "guidance_rescale" in takes:
         zero_snr = pipe.scheduler.config.get("rescale_betas_zero_snr")
         arguments["guidance_rescale"] = RESCALE if zero_snr else 0.0
     size, times = settings.size, _scale(type(pipe).__name__)
     if times is None:  # the pipeline looks at the image and does not paint on it
-        arguments |= {KEYWORDS[name]: image for name, image in images.items()}
+        arguments |= {_keywords(takes)[name]: image for name, image in images.items()}
     elif "image" in images:
         image = images["image"]
         own = (max(8, image.width // 8 * 8), max(8, image.height // 8 * 8))
         size = (size[0] // times, size[1] // times) if size else own
-        arguments |= {KEYWORDS[name]: image.resize(size) for name, image in images.items()}
+        arguments |= {_keywords(takes)[name]: image.resize(size) for name, image in images.items()}
     if size and "height" in takes:
         arguments["width"], arguments["height"] = size
     return arguments
@@ -273,8 +302,8 @@ def generate(pipe: Pipeline, arguments: Mapping[str, Any], seed: int) -> Image.I
 def described(pipe: Pipeline, settings: Settings, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the parameters of an image, all but the seed, as plain data."""
     takes = python_inspect.signature(pipe.__call__).parameters
-    values: dict[str, Any] = {"prompt": settings.prompt, "steps": settings.steps}
-    for name, keyword in KEYWORDS.items():
+    values: dict[str, Any] = {"prompt": settings.prompt}
+    for name, keyword in _keywords(takes).items():
         if keyword in takes:
             values[name] = arguments.get(keyword, takes[keyword].default)
     for name in NEEDED:

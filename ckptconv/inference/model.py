@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Container, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,10 @@ from ..reading.tensor import Tensor
 
 EXACT_IN_FP16 = {"F16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 """Dtypes whose every value is a value of float16."""
+
+DECIDING = "transformer"
+"""The component whose dtype all weights are loaded in. Of a file of 17 GB that holds it in fp8, and
+some norms or the VAE in fp32, nobody wants 48 GB; and bf16 has the range of fp32."""
 
 FOR_FOLDERS = ("dtype", "ignore_zeros", "maps")
 """The options that make sense for a diffusers folder."""
@@ -72,6 +78,12 @@ class Model:
     dtype: str
     notes: tuple[str, ...] = ()
     identities: tuple[Target, ...] = ()
+
+    def entry(self, place: str) -> Any:
+        """Returns an entry of a configuration, by COMPONENT/ENTRY."""
+        component, _, name = place.partition("/")
+        blueprint = self.blueprints.get(component)
+        return blueprint.config.get(name) if blueprint else None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -124,8 +136,9 @@ def _from_file(path: Path, options: Options, given: Collection[str]) -> Model:
             f"an adapter changes {lost}, which comes from a diffusers folder",
             hint=f"convert the file with {option('lora')}, and load the folder that comes out",
         )
-    if options.dtype is None and (dtype := _common_dtype(_dtypes(made))):
-        log.info("%s: the weights become %s, which holds all of their values", path, dtype)
+    stored, dtype = _dtypes(made), options.dtype or loading_dtype(made)
+    if {d for each in stored.values() for d in each} != {CASTS[dtype]}:
+        log.info("%s: the weights become %s", path, dtype)
         made = made.cast(dtype)
     made.require_complete()
     built, notes = configured(made, original)
@@ -136,9 +149,9 @@ def _from_file(path: Path, options: Options, given: Collection[str]) -> Model:
             donor, (library, cls) = made.donors.get(name), index[name]
             folder = donor.config.parent if donor and donor.config else None
             blueprints[name] = Blueprint(library, cls, config.component.kind, config.values, folder)
-    stored = _name_of(_dtypes(made))
+    notes += [] if options.dtype else _loading_note(stored, dtype)
     said = (*made.notes, *notes)
-    return Model(path, index, blueprints, made.steps, stored, said, made.identities)
+    return Model(path, index, blueprints, made.steps, dtype, said, made.identities)
 
 
 def _refuse_single(path: Path, architecture: Architecture) -> None:
@@ -151,31 +164,49 @@ def _refuse_single(path: Path, architecture: Architecture) -> None:
 
 
 def loading_dtype(made: Plan) -> str:
-    """Returns the one dtype, a key of `CASTS`, that holds every weight of a plan."""
-    return _common_dtype(_dtypes(made)) or _name_of(_dtypes(made))
+    """Returns the dtype, a key of `CASTS`, that a plan's weights are loaded in by default."""
+    return _one_dtype(_dtypes(made))
 
 
-def _dtypes(made: Plan) -> set[str]:
-    """Returns the float dtypes of the components' tensors."""
+def _dtypes(made: Plan) -> dict[str, Counter[str]]:
+    """Returns, by component, the float dtypes of its tensors and the elements of each."""
     models = {component.name for component in made.detection.require()[0].models}
     targets = (target for step in made.steps for target in step.targets)
-    return {target.dtype for target in targets if target.component in models} & FLOATS
+    return _counted((t.component, t) for t in targets if t.component in models)
 
 
-def _common_dtype(stored: set[str]) -> str | None:
-    """Returns what weights of these dtypes are cast to; None if they can stay as they are.
+def _counted(tensors: Iterable[tuple[str, Target | Tensor]]) -> dict[str, Counter[str]]:
+    found: dict[str, Counter[str]] = {}
+    for component, tensor in tensors:
+        if tensor.dtype in FLOATS:
+            found.setdefault(component, Counter())[tensor.dtype] += prod(tensor.shape)
+    return found
+
+
+def _one_dtype(stored: Mapping[str, Counter[str]]) -> str:
+    """Returns the one dtype that weights are loaded in; fp32 if there are none.
 
     A pipeline computes in one dtype: no layer takes the output of a layer of another, and in fp8
-    there are no layers at all.
+    there are no layers at all. A transformer decides for all; elsewhere, no value may change.
     """
-    if len(stored) <= 1 and stored <= set(CASTS.values()):
-        return None
-    return "fp16" if stored <= EXACT_IN_FP16 else "fp32"
+    names = {dtype: name for name, dtype in CASTS.items()}
+    every = {dtype for each in stored.values() for dtype in each}
+    if len(every) == 1 and (name := names.get(*every)):
+        return name
+    if own := stored.get(DECIDING):
+        return names.get(own.most_common(1)[0][0], "bf16")
+    return "fp16" if every and every <= EXACT_IN_FP16 else "fp32"
 
 
-def _name_of(stored: Container[str]) -> str:
-    """Returns the name of the one dtype of the weights; fp32 if there are none."""
-    return next((name for name, dtype in CASTS.items() if dtype in stored), "fp32")
+def _loading_note(stored: Mapping[str, Counter[str]], dtype: str) -> list[str]:
+    """Returns a sentence on weights that are loaded in another dtype as the transformer is."""
+    others = {d for each in stored.values() for d in each} - {CASTS[dtype]}
+    if DECIDING not in stored or not others:
+        return []
+    return [
+        f"the {DECIDING} decides that all weights are loaded as {dtype}, those in "
+        f"{', '.join(sorted(others))} too; {option('dtype')} decides otherwise"
+    ]
 
 
 def _from_folder(path: Path, options: Options, given: Collection[str]) -> Model:
@@ -211,10 +242,11 @@ def _from_folder(path: Path, options: Options, given: Collection[str]) -> Model:
             for header in component_headers(folder):
                 tensors |= {(name, key): tensor for key, tensor in header.tensors.items()}
         blueprints[name] = Blueprint(library, cls, kind, config, folder)
-    stored = {tensor.dtype for tensor in tensors.values()} & FLOATS
-    dtype = options.dtype or _common_dtype(stored) or _name_of(stored)
+    stored = _counted((name, tensor) for (name, _), tensor in tensors.items())
+    dtype = options.dtype or _one_dtype(stored)
     steps = []
     for place, tensor in tensors.items():
         kept = CASTS[dtype] if tensor.dtype in FLOATS else tensor.dtype
         steps.append(Step(RENAME, (tensor,), (Target(*place, kept, tensor.shape),)))
-    return Model(path, index, blueprints, tuple(steps), dtype)
+    notes = [] if options.dtype else _loading_note(stored, dtype)
+    return Model(path, index, blueprints, tuple(steps), dtype, tuple(notes))

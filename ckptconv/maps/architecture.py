@@ -31,6 +31,14 @@ in the original layout begins, and its input channels tell the task."""
 
 
 @dataclass(frozen=True, slots=True)
+class Defaults:
+    """Settings for models whose configurations, by COMPONENT/ENTRY, have certain values."""
+
+    values: Mapping[str, int | float]
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """What a file can do, as docs/key-maps.md describes it; `key` is the word `has`."""
 
@@ -40,6 +48,7 @@ class Task:
     key: str = field(default="", metadata=word("has"))
     also: Mapping[str, str] = field(default_factory=dict)
     scale: int | None = 1
+    defaults: tuple[Defaults, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,7 +154,8 @@ def test_a_unet_alone_and_without_prefix_is_recognised(name: str) -> None:
 
 def without(name: str, *prefixes: str) -> dict[str, tuple[int, ...]]:
     starts = tuple(UNET + prefix for prefix in prefixes)
-    return {k: s for k, s in shapes(published(name)).items() if not k.startswith(starts)}
+    header = published(name) if name in PUBLISHED else bundled().architectures[name].layout()
+    return {k: s for k, s in shapes(header).items() if not k.startswith(starts)}
 
 
 @pytest.mark.parametrize(
@@ -191,6 +192,12 @@ def without(name: str, *prefixes: str) -> dict[str, tuple[int, ...]]:
             "sd1",
             ["input_blocks.1.1.proj_in.weight is missing, needed 4 (SD1 projects with 1x1"],
             id="the telling one missing",
+        ),
+        pytest.param(
+            without("flux", "single_blocks."),
+            "flux",
+            ["the transformer lacks single_blocks.0.linear1.weight, needed the key"],
+            id="FLUX.1 without single blocks",
         ),
     ],
 )
@@ -278,12 +285,15 @@ FAMILIES = {  # keys of published files, by a word of the sentence that names th
     ],
     "HunyuanDiT": ["mlp_t5.0.weight", "x_embedder.proj.weight"],
     "Chroma": ["distilled_guidance_layer.in_proj.bias", "double_blocks.0.img_attn.qkv.weight"],
+    "FLUX": ["single_blocks.0.linear1.weight", "single_blocks.0.linear2.weight"],
+    "FLUX.1 or Chroma": ["single_transformer_blocks.0.attn.to_q.weight", "x_embedder.weight"],
     "FLUX.2": [
         DIT + "double_blocks.0.img_attn.qkv.weight",
         DIT + "double_stream_modulation_img.lin.weight",
+        DIT + "img_in.weight",
     ],
     "AuraFlow": ["double_layers.0.attn.w1q.weight", "t_embedder.mlp.0.weight"],
-    "Qwen-Image": ["transformer_blocks.0.attn.norm_added_q.weight", "txt_norm.weight"],
+    "Qwen-Image": ["img_in.weight", "transformer_blocks.0.attn.to_q.weight", "txt_norm.weight"],
     "Stable Diffusion 3": ["pos_embed.pos_embed", "transformer_blocks.0.attn.to_q.weight"],
     "Wan 2.1 or 2.2": [DIT + "blocks.0.cross_attn.k.weight", DIT + "head.modulation"],
     "VAE of Wan": ["decoder.middle.0.residual.0.gamma", "encoder.conv1.weight"],
@@ -369,7 +379,7 @@ def test_an_empty_file_is_refused() -> None:
 
 def test_an_unrelated_model_is_refused_with_some_of_its_keys() -> None:
     message = refusal(made({f"fc{i}.weight": (10, 10) for i in range(1200)}))
-    assert "this is not a Stable Diffusion checkpoint" in message
+    assert "this is no checkpoint that is known" in message
     assert "the keys of the file (1,200) are such as fc0.weight, fc1.weight, fc2.weight" in message
     assert "`ckptconv architectures` lists what is known" in message
 

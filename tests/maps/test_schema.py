@@ -137,7 +137,8 @@ def words() -> set[str]:
 
 
 def test_the_vocabulary_is_small() -> None:
-    assert len(words()) <= 80, sorted(words())
+    # 80 for UNets; transformers need `main`, `swap_halves` and `defaults`.
+    assert len(words()) <= 84, sorted(words())
 
 
 def test_every_word_is_documented_and_no_other() -> None:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests.support.reference import controlnet, dpt, schedule, text, unet, vae, vision
+from tests.support.reference import controlnet, dpt, flux, schedule, t5, text, unet, vae, vision
 from tests.support.reference.probe import noise
 
 TOLERANCE = 1e-5
@@ -23,6 +23,9 @@ TOLERANCE = 1e-5
 
 IDS = torch.tensor([[49406, 320, 2368, 539, 49407, *[0] * 11], [49406, 49407, *[49407] * 14]])
 """Two token sequences with an end of text in the middle, padded as the two tokenizers do."""
+
+PIECES = torch.tensor([[3, 9, 1782, 13, 3, 9, 1712, 1], [1782, 13, 1, *[0] * 5]])
+"""The same for T5."""
 
 STEPS = torch.tensor([7.0, 801.0], dtype=torch.float64)
 POOLED = text.TINY_OPENCLIP.projection
@@ -142,6 +145,8 @@ def _(network: text.ClipText, folder: Path) -> None:
     ours, theirs = model(IDS, output_hidden_states=True), network(IDS)
     agree(ours.last_hidden_state, theirs.last)
     agree(ours.hidden_states[-2], theirs.hidden_states[-2])
+    if not projected:  # FLUX conditions on the state of the end of text
+        agree(ours.pooler_output, theirs.last[torch.arange(len(IDS)), IDS.argmax(-1)])
     if isinstance(network, text.ClipTextWithProjection):
         agree(ours.text_embeds, network.pooled(IDS))
 
@@ -160,6 +165,45 @@ def _(network: text.OpenClipText, folder: Path) -> None:
         model = loaded(transformers.CLIPTextModel, folder / "text_encoder")
         agree(model(IDS).last_hidden_state, theirs.penultimate_normed)
     _keys_are_equal(model, "encoder.layers.0.self_attn.k_proj.bias", network, "transformer")
+
+
+@compare.register
+@torch.no_grad()
+def _(network: t5.T5, folder: Path) -> None:
+    name = "text_encoder_2" if (folder / "text_encoder_2").is_dir() else "text_encoder"
+    model = loaded(transformers.T5EncoderModel, component(folder, name))
+    agree(model(PIECES).last_hidden_state, network(PIECES))
+
+
+@compare.register
+@torch.no_grad()
+def _(network: flux.Flux, folder: Path) -> None:
+    config, chroma = network.config, network.config.approximator is not None
+    cls = diffusers.ChromaTransformer2DModel if chroma else diffusers.FluxTransformer2DModel
+    model = loaded(cls, component(folder, "transformer"))
+    words, rows, columns = 5, 3, 4
+    image = noise(2, rows * columns, config.channels)
+    states = noise(2, words, config.text_width, seed=2)
+    time = torch.tensor([0.3, 0.9], dtype=torch.float64)
+    where = torch.cartesian_prod(
+        torch.zeros(1), *(torch.arange(n).float() for n in (rows, columns))
+    )
+    ids = torch.cat([torch.zeros(words, 3), where])
+    inputs: dict[str, Tensor] = {}
+    if config.pooled_width:
+        inputs["pooled"] = noise(2, config.pooled_width, seed=3)
+    if config.guidance:
+        inputs["guidance"] = torch.tensor([1.0, 3.5], dtype=torch.float64)
+    theirs = {"pooled": "pooled_projections", "guidance": "guidance"}
+    ours = model(
+        image,
+        encoder_hidden_states=states,
+        timestep=time,
+        txt_ids=ids[:words],
+        img_ids=ids[words:],
+        **{theirs[name]: value for name, value in inputs.items()},
+    ).sample
+    agree(ours, network(image, states, time, ids, **inputs))
 
 
 @compare.register

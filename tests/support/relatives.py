@@ -64,7 +64,8 @@ class Relative:
     @property
     def whole(self) -> bool:
         """Whether nothing is missing: a pipeline, or the one component that its kind has."""
-        return bool(self.architecture.single) or "first_stage_model." in self.networks
+        vae = {"first_stage_model.", "vae."} & self.networks.keys()
+        return bool(self.architecture.single or vae)
 
     @property
     def runs(self) -> bool:

@@ -274,7 +274,7 @@ def randomise(module: ModuleT, seed: int) -> ModuleT:
             if parameter.ndim > 1:
                 parameter.copy_(noise / math.sqrt(parameter[0].numel()))
             else:
-                parameter.copy_(0.2 * noise + (1.0 if name.endswith("weight") else 0.0))
+                parameter.copy_(0.2 * noise + (1.0 if name.endswith(("weight", ".scale")) else 0.0))
     return module
 
 

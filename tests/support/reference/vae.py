@@ -25,6 +25,7 @@ class VaeConfig:
         num_res_blocks: Resnets per encoder level; a decoder level has one more.
         z_channels: Channels of a latent.
         linear_attention: Whether the attention is stored 2-D (linear) and not 4-D (1x1 conv).
+        quantised: Whether a 1x1 convolution stands on either side of the latents.
     """
 
     in_channels: int = 3
@@ -33,6 +34,7 @@ class VaeConfig:
     num_res_blocks: int = 2
     z_channels: int = 4
     linear_attention: bool = False
+    quantised: bool = True
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -198,8 +200,9 @@ class Vae(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
-        self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 1)
+        if config.quantised:
+            self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
+            self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 1)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of the latent, without scaling, clamping or sampling.
@@ -211,7 +214,10 @@ class Vae(nn.Module):
             Two tensors of shape [B, z_channels, h, w]; h = H / 8 with four levels,
             H / 4 with three.
         """
-        mean, logvar = torch.chunk(self.quant_conv(self.encoder(x)), 2, dim=1)
+        moments = self.encoder(x)
+        if self.config.quantised:
+            moments = self.quant_conv(moments)
+        mean, logvar = torch.chunk(moments, 2, dim=1)
         return mean, logvar
 
     def decode(self, z: Tensor) -> Tensor:
@@ -223,12 +229,14 @@ class Vae(nn.Module):
         Returns:
             Tensor of shape [B, in_channels, H, W].
         """
-        out: Tensor = self.decoder(self.post_quant_conv(z))
+        out: Tensor = self.decoder(self.post_quant_conv(z) if self.config.quantised else z)
         return out
 
 
 VAE = VaeConfig()
 X4_VAE = replace(VAE, channel_mult=(1, 2, 4))  # of the x4 upscaler: a latent is a quarter as wide
+VAE_16 = replace(VAE, z_channels=16, quantised=False)  # of FLUX.1 and SD 3
 TINY_VAE = replace(VAE, channels=64)
+TINY_VAE_16 = replace(VAE_16, channels=64)
 TINY_X4_VAE = replace(X4_VAE, channels=64)
 TINY_VAE_LINEAR = replace(TINY_VAE, linear_attention=True)
