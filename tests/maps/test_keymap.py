@@ -14,8 +14,8 @@ from ckptconv.errors import MapError
 from ckptconv.maps import schema
 from ckptconv.maps.architecture import KeyMaps, bundled
 from ckptconv.maps.keymap import KeyMap, MapFile, Match, Origin, Pattern
-from ckptconv.maps.rules import Rule
 from ckptconv.maps.ops import DROP, OPS, RENAME
+from ckptconv.maps.rules import Rule
 from ckptconv.maps.schema import Fault
 from ckptconv.reading.header import header_from_json
 
@@ -72,8 +72,8 @@ def read(folder: Path, text: str) -> KeyMap:
         ({"blocks": {"a": {"split_rows": ["x", "x"]}}}, ["'a' and 'a' can give the same key"]),
         ({"blocks": {"a.*": "x"}}, ["'a.*': the two sides need the same number of '*'"]),
         ({"blocks": {"a": "x.*"}}, ["'a': the two sides need the same number of '*'"]),
-        ({"blocks": {"a.-1": "x"}}, ["'a.-1': '-1' may stand once, in 'drop', with no '*'"]),
-        ({"drop": {"*.-1": "unused"}}, ["'*.-1': '-1' may stand once, in 'drop', with no '*'"]),
+        ({"blocks": {"a.-1": "x"}}, ["'a.-1': '-1' may stand once on each side, with no '*' bef"]),
+        ({"drop": {"*.-1": "unused"}}, ["'*.-1': '-1' may stand once on each side, with no '*'"]),
         ({"drop": {"a.-1.-1": "unused"}}, ["'a.-1.-1': '-1' may stand once"]),
         ({"blocks": {"a": "x.-1"}}, ["'a': '-1' may stand once"]),
         (
@@ -332,3 +332,19 @@ def test_an_injected_overlap_is_refused(drawn: list[Rule], data: st.DataObject) 
     mixed = data.draw(st.permutations([*drawn, *twice]))
     with pytest.raises(MapError, match="can match the same key"):
         KeyMap("random", mixed)
+
+
+def test_the_highest_index_may_have_a_line_of_its_own() -> None:
+    lines: dict[str, Any] = {"a.*.x": "b.*.y", "a.-1.x": {"swap_halves": "b.-1.y"}}
+    keymap = built({"blocks": lines})
+    bound = keymap.bound(["a.0.x", "a.10.x", "a.9.x"])
+    swap = OPS["swap_halves"]
+    assert [bound.match(f"a.{n}.x") for n in (9, 10)] == [
+        Match(("b.9.y",), RENAME),
+        Match(("b.10.y",), swap),
+    ]
+    back = keymap.bound_by_targets(["b.0.y", "b.1.y"])
+    assert [back.origin(f"b.{n}.y") for n in (0, 1)] == [
+        Origin("a.0.x", RENAME, 0, 1),
+        Origin("a.1.x", swap, 0, 1),
+    ]

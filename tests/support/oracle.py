@@ -15,7 +15,18 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests.support.reference import controlnet, dpt, flux, schedule, t5, text, unet, vae, vision
+from tests.support.reference import (
+    controlnet,
+    dpt,
+    flux,
+    mmdit,
+    schedule,
+    t5,
+    text,
+    unet,
+    vae,
+    vision,
+)
 from tests.support.reference.probe import noise
 
 TOLERANCE = 1e-5
@@ -204,6 +215,17 @@ def _(network: flux.Flux, folder: Path) -> None:
         **{theirs[name]: value for name, value in inputs.items()},
     ).sample
     agree(ours, network(image, states, time, ids, **inputs))
+
+
+@compare.register
+@torch.no_grad()
+def _(network: mmdit.MmDit, folder: Path) -> None:
+    config = network.config
+    model = loaded(diffusers.SD3Transformer2DModel, component(folder, "transformer"))
+    x = noise(2, config.channels, 8, 12)
+    words, pooled = noise(2, 5, config.text_width, seed=2), noise(2, config.pooled_width, seed=3)
+    ours = model(x, encoder_hidden_states=words, pooled_projections=pooled, timestep=STEPS).sample
+    agree(ours, network(x, STEPS, words, pooled))
 
 
 @compare.register
