@@ -14,7 +14,7 @@ import ckptconv
 from ckptconv.errors import FileRefused
 from tests.support.properties import Convert, Properties
 from tests.support.reference import text, vae
-from tests.support.reference.files import CLIP, OPENCLIP, VAE
+from tests.support.reference.files import CLIP, OPENCLIP, VAE, VAE_16
 from tests.support.relatives import Relative
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FIRST = "first_stage_model."
 SCALE = {"vae.scaling_factor": 0.18215}
+SHIFTED = {"vae.scaling_factor": 0.3611, "vae.shift_factor": 0.1159, "vae.latent_channels": 16}
 LINEAR = partial(vae.Vae, vae.TINY_VAE_LINEAR)
 FLAT_TOP = partial(vae.Vae, replace(vae.TINY_VAE, channel_mult=(1, 2, 2, 2)))
 STEEP = partial(vae.Vae, replace(vae.TINY_VAE, channels=32, channel_mult=(1, 2, 4, 8)))
@@ -43,6 +44,14 @@ class TestProperties(Properties):
         Relative("VAE", {FIRST: LINEAR}, configs=SCALE, variant="with linear attention"),
         Relative("VAE", {"": FLAT_TOP}, configs=SCALE, variant="1, 2, 2, 2 wide"),
         Relative("VAE", {"": STEEP}, configs=SCALE, variant="1, 2, 4, 8 wide", slow=True),
+        Relative("VAE of FLUX.1 or SD3", {"": VAE_16}, configs=SHIFTED),
+        Relative(
+            "VAE of FLUX.1 or SD3",
+            {"vae.": VAE_16},
+            configs=SHIFTED,
+            variant="under the prefix of node editors",
+            slow=True,
+        ),
         LONE_CLIP,
         PROJECTED,
         LONE_OPENCLIP,

@@ -107,20 +107,19 @@ class Properties:
         own = next(t for t in architecture.tasks if t.name == loadable.task_name)
         with stock.listening() as complaints:
             if architecture.single:
-                cls = stock.MODELS[architecture.single]
-                if own.name == "text encoder with projection":
-                    cls = stock.MODELS["text_encoder_2"]
-                stock.check_weights(stock.model(folder, cls), folder)
+                stock.check_weights(stock.model(folder, stock.class_of(folder)), folder)
             else:
                 # What the file lacks is null in the index: the caller says that it stays so.
                 models = dict.fromkeys(ckptconv.plan(converted(loadable).file).absent)
                 for component in architecture.for_task(own).models:
                     if (name := component.name) not in models:
-                        models[name] = stock.model(folder / name, stock.MODELS[name])
+                        cls = stock.class_of(folder / name)
+                        models[name] = stock.model(folder / name, cls)
                         stock.check_weights(models[name], folder / name)
                 pipeline = stock.load(folder, **models)
                 assert type(pipeline).__name__ == own.pipeline
-                assert pipeline.unet.config.in_channels == own.channels
+                main = getattr(pipeline, architecture.main)
+                assert main.config.in_channels == own.channels
         assert complaints == []
 
 
@@ -157,7 +156,9 @@ class PublishedConfigurations:
         import diffusers
 
         built = configs(build_plan(detect(header(folder_name))))
-        for component in ("unet", "vae"):
+        models = [n for n, c in built.items() if (c.component.kind, c.component.home) == MODEL]
+        assert len(models) >= 2
+        for component in models:
             reader = getattr(diffusers, class_of(built[component]))
             known = inspect.signature(reader.__init__).parameters
             assert set(built[component].values) - set(known) == {"_class_name"}
@@ -171,7 +172,11 @@ def _cases(relatives: Iterable[Relative]) -> list[Any]:
 STATISTICS = ("mean", "std")
 """Of the image embeddings of unCLIP: no checkpoint holds them, so they are given."""
 
+MODEL = ("model", "diffusers")
+"""Kind and home of a component that is a model of diffusers."""
+
 NEEDS = {
+    "control": ["--image"],
     "controlnet": ["--image"],
     "depth-to-image": ["--image", "--strength"],
     "image-to-image": ["--image", "--strength"],

@@ -308,7 +308,9 @@ def meaning(component: str, values: Values) -> dict[str, Any]:
     if component.startswith("text_encoder"):
         import transformers
 
-        filled = transformers.CLIPTextConfig(**values).to_dict()
+        t5 = values.get("model_type") == "t5"
+        cls = transformers.T5Config if t5 else transformers.CLIPTextConfig
+        filled = cls(**values).to_dict()
         return {k: v for k, v in filled.items() if k not in ("dtype", "transformers_version")}
     import diffusers
 
@@ -319,6 +321,8 @@ def meaning(component: str, values: Values) -> dict[str, Any]:
         for name, parameter in parameters.items()
         if name != "self"
     }
+    if component == "transformer":  # with null, as many as go in
+        filled["out_channels"] = filled["out_channels"] or filled["in_channels"]
     return {"class": class_name, **(_by_level(filled) if component == "unet" else filled)}
 
 

@@ -1,9 +1,11 @@
-"""The configuration files of the x4 upscaler's and unCLIP's folders, and what they mean.
+"""The configuration files of the folders of unCLIP, the x4 upscaler and FLUX, and what they mean.
 
 Written down from stabilityai/stable-diffusion-x4-upscaler, stable-diffusion-2-1-unclip (H) and
 stable-diffusion-2-1-unclip-small (L): from memory, and from what the original configurations
 (github.com/Stability-AI/stablediffusion) and diffusers' own conversion say; no copies were found.
-`upcast_attention` of unCLIP, which is that of 2.1, is the least certain.
+`upcast_attention` of unCLIP, which is that of 2.1, is the least certain. So are those of
+black-forest-labs/FLUX.1-dev and FLUX.1-schnell and of lodestones/Chroma1-HD, of which Chroma's
+scheduler is the least certain.
 """
 
 from __future__ import annotations
@@ -88,8 +90,126 @@ UNCLIP: dict[str, Values] = {
         "vae": ["diffusers", "AutoencoderKL"],
     },
 }
+FLUX_VAE = {
+    **FOLDERS["sdxl"]["vae"],
+    "latent_channels": 16,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_post_quant_conv": False,
+    "use_quant_conv": False,
+}
+FLUX_TRANSFORMER = {
+    "_class_name": "FluxTransformer2DModel",
+    "attention_head_dim": 128,
+    "axes_dims_rope": [16, 56, 56],
+    "guidance_embeds": True,
+    "in_channels": 64,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "patch_size": 1,
+    "pooled_projection_dim": 768,
+}
+T5 = {
+    "architectures": ["T5EncoderModel"],
+    "classifier_dropout": 0.0,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "d_model": 4096,
+    "decoder_start_token_id": 0,
+    "dense_act_fn": "gelu_new",
+    "dropout_rate": 0.1,
+    "eos_token_id": 1,
+    "feed_forward_proj": "gated-gelu",
+    "initializer_factor": 1.0,
+    "is_encoder_decoder": True,
+    "is_gated_act": True,
+    "layer_norm_epsilon": 1e-06,
+    "model_type": "t5",
+    "num_decoder_layers": 24,
+    "num_heads": 64,
+    "num_layers": 24,
+    "output_past": True,
+    "pad_token_id": 0,
+    "relative_attention_max_distance": 128,
+    "relative_attention_num_buckets": 32,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 32128,
+}
+T5_TOKENIZER = {
+    "add_prefix_space": True,
+    "eos_token": "</s>",
+    "extra_ids": 100,
+    "legacy": True,
+    "model_max_length": 512,
+    "pad_token": "<pad>",
+    "tokenizer_class": "T5TokenizerFast",
+    "unk_token": "<unk>",
+}
+FLOW_MATCH = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+FLUX: dict[str, Values] = {
+    "transformer": FLUX_TRANSFORMER,
+    "vae": FLUX_VAE,
+    "text_encoder": FOLDERS["sd15"]["text_encoder"],
+    "text_encoder_2": T5,
+    "tokenizer": FOLDERS["sd15"]["tokenizer"],
+    "tokenizer_2": T5_TOKENIZER,
+    "scheduler": FLOW_MATCH,
+    "model_index": {
+        "_class_name": "FluxPipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    },
+}
 PUBLISHED: dict[str, dict[str, Values]] = {
     **FOLDERS,
+    "flux-dev": FLUX,
+    "flux-schnell": {
+        **FLUX,
+        "transformer": {**FLUX_TRANSFORMER, "guidance_embeds": False},
+        "scheduler": {**FLOW_MATCH, "shift": 1.0, "use_dynamic_shifting": False},
+    },
+    "chroma": {
+        "transformer": {
+            **{
+                entry: value
+                for entry, value in FLUX_TRANSFORMER.items()
+                if entry not in ("guidance_embeds", "pooled_projection_dim")
+            },
+            "_class_name": "ChromaTransformer2DModel",
+            "approximator_hidden_dim": 5120,
+            "approximator_layers": 5,
+            "approximator_num_channels": 64,
+        },
+        "vae": FLUX_VAE,
+        "text_encoder": T5,
+        "tokenizer": T5_TOKENIZER,
+        "scheduler": {**FLOW_MATCH, "shift": 1.0, "use_dynamic_shifting": False},
+        "model_index": {
+            "_class_name": "ChromaPipeline",
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "T5EncoderModel"],
+            "tokenizer": ["transformers", "T5TokenizerFast"],
+            "transformer": ["diffusers", "ChromaTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    },
     "sd2-unclip-h": {
         **UNCLIP,
         "unet": {**UNCLIP_UNET, "projection_class_embeddings_input_dim": 2048},
@@ -166,12 +286,19 @@ PUBLISHED: dict[str, dict[str, Values]] = {
 }
 
 
+VARIANTS = ("h", "l", "dev", "schnell")
+"""Ends of names of folders behind that of their architecture."""
+
+
 def header(name: str) -> Header:
     """Returns the header of the file of a published folder, with the statistics that it lacks."""
     if name in HEADERS:
         return HEADERS[name]
-    architecture = bundled().architectures[name.removesuffix("-h").removesuffix("-l")]
+    known = bundled().architectures
+    architecture = next(a for n, a in known.items() if name in (n, *(f"{n}-{v}" for v in VARIANTS)))
     tensors = shapes(architecture.layout(architecture.tasks[0].name))
+    if name == "flux-schnell":
+        tensors = {k: s for k, s in tensors.items() if ".guidance_in." not in k}
     if name == "sd2-unclip-l":
         tensors = {k: v for k, v in tensors.items() if not k.startswith("embedder.")}
         tensors |= files.layout({"embedder.model.": files.FILES[name]["embedder.model."]})

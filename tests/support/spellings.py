@@ -128,13 +128,32 @@ def openclip_as_transformers(prefix: str, other: str) -> Spelling:
     return spell
 
 
+def of(kind: str, spell: Spelling) -> Spelling:
+    """Returns a spelling of files that have a key alone."""
+    return lambda tensors: spell(tensors) if kind in tensors else dict(tensors)
+
+
+def ending(old: str, new: str, *, both: bool = False) -> Spelling:
+    """Returns what gives keys another end, or a copy of their tensors under that name."""
+
+    def spell(tensors: Tensors) -> dict[str, Tensor]:
+        other = {k: k.removesuffix(old) + new if k.endswith(old) else k for k in tensors}
+        found = {other[key]: tensor for key, tensor in tensors.items()}
+        return {**tensors, **found} if both else found
+
+    return spell
+
+
+DIT = f"{UNET}img_in.weight"
+"""A key of FLUX and Chroma."""
+
 SPELLINGS: Mapping[str, Spelling] = {
     "VAE attention as diffusers names it": vae_attention(ATTENTION),
     "VAE attention as linear layers": vae_attention(ATTENTION, flat=True),
     "VAE attention with biases of three axes": vae_attention(ATTENTION, bias_axes=3),
     "VAE attention with the oldest names": vae_attention(OLD_ATTENTION, flat=True),
     "VAE under vae.": moved(VAE, "vae."),
-    "UNet under unet.": moved(UNET, "unet."),
+    "UNet under unet.": of(f"{UNET}input_blocks.0.0.weight", moved(UNET, "unet.")),
     "UNet under diffusion_model.": moved(UNET, "diffusion_model."),
     "UNet and VAE of node editors": moved(UNET, "diffusion_model.", VAE, "vae."),
     "text encoder without transformer.": moved(CLIP, "cond_stage_model."),
@@ -151,6 +170,14 @@ SPELLINGS: Mapping[str, Spelling] = {
         SECOND, "text_encoders.clip_g.transformer."
     ),
     "projection as a linear layer": projection_as_linear,
+    "transformer without a prefix": of(DIT, moved(UNET, "")),
+    "transformer and VAE without a prefix": of(DIT, moved(UNET, "", "vae.", "")),
+    "transformer's VAE under first_stage_model.": of(DIT, moved("vae.", VAE)),
+    "norms with a weight": ending(".scale", ".weight"),
+    "T5's embedding by its other name": ending("shared.weight", "encoder.embed_tokens.weight"),
+    "T5's embedding by both names": ending(
+        "shared.weight", "encoder.embed_tokens.weight", both=True
+    ),
     "module.": wrapped("module."),
     "_orig_mod.": wrapped("_orig_mod."),
     "_orig_mod. in the middle": moved(UNET, f"{UNET}_orig_mod."),
@@ -203,4 +230,4 @@ def assert_same_in_every_spelling(tensors: dict[str, Tensor]) -> None:
         assert len(plan.unclaimed) == len(usual.unclaimed), spelling
         assert written(plan) == written(usual), spelling
         assert plan.lossless
-        assert plan.detection.notes or spelling == "projection as a linear layer"
+        assert plan.detection.notes or plan.detection.header.tensors.keys() == other.keys()

@@ -16,6 +16,8 @@ from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import 
     StableUnCLIPImageNormalizer,
 )
 
+from ckptconv.files import read_json
+from ckptconv.libraries import tied
 from tests.support.checkpoints import raw
 
 MODELS = {
@@ -28,6 +30,17 @@ MODELS = {
     "image_encoder": transformers.CLIPVisionModelWithProjection,
     "image_normalizer": StableUnCLIPImageNormalizer,
 }
+
+
+def class_of(folder: Path) -> Any:
+    """Returns the class that the configuration of a component names."""
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name") or config["architectures"][0]
+    if name == StableUnCLIPImageNormalizer.__name__:
+        return StableUnCLIPImageNormalizer
+    return getattr(diffusers, name, None) or getattr(transformers, name)
+
+
 _TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -79,7 +92,9 @@ def check_weights(module: Any, folder: Path) -> None:
     files = [raw(file) for file in folder.glob("*.safetensors")]
     # transformers 5 leaves `text_model.` out of a CLIPTextModel's names
     stored = {k.removeprefix("text_model."): v for file in files for k, v in file.items()}
-    held = {k.removeprefix("text_model."): v for k, v in module.state_dict().items()}
+    twins = tied(module)
+    state = {k: v for k, v in module.state_dict().items() if k not in twins}
+    held = {k.removeprefix("text_model."): v for k, v in state.items()}
     assert held.keys() == stored.keys()
     for key, (dtype, shape, data) in stored.items():
         value = held[key]

@@ -10,7 +10,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from tests.support.reference import controlnet, dpt, text, unet, vae, vision
+from tests.support.reference import controlnet, dpt, flux, t5, text, unet, vae, vision
 from tests.support.reference.controlnet import ControlNet
 from tests.support.reference.schedule import NoiseAugmentation, Schedule, scaled_linear
 
@@ -108,6 +108,27 @@ def whole(family: str, config: unet.UNetConfig) -> Parts:
         config: Hyper-parameters of the UNet.
     """
     return unet_alone(config) | {"first_stage_model.": VAE} | ENCODERS[family]
+
+
+T5 = partial(t5.T5, t5.TINY_T5)
+VAE_16 = partial(vae.Vae, vae.TINY_VAE_16)
+
+
+@cache
+def transformer_alone(config: flux.FluxConfig, prefix: str = "model.diffusion_model.") -> Parts:
+    """Return the part of a file with a transformer of FLUX or Chroma and nothing else."""
+    return {prefix: partial(flux.Flux, config)}
+
+
+def all_in_one(config: flux.FluxConfig) -> Parts:
+    """Return the parts of a small file of FLUX or Chroma, as node editors put it together.
+
+    Args:
+        config: Hyper-parameters of the transformer.
+    """
+    clip = {"text_encoders.clip_l.transformer.": CLIP} if config.pooled_width else {}
+    encoders = clip | {"text_encoders.t5xxl.transformer.": T5}
+    return transformer_alone(config) | {"vae.": VAE_16} | encoders
 
 
 def layout(parts: Parts) -> dict[str, tuple[int, ...]]:

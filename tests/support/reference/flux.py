@@ -345,6 +345,7 @@ CHROMA = FluxConfig(pooled_width=None, guidance=False, approximator=5120)
 # text.TINY_CLIP and t5.TINY_T5.
 TINY_DEV = replace(DEV, width=256, double=2, single=2, text_width=96, pooled_width=128)
 TINY_SCHNELL = replace(TINY_DEV, guidance=False)
+TINY_WIDE = replace(TINY_DEV, width=384, double=1, single=3)
 TINY_FILL = replace(TINY_DEV, channels=384)
 TINY_CONTROL = replace(TINY_DEV, channels=128)
 TINY_CHROMA = replace(TINY_SCHNELL, pooled_width=None, approximator=160, approximator_layers=2)
