@@ -151,15 +151,21 @@ def _(network: vae.Vae, folder: Path) -> None:
 @torch.no_grad()
 def _(network: text.ClipText, folder: Path) -> None:
     projected = isinstance(network, text.ClipTextWithProjection)
-    cls = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
-    model = loaded(cls, component(folder, "text_encoder"))
+    plain = type(network) is text.ClipText
+    cls = transformers.CLIPTextModel if plain else transformers.CLIPTextModelWithProjection
+    second = projected and (folder / "text_encoder_2").is_dir()
+    model = loaded(cls, component(folder, "text_encoder_2" if second else "text_encoder"))
     ours, theirs = model(IDS, output_hidden_states=True), network(IDS)
     agree(ours.last_hidden_state, theirs.last)
     agree(ours.hidden_states[-2], theirs.hidden_states[-2])
-    if not projected:  # FLUX conditions on the state of the end of text
-        agree(ours.pooler_output, theirs.last[torch.arange(len(IDS)), IDS.argmax(-1)])
-    if isinstance(network, text.ClipTextWithProjection):
-        agree(ours.text_embeds, network.pooled(IDS))
+    at_end = theirs.last[torch.arange(len(IDS)), IDS.argmax(-1)]
+    if plain:  # FLUX conditions on the state of the end of text
+        agree(ours.pooler_output, at_end)
+    else:
+        agree(
+            ours.text_embeds,
+            network.pooled(IDS) if isinstance(network, text.ClipTextWithProjection) else at_end,
+        )
 
 
 @compare.register
@@ -181,7 +187,8 @@ def _(network: text.OpenClipText, folder: Path) -> None:
 @compare.register
 @torch.no_grad()
 def _(network: t5.T5, folder: Path) -> None:
-    name = "text_encoder_2" if (folder / "text_encoder_2").is_dir() else "text_encoder"
+    several = [path.name for path in folder.glob("text_encoder*") if path.is_dir()]
+    name = max(several, default="")  # where a pipeline has several, T5 is the last
     model = loaded(transformers.T5EncoderModel, component(folder, name))
     agree(model(PIECES).last_hidden_state, network(PIECES))
 

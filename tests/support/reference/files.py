@@ -10,7 +10,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from tests.support.reference import controlnet, dpt, flux, t5, text, unet, vae, vision
+from tests.support.reference import controlnet, dpt, flux, mmdit, t5, text, unet, vae, vision
 from tests.support.reference.controlnet import ControlNet
 from tests.support.reference.schedule import NoiseAugmentation, Schedule, scaled_linear
 
@@ -129,6 +129,25 @@ def all_in_one(config: flux.FluxConfig) -> Parts:
     clip = {"text_encoders.clip_l.transformer.": CLIP} if config.pooled_width else {}
     encoders = clip | {"text_encoders.t5xxl.transformer.": T5}
     return transformer_alone(config) | {"vae.": VAE_16} | encoders
+
+
+def sd3(config: mmdit.MmDitConfig, *names: str) -> Parts:
+    """Return the parts of a small file of Stable Diffusion 3, as published.
+
+    Args:
+        config: Hyper-parameters of the transformer.
+        names: Of the text encoders in the file: `clip_l`, `clip_g`, `t5xxl`.
+    """
+    encoders: Parts = {
+        "clip_l": partial(text.ClipTextAsPooled, text.TINY_CLIP),
+        "clip_g": partial(text.ClipTextWithProjection, text.TINY_OPENCLIP),
+        "t5xxl": T5,
+    }
+    return {
+        "model.diffusion_model.": partial(mmdit.MmDit, config),
+        "first_stage_model.": VAE_16,
+        **{f"text_encoders.{name}.transformer.": encoders[name] for name in names},
+    }
 
 
 def layout(parts: Parts) -> dict[str, tuple[int, ...]]:

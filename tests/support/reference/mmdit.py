@@ -72,7 +72,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         if hasattr(self, "ln_q"):
             q, k = (
-                norm(each.unflatten(-1, (-1, HEAD))).flatten(-2)
+                norm(each.reshape(*each.shape[:-1], -1, HEAD)).flatten(-2)
                 for norm, each in ((self.ln_q, q), (self.ln_k, k))
             )
         return [q, k, v]
@@ -107,7 +107,8 @@ class Stream(nn.Module):
         """Return the sequence after attention gave ``mixed`` for it."""
         after = x + mods[2][:, None] * self.attn.proj(mixed)
         if self.parts == 9:
-            own = attention(*self.attn2(normed(x, *mods[6:8])), heads)
+            q, k, v = self.attn2(normed(x, *mods[6:8]))
+            own = attention(q, k, v, heads)
             after = after + mods[8][:, None] * self.attn2.proj(own)
         out: Tensor = after + mods[5][:, None] * self.mlp(normed(after, *mods[3:5]))
         return out
@@ -124,8 +125,8 @@ class Block(nn.Module):
         streams, given = (self.context_block, self.x_block), (text, x)
         mods = [s.adaLN_modulation(vector).chunk(s.parts, dim=-1) for s in streams]
         each = [s.attn(normed(h, *m[:2])) for s, h, m in zip(streams, given, mods, strict=True)]
-        joined = (torch.cat(pair, dim=1) for pair in zip(*each, strict=True))
-        mixed = attention(*joined, self.heads)
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(*each, strict=True))
+        mixed = attention(q, k, v, self.heads)
         words = text.shape[1]
         x = self.x_block(x, mods[1], mixed[:, words:], self.heads)
         if not self.context_block.last:
@@ -197,7 +198,7 @@ class MmDit(nn.Module):
         patches = self.x_embedder.proj(x)
         rows, columns = patches.shape[-2:]
         top, left = (self.config.edge - rows) // 2, (self.config.edge - columns) // 2
-        where = self.pos_embed.unflatten(1, (self.config.edge, self.config.edge))
+        where = self.pos_embed.reshape(1, self.config.edge, self.config.edge, -1)
         where = where[:, top : top + rows, left : left + columns].flatten(1, 2)
         tokens = patches.flatten(2).transpose(1, 2) + where
         text = self.context_embedder(text)
@@ -211,6 +212,6 @@ class MmDit(nn.Module):
 SD3_MEDIUM = MmDitConfig()
 SD35_MEDIUM = replace(SD3_MEDIUM, edge=384, normed=True, alone=13)
 # Text states as wide as a small T5, pooled text as wide as both small CLIPs together.
-TINY_SD3 = MmDitConfig(depth=3, edge=8, text_width=96, pooled_width=128 + 96)
+TINY_SD3 = MmDitConfig(depth=3, edge=8, text_width=96, pooled_width=128 + 192)
 TINY_SD35 = replace(TINY_SD3, edge=12, normed=True, alone=2)
 TINY_LARGE = replace(TINY_SD3, depth=4, normed=True)

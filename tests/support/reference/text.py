@@ -222,6 +222,10 @@ class ClipText(nn.Module):
         return out
 
 
+class ClipTextAsPooled(ClipText):
+    """CLIP's text encoder as Stable Diffusion 3 uses it: the state of the end of text is pooled."""
+
+
 class ClipTextWithProjection(ClipText):
     """CLIP's text encoder with the projection that SD files leave out."""
 
