@@ -16,6 +16,7 @@ from ..maps.architecture import Architecture, Component, Source
 from ..maps.keymap import KeyMap, MapFile, Match
 from ..maps.ops import DROP, RENAME
 from ..maps.rules import Rule
+from ..options import DONORS
 from ..reading.tensor import Header, Shape, Tensor
 from .step import Step, Target, dropped
 
@@ -255,3 +256,13 @@ def donor_match(architecture: Architecture, component: Component, donor: Donor) 
         problem = f"{component.name}: the file holds none that {architecture.title} can have"
         return ComponentMatch(0, steps, (problem,))
     return replace(match, steps=steps, problems=match.problems + match.missing)
+
+
+def better_place(architecture: Architecture, component: Component, donor: Donor) -> str:
+    """Returns the other component that most of a file is, if it can be one; empty otherwise."""
+    for other in (c for c in architecture.models if c.name in DONORS and not donor.config):
+        match = donor_match(architecture, other, donor)
+        most = 2 * len(match.steps) > len(donor.headers[0].tensors)
+        if other is not component and match.known and most and not match.problems:
+            return other.name
+    return ""

@@ -22,7 +22,7 @@ from ..options import Options
 from ..reading.source import open_header
 from ..reading.tensor import Header, Tensor
 from .adapters import Adapter, with_adapters
-from .components import Donor, best_match, donor_match
+from .components import Donor, best_match, better_place, donor_match
 from .joints import misfits
 from .scaled import read_scales, scaled
 from .step import Step, Target, dropped, targets_of
@@ -199,7 +199,10 @@ def build_plan(
             donated = donor_match(architecture, component, replace(donor, headers=headers))
             from_donors += donated.steps.values()
             if donated.problems:
-                unfit.setdefault(donor.headers[0].path, []).extend(donated.problems)
+                path, lines = donor.headers[0].path, list(donated.problems)
+                if other := better_place(architecture, component, donor):
+                    lines = [f"{name}: the file fits {option(other, str(path))}"]
+                unfit.setdefault(path, []).extend(lines)
             steps |= {key: dropped(s.sources[0], "replaced") for key, s in match.steps.items()}
         elif not match.known:
             absent.append(name)

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from tests.support.properties import PipelineProperties, PublishedConfigurations
+import ckptconv
+from ckptconv.errors import FileRefused
+from ckptconv.inference.generation import Settings, with_defaults
+from ckptconv.inference.model import open_model
+from ckptconv.options import Options
+from tests.support.properties import Convert, PipelineProperties, PublishedConfigurations
 from tests.support.reference import flux, t5
 from tests.support.reference.files import all_in_one, transformer_alone
-from tests.support.relatives import Relative
+from tests.support.relatives import Relative, assert_equal, exported, run, verified
 
 DEV = all_in_one(flux.TINY_DEV)
-T5 = "text_encoders.t5xxl.transformer."
-PROJECTION = "text_encoders.clip_l.transformer.text_projection.weight"
+TRANSFORMER, VAE = "model.diffusion_model.", "vae."
+CLIP, T5 = "text_encoders.clip_l.transformer.", "text_encoders.t5xxl.transformer."
+PROJECTION = f"{CLIP}text_projection.weight"
 GUIDED = {"transformer.guidance_embeds": True, "scheduler.use_dynamic_shifting": True}
 UNGUIDED = {"transformer.guidance_embeds": False, "scheduler.shift": 1.0}
 HEADS = {"transformer.num_attention_heads": 3, "text_encoder_2.num_heads": 2}
+FIRST = Relative("FLUX.1 dev", DEV, {PROJECTION: torch.randn(128, 128).half()}, GUIDED)
 
 
 class TestProperties(PipelineProperties):
     relatives = (
-        Relative("FLUX.1 dev", DEV, {PROJECTION: torch.randn(128, 128).half()}, GUIDED),
+        FIRST,
         Relative(
             "FLUX.1 dev",
             transformer_alone(flux.TINY_DEV, ""),
@@ -55,3 +67,136 @@ class TestProperties(PipelineProperties):
 
 class TestConfigurations(PublishedConfigurations):
     published = ("flux-dev", "flux-schnell")
+
+
+PARTS = {"flux1-dev": TRANSFORMER, "ae": VAE, "clip_l": CLIP, "t5xxl_fp16": T5}
+"""The files that people hold, and what stands before their keys where all are in one."""
+
+DONORS = {"vae": "ae", "text_encoder": "clip_l", "text_encoder_2": "t5xxl_fp16"}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The four files of a small FLUX.1; that of T5 holds its embedding twice, as the published."""
+    folder, tensors = tmp_path_factory.mktemp("parts"), FIRST.tensors()
+    files = {}
+    for name, prefix in PARTS.items():
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if name == "t5xxl_fp16":
+            own["encoder.embed_tokens.weight"] = own["shared.weight"].clone()
+        files[name] = folder / f"{name}.safetensors"
+        save_file(own, files[name])
+    return files
+
+
+def test_four_files_make_the_folder_that_one_does(
+    parts: Mapping[str, Path], converted: Convert, tmp_path: Path
+) -> None:
+    file, out = parts["flux1-dev"], tmp_path / "out"
+    donors = {name: parts[of] for name, of in DONORS.items()}
+    options = [x for name, path in donors.items() for x in (f"--{name.replace('_', '-')}", path)]
+    run("convert", file, out, *options)
+    run("verify", file, out, *options)
+    verified(None, out)
+    whole = converted(FIRST).folder
+    for path in whole.glob("*/*"):
+        here = out / path.relative_to(whole)
+        if path.suffix == ".safetensors" and path.parent.name != "ckptconv":
+            assert_equal(load_file(here), load_file(path))
+        elif path.parent.name != "ckptconv":
+            assert here.read_bytes() == path.read_bytes(), path
+    assert (out / "model_index.json").read_bytes() == (whole / "model_index.json").read_bytes()
+    back = exported(out)  # one file, with all that the folder has
+    own = load_file(file)
+    assert_equal({key: back[key] for key in own}, own)
+    run("convert", tmp_path / "back.safetensors", tmp_path / "again")
+    for path in out.glob("*/*.safetensors"):
+        if path.parent.name != "ckptconv":
+            assert_equal(load_file(tmp_path / "again" / path.relative_to(out)), load_file(path))
+
+
+def test_a_transformer_alone_says_what_to_add(parts: Mapping[str, Path], tmp_path: Path) -> None:
+    report = ckptconv.convert(parts["flux1-dev"], tmp_path / "out", configs_only=True)
+    assert [w.partition(" ")[0] for w in report.warnings] == [*DONORS]
+    with pytest.raises(FileRefused, match="has no vae and no text_encoder and no text_encoder_2"):
+        ckptconv.load_pipeline(parts["flux1-dev"])
+
+
+@pytest.mark.parametrize("name", DONORS)
+def test_a_file_in_the_wrong_place_is_told_the_right_one(
+    name: str, parts: Mapping[str, Path], tmp_path: Path
+) -> None:
+    for place, of in DONORS.items():
+        if place != name:
+            choices: dict[str, Any] = {name: parts[of]}
+            with pytest.raises(FileRefused, match="cannot give what it is to give") as caught:
+                ckptconv.plan(parts["flux1-dev"], **choices)
+            assert caught.value.problems == (f"{name}: the file fits {place}={str(parts[of])!r}",)
+    wrong: dict[str, Any] = {name: parts["flux1-dev"]}
+    with pytest.raises(FileRefused) as caught:
+        ckptconv.plan(parts["flux1-dev"], **wrong)
+    assert caught.value.problems == (f"{name}: the file holds none that FLUX.1 can have",)
+
+
+MISSING = ("vae", "text_encoder", "text_encoder_2")
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "guidance"),
+    [
+        (flux.TINY_DEV, 28, 3.5),
+        (flux.TINY_SCHNELL, 4, 0),
+        (flux.TINY_FILL, 50, 30),
+        (flux.TINY_CONTROL, 30, 10),
+        (flux.TINY_CHROMA, 40, 3),
+    ],
+)
+def test_images_are_made_with_the_settings_of_the_model(
+    config: flux.FluxConfig, steps: int, guidance: float, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.safetensors"
+    built = transformer_alone(config)[TRANSFORMER]().half().state_dict()
+    save_file({key: value.contiguous() for key, value in built.items()}, file)
+    ckptconv.convert(file, tmp_path / "out")
+    for path in (file, tmp_path / "out"):
+        model = open_model(path, Options(), given=MISSING)
+        settings = with_defaults(model, Settings("a fox"))
+        assert (settings.steps, settings.guidance) == (steps, guidance)
+        asked = with_defaults(model, Settings("a fox", steps=7, guidance=1.5))
+        assert (asked.steps, asked.guidance) == (7, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("transformer", "other", "loaded"),
+    [
+        (torch.bfloat16, torch.float16, "bf16"),
+        (torch.bfloat16, torch.float32, "bf16"),
+        (torch.float16, torch.float32, "fp16"),
+        (torch.float32, torch.float16, "fp32"),
+        (torch.float8_e4m3fn, torch.float32, "bf16"),
+        (torch.float8_e4m3fn, torch.float8_e4m3fn, "bf16"),
+        (torch.bfloat16, torch.bfloat16, "bf16"),
+    ],
+)
+def test_all_weights_are_loaded_in_the_dtype_of_the_transformer(
+    transformer: torch.dtype, other: torch.dtype, loaded: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.safetensors"
+    dtypes = {TRANSFORMER: transformer, T5: other}
+    built = {p: DEV[p]().state_dict() for p in dtypes}
+    save_file(
+        {
+            p + k: v.to(dtypes[p]).contiguous()
+            for p, state in built.items()
+            for k, v in state.items()
+        },
+        file,
+    )
+    ckptconv.convert(file, tmp_path / "out")
+    given = ("vae", "text_encoder")
+    for path in (file, tmp_path / "out"):
+        model = open_model(path, Options(), given=given)
+        assert model.dtype == loaded
+        said = [note for note in model.notes if f"all weights are loaded as {loaded}" in note]
+        assert len(said) == (len({transformer, other}) > 1 or transformer.itemsize == 1)
+        assert open_model(path, Options(dtype="fp32"), given=given).dtype == "fp32"

@@ -47,9 +47,9 @@ class TestProperties(Properties):
         Relative("VAE of FLUX.1 or SD3", {"": VAE_16}, configs=SHIFTED),
         Relative(
             "VAE of FLUX.1 or SD3",
-            {"vae.": VAE_16},
+            {FIRST: VAE_16},
             configs=SHIFTED,
-            variant="under the prefix of node editors",
+            variant="under the prefix of checkpoints",
             slow=True,
         ),
         LONE_CLIP,
