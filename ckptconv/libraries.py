@@ -19,9 +19,11 @@ LIBRARIES = ("diffusers", "transformers")
 
 RENAMED = {
     "CLIPFeatureExtractor": "CLIPImageProcessor",
+    "CLIPTokenizerFast": "CLIPTokenizer",
     "DPTFeatureExtractor": "DPTImageProcessor",
 }
-"""The present names of classes that release 5 of transformers dropped."""
+"""Classes of transformers under another name: of an older release, or of a twin that does the same.
+"""
 
 CHATTER = {
     "transformers.utils.import_utils": ("requires torchvision",),  # image processors do without
@@ -44,15 +46,17 @@ WARNINGS = (
 
 
 def find_class(library: str, name: str) -> Any:
-    """Returns a class of diffusers or transformers, or None; imports the library.
+    """Returns a class of diffusers or transformers, or None; imports the library, nothing else.
 
     Args:
         library: `diffusers`, `transformers`, or a package of `diffusers.pipelines`, as
-            `model_index.json` names it. Nothing else is imported.
+            `model_index.json` names it.
         name: of the class.
     """
     name = RENAMED.get(name, name)
     home = library if library in LIBRARIES else f"diffusers.pipelines.{library}"
+    if not library.isidentifier():
+        return None
     with LOCK, contextlib.suppress(ImportError):
         found = getattr(importlib.import_module(home), name, None)
         return found if isinstance(found, type) else None
@@ -64,6 +68,12 @@ def library_version(library: str) -> str:
     import importlib.metadata  # slow, and not needed to inspect a file
 
     return importlib.metadata.version(library)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tells whether an error says that memory ran out: some libraries have only words for it."""
+    texts = ("out of memory", "allocate memory", "can't start new thread", "bad_alloc")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def quieten() -> None:
