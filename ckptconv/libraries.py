@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
 import logging
@@ -13,6 +12,15 @@ from typing import Any
 LOCK = threading.RLock()
 """Held while a library imports or builds something. The libraries import their modules on first
 use, and threads that enter a ring of imports at different points see unfinished modules."""
+
+LACK = (
+    "out of memory",
+    "allocate memory",
+    "failed to map segment",
+    "bad_alloc",
+    "start new thread",
+)
+"""What the messages of errors say of too little memory."""
 
 LIBRARIES = ("diffusers", "transformers")
 """Classes come from nowhere else."""
@@ -57,10 +65,14 @@ def find_class(library: str, name: str) -> Any:
     home = library if library in LIBRARIES else f"diffusers.pipelines.{library}"
     if not library.isidentifier():
         return None
-    with LOCK, contextlib.suppress(ImportError):
-        found = getattr(importlib.import_module(home), name, None)
-        return found if isinstance(found, type) else None
-    return None
+    with LOCK:
+        try:
+            found = getattr(importlib.import_module(home), name, None)
+        except ImportError as error:
+            if is_out_of_memory(error):
+                raise
+            return None
+    return found if isinstance(found, type) else None
 
 
 def library_version(library: str) -> str:
@@ -70,10 +82,13 @@ def library_version(library: str) -> str:
     return importlib.metadata.version(library)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tells whether an error says that memory ran out: some libraries have only words for it."""
-    texts = ("out of memory", "allocate memory", "can't start new thread", "bad_alloc")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Tells whether an error, or what led to it, says that memory ran out: many only have words."""
+    while error:
+        if isinstance(error, MemoryError) or any(text in str(error) for text in LACK):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def quieten() -> None:

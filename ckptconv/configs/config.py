@@ -82,7 +82,11 @@ def configs(
         donor = plan.donors.get(name)
         theirs = _of_donor(plan, component, donor) if donor else {}
         notes = tuple(_differing(plan, component, theirs))
-        if donor and donor.config and (asked := ", ".join(code_asked_for(read_config(donor.config)))):
+        if (
+            donor
+            and donor.config
+            and (asked := ", ".join(code_asked_for(read_config(donor.config))))
+        ):
             notes += (f"{donor.config} asks for code from elsewhere, which was left out: {asked}",)
         if donor and donor.config:
             result[name] = Config(component, theirs, dict.fromkeys(theirs, "donor"), notes)

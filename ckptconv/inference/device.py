@@ -182,5 +182,3 @@ def _title(device: torch.device) -> str:
         if device.type == "cuda"
         else f"the {device.type.upper()}"
     )
-
-

@@ -19,7 +19,7 @@ from ..errors import FileRefused
 from ..folder.names import CONFIG_FILES
 from ..libraries import LIBRARIES, LOCK, find_class, library_version
 from ..planning.step import Target
-from ..verification.classes import limited
+from ..verification.classes import MOST_TENSORS, limited
 from .model import VERIFY, Blueprint
 from .weights import matched
 
@@ -63,13 +63,14 @@ def empty_module(
 
     Returns:
         The module, or None if it comes from a folder and needs what only its library does: other
-        names of tensors, several dtypes.
+        classes and names of tensors, several dtypes.
 
     Raises:
         FileRefused: the weights are not enough for the network that a folder's configuration
             describes.
     """
-    with LOCK, limited()(), _meta_parameters()():
+    most = 2 * len(targets) + 100 if blueprint.folder else MOST_TENSORS
+    with LOCK, limited(most), _meta_parameters()():
         module: nn.Module = _from_config(cls, blueprint, dtype)
     if blueprint.folder:
         own = module.state_dict()
@@ -86,7 +87,8 @@ def empty_module(
         # Such a buffer has the dtype that was the process's default when a library built it.
         computed = (b for name, b in module.named_buffers() if name not in own)
         mixed = getattr(cls, "_keep_in_fp32_modules", None)
-        if problems or mixed or any(b.is_floating_point() for b in computed):
+        other = hasattr(cls, "config_class") and blueprint.library != "transformers"
+        if problems or mixed or other or any(b.is_floating_point() for b in computed):
             return None
     return module
 

@@ -20,8 +20,8 @@ from ..libraries import LIBRARIES, find_class
 if TYPE_CHECKING:
     import torch
 
-MOST_TENSORS = 20_000
-"""A class that makes more of them is not built to the end; the largest known model has 3,000."""
+MOST_TENSORS = 5_000
+"""A class that makes more of them is not built to the end; the largest known model has 1,680."""
 MOST_BUFFER = 1 << 24
 """Elements of a tensor that a class computes, such as positions."""
 
@@ -58,8 +58,7 @@ def has_class(library: str, name: str) -> bool:
     return library in LIBRARIES and name in dir(importlib.import_module(library))
 
 
-@functools.cache
-def limited() -> type[torch.overrides.TorchFunctionMode]:
+def limited(most: int = MOST_TENSORS) -> torch.overrides.TorchFunctionMode:
     """Returns the mode in which a class is built: it stops one that would fill time or memory."""
     import torch
 
@@ -69,7 +68,7 @@ def limited() -> type[torch.overrides.TorchFunctionMode]:
     class Limited(torch.overrides.TorchFunctionMode):
         """Counts the tensors that are made in this thread, and measures those with real memory."""
 
-        made = 0
+        left = most
 
         def __torch_function__(
             self,
@@ -80,16 +79,16 @@ def limited() -> type[torch.overrides.TorchFunctionMode]:
         ) -> Any:
             kwargs = dict(kwargs or {})
             if func in makes:
-                self.made += 1
-                if self.made > MOST_TENSORS:
-                    raise Unbuildable(f"it has more than {MOST_TENSORS:,} tensors")
+                self.left -= 1
+                if self.left < 0:
+                    raise Unbuildable("it has far more tensors than the weights")
                 if str(kwargs.get("device")) != "meta":
                     size = func(*args, **{**kwargs, "device": "meta"}).numel()
                     if size > MOST_BUFFER:
                         raise Unbuildable(f"it computes a tensor of {size:,} numbers")
             return func(*args, **kwargs)
 
-    return Limited
+    return Limited()
 
 
 @functools.lru_cache(maxsize=256)
@@ -98,7 +97,7 @@ def _expected(library: str, name: str, config: str) -> Expected:
 
     owner, values = find_class(library, name), json.loads(config)
     try:
-        with limited()(), torch.device("meta"):
+        with limited(), torch.device("meta"):
             if hasattr(owner, "config_class"):
                 model = owner(owner.config_class(**values))
             else:

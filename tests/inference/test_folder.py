@@ -139,7 +139,9 @@ def test_a_class_of_others_is_loaded_by_its_library(copy: Copy) -> None:
 def test_a_class_of_no_known_library_is_refused(copy: Copy) -> None:
     folder = copy("sd1")
     edit(folder / "model_index.json", unet=["os", "PathLike"])
-    with pytest.raises(FileRefused, match=r"unet is \['os', 'PathLike'\], expected UNet2DCond") as e:
+    with pytest.raises(
+        FileRefused, match=r"unet is \['os', 'PathLike'\], expected UNet2DCond"
+    ) as e:
         load_pipeline(folder, device="cpu")
     assert "components={'unet': ...}" in e.value.hint
 
