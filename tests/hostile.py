@@ -3,9 +3,9 @@
     python -m tests.hostile --rounds 30
 
 makes 30 folders of each architecture that are damaged in ways no program writes. Each goes to
-`load_pipeline`, `verify`, `export` and `convert --vae`; what loads runs for one step. It prints how
-each command ended, and exits with 1 if one ended with anything but a result or an error of ckptconv,
-took a minute, or ran a program of the folder.
+`load_pipeline`, `verify`, `export` and `convert --vae`; what loads runs for one step. It prints
+how each command ended, and exits with 1 if one ended with anything but a result or an error of
+ckptconv, took a minute, or ran a program of the folder.
 """
 
 from __future__ import annotations

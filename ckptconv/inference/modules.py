@@ -66,8 +66,7 @@ def empty_module(
         classes and names of tensors, several dtypes.
 
     Raises:
-        FileRefused: the weights are not enough for the network that a folder's configuration
-            describes.
+        FileRefused: the weights are not those that the configuration of a folder describes.
     """
     most = 2 * len(targets) + 100 if blueprint.folder else MOST_TENSORS
     with LOCK, limited(most), _meta_parameters()():
@@ -77,18 +76,19 @@ def empty_module(
         names, problems = matched(module, targets)
         needs = sum(parameter.numel() for parameter in module.parameters())
         held = sum(math.prod(target.shape) for target in targets.values())
-        if len(names) == len(targets) < len(own) or needs > 2 * held:
+        of_others = hasattr(cls, "config_class") and blueprint.library != "transformers"
+        lost = own.keys() - set(names.values())  # a library would fill them with noise
+        if needs > 2 * held or (lost and not of_others):
             raise FileRefused(
-                f"{blueprint.folder}: the weights hold {held:,} numbers, and the network that "
-                f"{CONFIG_FILES['model']} describes needs {needs:,}",
+                f"{blueprint.folder}: the weights are not those that {CONFIG_FILES['model']} "
+                f"describes: they hold {held:,} numbers, and it needs {needs:,}",
                 problems=problems,
                 hint=VERIFY,
             )
         # Such a buffer has the dtype that was the process's default when a library built it.
         computed = (b for name, b in module.named_buffers() if name not in own)
         mixed = getattr(cls, "_keep_in_fp32_modules", None)
-        other = hasattr(cls, "config_class") and blueprint.library != "transformers"
-        if problems or mixed or other or any(b.is_floating_point() for b in computed):
+        if problems or mixed or of_others or any(b.is_floating_point() for b in computed):
             return None
     return module
 
