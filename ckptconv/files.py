@@ -184,8 +184,10 @@ class Files(contextlib.ExitStack):
 def read_json(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
     """Returns the object that a JSON file holds; FileRefused if it cannot be read or has none."""
     try:
-        values = json.loads(read_small(path, most))
-        json.dumps(values, ensure_ascii=False).encode()  # refuses half of a surrogate pair
+        text = read_small(path, most)
+        values = json.loads(text)
+        if rb"\ud" in text.lower():
+            json.dumps(values, ensure_ascii=False).encode()  # refuses half of a surrogate pair
     except (ValueError, RecursionError) as error:
         what = f"{path}: cannot be read as JSON: {error}"
         raise FileRefused(what, hint="check the file") from error

@@ -55,8 +55,8 @@ def tokenizer_files(config: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the same of what a folder holds.
+def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> dict[str, str | Path]:
+    """Returns the same of what a folder holds; a path stands for a file that can be used as it is.
 
     Of a `tokenizer.json` only the tables are taken. How text is split and normalized, which a
     hostile file could make take forever, is the same for every tokenizer of this class.
@@ -69,8 +69,9 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         FileRefused: a file is missing or makes no sense.
     """
     vocab, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", WHOLE))
-    config = dict(config)
+    config, as_is = dict(config), dict[str, str | Path]()
     if vocab.exists() and merges.exists():
+        as_is = {path.name: path.resolve() for path in (vocab, merges)}
         table: Any = read_json(vocab, MOST_TOKENS)
         text = read_small(merges, MOST_TOKENS).decode(errors="replace").strip()
     elif whole.exists():
@@ -98,8 +99,11 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     for n, line in enumerate(text.split("\n")[1:], 1):
         if len(line.split(" ")) != 2:
             raise _senseless(folder, f"merge {n:,} is {line[:80]!r}, expected two tokens")
-    files = {"tokenizer_config.json": config, **extra, "vocab.json": table}
-    return {name: json.dumps(values) for name, values in files.items()} | {"merges.txt": text}
+    files: dict[str, str | Path] = {
+        name: json.dumps(values)
+        for name, values in {"tokenizer_config.json": config, **extra}.items()
+    }
+    return files | (as_is or {vocab.name: json.dumps(table), merges.name: text})
 
 
 def _senseless(folder: Path, what: str) -> FileRefused:

@@ -5,6 +5,7 @@ Nothing here changes the process: other threads may build modules of their own a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -19,7 +20,7 @@ from ..errors import FileRefused
 from ..folder.names import CONFIG_FILES
 from ..libraries import LIBRARIES, LOCK, find_class, library_version
 from ..planning.step import Target
-from ..verification.classes import MOST_TENSORS, limited
+from ..verification.classes import limited
 from .model import VERIFY, Blueprint
 from .weights import matched
 
@@ -68,8 +69,9 @@ def empty_module(
     Raises:
         FileRefused: the weights are not those that the configuration of a folder describes.
     """
-    most = 2 * len(targets) + 100 if blueprint.folder else MOST_TENSORS
-    with LOCK, limited(most), _meta_parameters()():
+    most = 2 * len(targets) + 100
+    limit = limited(most) if blueprint.folder else contextlib.nullcontext()
+    with LOCK, limit, _meta_parameters()():
         module: nn.Module = _from_config(cls, blueprint, dtype)
     if blueprint.folder:
         own = module.state_dict()
@@ -143,10 +145,15 @@ def without_weights(cls: Any, blueprint: Blueprint) -> Any:
         # The constructor of a tokenizer takes paths before release 5 of transformers, and tables
         # since: only files do for both. They are what `convert` writes, or what a folder holds.
         folder = blueprint.folder
-        files = read_tokenizer(folder, values) if folder else tokenizer_files(values)
+        files: Mapping[str, str | Path] = (
+            read_tokenizer(folder, values) if folder else tokenizer_files(values)
+        )
         with tempfile.TemporaryDirectory(prefix="ckptconv-") as place:
-            for file, text in files.items():
-                Path(place, file).write_text(text, encoding="utf-8")
+            for file, held in files.items():
+                if isinstance(held, Path):
+                    Path(place, file).symlink_to(held)
+                else:
+                    Path(place, file).write_text(held, encoding="utf-8")
             tokenizer = cls.from_pretrained(place, local_files_only=True)
         tokenizer.name_or_path = str(folder or "")
         return tokenizer
