@@ -16,6 +16,7 @@ from .detection.detect import Detection, inspect
 from .detection.facts import Fact
 from .errors import (
     Ambiguous,
+    CheckFailed,
     CkptconvError,
     DeviceError,
     FileRefused,
@@ -38,6 +39,7 @@ from .version import __version__
 __all__ = [
     "Ambiguous",
     "Check",
+    "CheckFailed",
     "Choices",
     "CkptconvError",
     "Detection",

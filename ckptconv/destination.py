@@ -62,7 +62,7 @@ def check_destination(
                 raise OutputError(f"{path}: is a folder", hint="give the name of a file")
         elif not overwrite:
             hint = f"{option('overwrite', True)} replaces it; or choose another name"
-            raise OutputError(f"{path}: exists", hint=hint)
+            raise OutputError(f"{path}: exists", hint=hint, code="exists")
         elif path.is_symlink() or not kind[1](path):
             raise OutputError(
                 f"{path}: exists and is {_found(path)}; it is not {kind[0]}, {stays}",
@@ -86,6 +86,7 @@ def check_room(path: Path, need: int, what: str) -> None:
         raise OutputError(
             f"{path}: the disk has {free:,} bytes free, and {what} needs {need:,}",
             hint=f"free {need - free:,} bytes, or choose another disk",
+            code="disk-full",
         )
 
 
@@ -97,7 +98,9 @@ def writing(
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {reason(error)}", hint=hint) from error
+        what = f"{path}: cannot be written: {reason(error)}"
+        code = "disk-full" if error.errno == errno.ENOSPC else ""
+        raise OutputError(what, hint=hint, code=code) from error
 
 
 @contextlib.contextmanager

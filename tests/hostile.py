@@ -1,209 +1,218 @@
-"""Scrambles converted folders, and counts commands that end in anything but an answer.
+"""Attacks every command, and asks whether anything was lost, let in, left behind or not said.
 
-    python -m tests.hostile --rounds 30
+    python -m tests.hostile [--only WORD] [--short]
 
-makes 30 folders of each architecture that are damaged in ways no program writes. Each goes to
-`load_pipeline`, `verify`, `export` and `convert --vae`; what loads runs for one step. It prints
-how each command ended, and exits with 1 if one ended with anything but a result or an error of
-ckptconv, took a minute, or ran a program of the folder.
+Each attack prepares a folder of a user's files, runs a command in a process of its own, and may do
+something while that writes. Whatever the attack, what the user had must still be there, byte for
+byte; no code of the files may run; nothing may reach for the network, hang, fill the memory, end
+with a traceback or leave hidden files. It prints a figure for each kind of attack, and exits with 1
+if there was a finding. The attacks themselves are in `tests/support/hostility.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
+import multiprocessing as mp
 import os
-import random
+import resource
 import shutil
+import signal
 import sys
 import tempfile
-import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import ckptconv
-from ckptconv import load_pipeline
-from ckptconv.errors import CkptconvError
-from ckptconv.inference.generation import Settings, call_arguments, generate
-from tests.mutations import linked, prepare, replace
+from ckptconv.cli import main as command_line
+from ckptconv.files import ByteCounter
+from ckptconv.maps.architecture import bundled
+from ckptconv.sample import layout_of, write_sample
+from tests.support.hostility import ATTACKS, CANARY, Attack, Scene
 
-SLOW = 60.0
-"""Seconds that no command takes on a tiny model."""
-VALUES: tuple[Any, ...] = (
-    *(
-        None,
-        True,
-        0,
-        -1,
-        1,
-        3,
-        10**9,
-        10**30,
-        0.5,
-        1e9,
-        float("nan"),
-        "",
-        "x",
-        "../../x",
-        "\x1b[2J",
-    ),
-    *([], {}, [[]], [None], [0], [-1, 10**9], ["x"] * 300, {"x": {"y": []}}, "a" * 10_000),
-    *("evil.py", ["evil", "Evil"], "someone/kernel", {"model_type": "evil"}),
-)
-CODE: dict[str, Any] = {
-    "attn_implementation": "someone/kernel",
-    "_attn_implementation": "someone/kernel",
-    "auto_map": {"AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]},
-    "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
-    "custom_pipeline": "evil",
-    "trust_remote_code": True,
-    "use_kernels": True,
+SECONDS = 60
+"""Of the clock, after which a command hangs."""
+ROOM = 3 << 30
+"""Address space in bytes beyond what the process has at first; to ask for more fails."""
+WRITTEN = ("stdout", "stderr")
+"""Files beside the user's folder, for what a command writes."""
+CODES = {
+    "taken": {0},
+    "refused": {1, 2, 3},
+    "either": {0, 1, 2, 3},
+    "stopped": {129, 130, 131, 143},
 }
+"""The exit codes that an attack may end with, by what is expected of it."""
 
 
-def value(folder: Path, rng: random.Random) -> str:
-    """Sets one entry of a JSON file, at any depth, to something else."""
-    path = rng.choice([p for p in sorted(folder.rglob("*.json")) if p.name != "vocab.json"])
-    data = json.loads(path.read_text())
-    at: Any = data
-    while isinstance(at, dict | list) and at:
-        key = rng.choice(sorted(at) if isinstance(at, dict) else range(len(at)))
-        if not isinstance(at[key], dict | list) or not at[key] or rng.random() < 0.4:
-            break
-        at = at[key]
-    at[key] = rng.choice(VALUES)
-    replace(path, json.dumps(data))
-    return f"{path.relative_to(folder)}: {key} = {str(at[key])[:40]}"
+def run(attack: Attack, arguments: list[str], scene: Scene, *, quietly: bool) -> tuple[int, str]:
+    """Runs a command in another process; returns its exit code and what it wrote.
 
-
-def whole(folder: Path, rng: random.Random) -> str:
-    """Replaces a whole file by junk, by nothing, by a pipe or by a device."""
-    path = rng.choice([p for p in sorted(folder.rglob("*")) if p.is_file()])
-    path.unlink()
-    junk = (b"", b"{}", b"[]", b"\0" * 100, b"[" * 100_000, b'{"x": "\\ud800"}', b"\xff\xfe")
-    kind = rng.choice(["junk"] * 6 + ["gone", "pipe", "device", "folder", "loop", "huge"])
-    if kind == "junk":
-        path.write_bytes(content := rng.choice(junk))
-        kind = str(content[:10])
-    elif kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "loop":
-        path.symlink_to(path)
-    elif kind == "huge":
-        with path.open("wb") as file:
-            file.truncate(1 << 40)
-    return f"{path.relative_to(folder)} is {kind}"
-
-
-def code(folder: Path, rng: random.Random) -> str:
-    """Asks for code, in a configuration or in the index, and puts it where libraries look."""
-    configs = [*sorted(folder.glob("*/*config.json")), folder / "model_index.json"]
-    path, key = rng.choice(configs), rng.choice(sorted(CODE))
-    data = json.loads(path.read_text())
-    parts = [name for name, entry in data.items() if isinstance(entry, list)]
-    if path.name == "model_index.json" and parts:
-        key = rng.choice([*parts, "_class_name", key])
-        data[key] = ["evil", "Evil"]
-    else:
-        data[key] = CODE[key]
-    replace(path, json.dumps(data))
-    text = f"from pathlib import Path\nPath({str(folder / 'RAN')!r}).touch()\nclass Evil: pass\n"
-    for place in (folder, path.parent, folder / "unet"):
-        (place / "evil.py").write_text(text)
-    return f"{path.relative_to(folder)}: {key}"
-
-
-def swapped(folder: Path, rng: random.Random) -> str:
-    """Puts one component in the place of another."""
-    parts = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "ckptconv")
-    first, second = rng.sample(parts, 2)
-    shutil.rmtree(first)
-    shutil.copytree(second, first)
-    return f"{first.name} is {second.name}"
-
-
-DAMAGES: tuple[Callable[[Path, random.Random], str], ...] = (value, value, whole, code, swapped)
-
-
-def run(folder: Path) -> Any:
-    """Loads a folder and makes one step."""
-    pipe = load_pipeline(folder, device="cpu")
-    pipe.set_progress_bar_config(disable=True)
-    if type(pipe).__name__ in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
-        settings = Settings("a cat", steps=1, size=(64, 64))
-        generate(pipe, call_arguments(pipe, settings, {}), 0)
-
-
-def commands(source: Path, folder: Path, out: Path) -> dict[str, Callable[[], Any]]:
-    """Returns what each damaged folder is given to, by name."""
-    choices: dict[str, Any] = {"vae": folder, "overwrite": True}
-    return {
-        "load": lambda: run(folder),
-        "verify": lambda: json.dumps(ckptconv.verify(None, folder).as_data(), ensure_ascii=False),
-        "export": lambda: ckptconv.export(folder, out / "x.safetensors", overwrite=True),
-        "donor": lambda: ckptconv.convert(source, out / "x", **choices),
-    }
-
-
-def outcome(command: Callable[[], Any]) -> str:
-    """Returns how a command ended: `done`, `refused`, or what is wrong."""
-    started = time.monotonic()
+    Args:
+        attack: what is done while it writes, unless `quietly`.
+        arguments: of `ckptconv`.
+        scene: the current folder of the process.
+        quietly: leave it alone.
+    """
+    ours, theirs = mp.Pipe(duplex=False)
+    for name in WRITTEN:
+        (scene.root.parent / name).write_text("")
+    process = mp.get_context("fork").Process(
+        target=_run, args=(attack, arguments, scene, quietly, theirs)
+    )
+    process.start()
+    theirs.close()
+    process.join(SECONDS)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return 124, ""
+    aside = scene.root.parent
+    said = "".join((aside / name).read_text(errors="replace") for name in WRITTEN)
     try:
-        command()
-        ended = "done"
-    except CkptconvError as error:
-        str(error).encode("utf-8", "surrogateescape")
-        ended = "refused"
-    except BaseException as error:  # what this looks for
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        ended = "".join(traceback.format_exception(error)[-3:])
-    return ended if time.monotonic() - started < SLOW else f"took too long, then {ended}"
+        return ours.recv(), said
+    except EOFError:  # it died by a signal
+        return process.exitcode, said
 
 
-def attack(
-    rounds: int, seed: int, names: list[str] | None = None
-) -> tuple[Counter[str], list[str]]:
-    """Returns how many commands ended how, and the faults."""
-    counts, faults = Counter[str](), []
-    with tempfile.TemporaryDirectory() as scratch:
-        place, out = Path(scratch), Path(scratch) / "out"
-        out.mkdir()
-        bases = {k: v for k, v in prepare(place, ["plain"]).items() if not names or k[0] in names}
-        for turn in range(rounds):
-            for (name, _), (source, base) in bases.items():
-                rng = random.Random(f"{seed} {turn} {name}")  # noqa: S311
-                folder = linked(base, place / "damaged")
-                what = DAMAGES[turn % len(DAMAGES)](folder, rng)
-                for command, call in commands(source, folder, out).items():
-                    ended = outcome(call)
-                    if (folder / "RAN").exists():
-                        ended = "ran a program of the folder"
-                    counts[f"{command} {ended if ended in ('done', 'refused') else 'FAULT'}"] += 1
-                    if ended not in ("done", "refused"):
-                        faults.append(f"{name}: {what}: {command}: {ended}")
-                shutil.rmtree(folder)
-    return counts, faults
+def _run(
+    attack: Attack, arguments: list[str], scene: Scene, quietly: bool, answer: Connection
+) -> None:
+    os.chdir(scene.root)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
+    sys.addaudithook(_no_network)
+    if attack.during and not quietly:
+        _do_while_writing(lambda: attack.during and attack.during(scene))
+    aside = scene.root.parent
+    out_path, err_path = (aside / name for name in WRITTEN)
+    with (attack.stdout or out_path).open("w") as out, err_path.open("w") as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                command_line(arguments, prog_name="ckptconv")
+            except SystemExit as error:
+                code = error.code if isinstance(error.code, int) else int(error.code is not None)
+            except BaseException:  # noqa: BLE001  (that is the finding)
+                traceback.print_exc()
+                code = 99
+    answer.send(code)
+
+
+def _no_network(event: str, arguments: tuple[object, ...]) -> None:
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        CANARY.write_text(f"reached for the network: {arguments}")
+
+
+def _do_while_writing(act: Callable[[], object]) -> None:
+    """Acts once, when the first bytes are counted."""
+    add = ByteCounter.add
+    acted: list[bool] = []
+
+    def adding(self: ByteCounter, nbytes: int) -> None:
+        add(self, nbytes)
+        if not acted:
+            acted.append(True)
+            act()
+
+    ByteCounter.add = adding  # type: ignore[method-assign]
+
+
+def contents(root: Path) -> dict[str, str]:
+    """Returns what is below a folder: the hash of each file, the target of each link."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if path.is_symlink():
+            found[name] = f"-> {path.readlink()}"
+        elif path.is_file():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            found[name] = "a folder" if path.is_dir() else "special"
+    return found
+
+
+def faults(attack: Attack, scene: Scene) -> Iterator[str]:
+    """Runs an attack, and yields what is wrong."""
+    attack.prepare(scene)
+    before = contents(scene.root)
+    arguments = [part.format(**scene.names()) for part in attack.command.split(" ")]
+    code, said = run(attack, arguments, scene, quietly=False)
+    if attack.killed:
+        code, said = run(attack, arguments, scene, quietly=True)
+    if code == 124:
+        yield "it hangs"
+    elif code not in CODES[attack.expect]:
+        yield f"exit code {code}, expected {attack.expect}: {said[-600:]}"
+    elif "Traceback" in said:
+        yield f"a traceback: {said[-600:]}"
+    elif code and not said.strip():
+        yield "it fails without a word"
+    if CANARY.exists():
+        yield f"let in: {CANARY.read_text()}"
+        CANARY.unlink()
+    after = contents(scene.root)
+    made = {**before, **{name: after.get(name, "") for name in scene.made_meanwhile}}
+    for name, content in made.items():
+        if not name.startswith(attack.replaces or ("\0",)) and after.get(name) != content:
+            yield f"{name}: the user's, and it is {'changed' if name in after else 'gone'}"
+    for name in after.keys() - made.keys():
+        if Path(name).name.startswith("."):
+            yield f"{name}: left behind"
+
+
+def attempt(attacks: dict[str, list[Attack]], scratch: Path) -> Iterator[tuple[str, str, str]]:
+    """Yields the kind, the name and the fault (or nothing) of each attack, one line a fault."""
+    good = scratch / "good"
+    good.mkdir()
+    architecture = bundled().architectures["sd1"]
+    write_sample(architecture, good / "model.safetensors", layout_of(architecture, dtype="fp16"))
+    ckptconv.convert(good / "model.safetensors", good / "model")
+    for kind, several in attacks.items():
+        for attack in several:
+            root = scratch / "here" / "user"
+            shutil.copytree(good, root, symlinks=True)
+            yield kind, attack.name, "\n".join(faults(attack, Scene(root)))
+            shutil.rmtree(scratch / "here", ignore_errors=True)
+
+
+def _stock() -> None:
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
+    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", help="architectures")
+    parser.add_argument("--only", default="", help="attacks whose kind or name contains this")
+    parser.add_argument("--short", action="store_true", help="leave out those that load models")
     options = parser.parse_args()
-    counts, faults = attack(options.rounds, options.seed, options.only)
-    for ending, count in sorted(counts.items()):
-        print(f"{ending:16} {count:5}")  # noqa: T201
-    print(*faults, f"{len(faults)} faults", sep="\n")  # noqa: T201
-    return int(bool(faults))
+    chosen = {
+        kind: [
+            attack
+            for attack in several
+            if options.only in f"{kind}: {attack.name}" and not (options.short and attack.loads)
+        ]
+        for kind, several in ATTACKS.items()
+    }
+    _stock()  # imports what the processes then share
+    tried: Counter[str] = Counter()
+    failed: Counter[str] = Counter()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    with tempfile.TemporaryDirectory() as scratch:
+        for kind, name, fault in attempt(chosen, Path(scratch)):
+            tried[kind] += 1
+            if fault:
+                failed[kind] += 1
+                sys.stderr.write(f"{kind}: {name}: {fault}\n")
+                sys.stderr.flush()
+    for kind, count in tried.items():
+        sys.stdout.write(f"{kind}: {count} attacks, {failed[kind]} findings\n")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

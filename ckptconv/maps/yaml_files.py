@@ -49,8 +49,8 @@ class PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignor
 
 def check_aliases(text: str) -> None:
     """Raises a YAMLError if aliases make YAML much larger than its text, or without end."""
-    if "&" in text:
-        _count(yaml.compose(text, PlainLoader), {})
+    if "&" in text and (node := yaml.compose(text, PlainLoader)):
+        _count(node, {})
 
 
 def _count(node: yaml.Node, counted: dict[yaml.Node, int]) -> int:

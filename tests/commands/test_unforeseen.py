@@ -34,7 +34,7 @@ def test_an_output_that_is_full_is_one_line(arguments: list[str], small: Path) -
     files = [small] if "inspect" in arguments else []
     with Path("/dev/full").open("w") as full:
         found = run(*arguments, *files, stdout=full)
-    assert found == (1, "error: the output: the disk is full\n")
+    assert found == (3, "error: the output: the disk is full\n")
 
 
 def test_an_output_that_is_closed_is_no_error(small: Path) -> None:
@@ -57,15 +57,15 @@ def test_too_little_memory_is_one_line(folder: Callable[[str], Path]) -> None:
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit),
     )
-    assert (code, said) == (1, "error: there is not enough memory\n")
+    assert (code, said) == (3, "error: there is not enough memory\n")
 
 
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (MemoryError(), 1, "error: there is not enough memory\n"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "not enough memory"),
-        (PermissionError(13, "Permission denied", "/x"), 1, "error: /x: Permission denied\n"),
+        (MemoryError(), 3, "error: there is not enough memory\n"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 3, "not enough memory"),
+        (PermissionError(13, "Permission denied", "/x"), 3, "error: /x: Permission denied\n"),
         (ZeroDivisionError("by\n zero\x1b"), 70, r"ZeroDivisionError: by zero\x1b: this is a bug"),
     ],
 )

@@ -21,7 +21,7 @@ from ckptconv.inference.generation import Settings, open_images
 from ckptconv.inference.model import open_model
 from ckptconv.options import Options
 from tests.conftest import Copy, Folder
-from tests.hostile import CODE, attack
+from tests.scramble import CODE, attack
 from tests.support.altering import alter
 from tests.support.pipelines import assert_same_tokenizer, modules
 
@@ -311,7 +311,7 @@ def test_images_are_read_whole_and_by_pillow_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_scrambled_folders_end_in_an_answer() -> None:
-    """`python -m tests.hostile --rounds 30` does more of them."""
+    """`python -m tests.scramble --rounds 30` does more of them."""
     counts, faults = attack(5, 0, ["sd1"])
     assert faults == []
     assert counts["load refused"] > 0
