@@ -9,10 +9,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import io
-import signal
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -54,7 +53,6 @@ class _Group(click.Group):
         raise click.UsageError(f"there is no command {word!r}; {hint}", ctx)
 
     def invoke(self, ctx: click.Context) -> Any:
-        signal.signal(signal.SIGTERM, _terminated)
         quieten()
         if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
             sys.stdout.reconfigure(errors="surrogateescape")
@@ -64,11 +62,6 @@ class _Group(click.Group):
             except CkptconvError as error:
                 click.echo(f"error: {error}", err=True)
                 ctx.exit(2 if isinstance(error, UsageError) else 1)
-
-
-def _terminated(_number: int, _frame: object) -> NoReturn:
-    """Ends as Ctrl-C does, so that nothing half-written stays behind."""
-    sys.exit(128 + signal.SIGTERM)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

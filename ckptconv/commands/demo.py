@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ..conversion.convert import convert
+from ..destination import Destination
 from ..detection.detect import inspect
 from ..libraries import hide_progress_bars
 from ..planning.plan import build_plan
@@ -23,7 +24,8 @@ SIDE = 64
 @click.command("demo")
 @click.argument("folder", type=FILE, default="ckptconv-demo")
 @click.option("--arch", default="sdxl", show_default=True, help="Architecture of the sample.")
-def command(folder: Path, *, arch: str) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace what an earlier demo left.")
+def command(folder: Path, *, arch: str, overwrite: bool) -> None:
     """Make a sample, inspect it, convert it, and draw a two-step image from it, in FOLDER.
 
     The weights are random, so the image is noise; it shows that stock diffusers runs the folder.
@@ -31,20 +33,24 @@ def command(folder: Path, *, arch: str) -> None:
     """
     architecture, started = architecture_named(arch), time.monotonic()
     sample = folder / f"{arch}.safetensors"
-    write_sample(architecture, sample, layout_of(architecture, dtype="fp32"), overwrite=True)
+    out, image = folder / arch, Destination(folder / f"{arch}.png", overwrite)
+    image.check()
+    tensors = layout_of(architecture, dtype="fp32")
+    write_sample(architecture, sample, tensors, overwrite=overwrite)
     click.echo(f"sample:   {sample}")
     plan = build_plan(inspect(sample))
     data = inspection(plan.detection, plan)
     click.echo(f"inspect:  {data['title']}, {data['task']}, {data['prediction_type']['value']}")
-    report = convert(sample, folder / arch, overwrite=True)
+    report = convert(sample, out, overwrite=overwrite)
     click.echo(f"convert:  {report.out} ({len(report.files)} files, {report.seconds:.2f} s)")
     click.echo("generate: loading diffusers ...", err=True)
-    image = _draw(report.out, folder / f"{arch}.png")
-    click.echo(f"generate: {image}")
+    with image.new() as hidden:
+        _draw(report.out, hidden)
+    click.echo(f"generate: {image.path}")
     click.echo(f"done in {time.monotonic() - started:.0f} s", err=True)
 
 
-def _draw(model: Path, image: Path) -> Path:
+def _draw(model: Path, image: Path) -> None:
     hide_progress_bars()
     from diffusers import DiffusionPipeline
     from PIL import Image
@@ -58,5 +64,4 @@ def _draw(model: Path, image: Path) -> Path:
         inputs |= {"image": Image.new("RGB", (SIDE, SIDE), "gray"), "strength": 1.0}
     else:
         inputs |= {"height": SIDE, "width": SIDE}
-    pipeline(**inputs).images[0].save(image)
-    return image
+    pipeline(**inputs).images[0].save(image, format="PNG")

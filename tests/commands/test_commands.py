@@ -203,7 +203,8 @@ def test_demo_draws_an_image_and_prints_where_everything_is(tmp_path: Path) -> N
     image = Image.open(found["generate"].strip())
     assert image.size == (64, 64)
     assert (folder / "sd1" / "model_index.json").is_file()
-    run("demo", folder, "--arch", "sd1")  # again, over its own results
+    assert "exists" in run("demo", folder, "--arch", "sd1", code=1).stderr
+    run("demo", folder, "--arch", "sd1", "--overwrite")
 
 
 @pytest.mark.parametrize(
