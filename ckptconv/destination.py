@@ -121,6 +121,9 @@ class Destination:
                 raise objection
             return None
         swap.rename(new)
+        if not (new.is_dir() or self.path.is_dir()):
+            new.replace(self.path)
+            return None
         move(self.path, old)
         if objection := self._objection(old, overwrite=self.overwrite):
             raise objection
@@ -136,7 +139,10 @@ class Destination:
             move(old, self.path)
             log.warning("%s: put back; a run was stopped while it replaced this", _shown(self.path))
         for kept in filter(_exists, (old, swap)):
-            if objection := self._objection(kept, overwrite=True):
+            objection = self._objection(kept, overwrite=True)
+            if kept == old:  # its successor may not be at the destination
+                objection = objection or self._objection(self.path, overwrite=True)
+            if objection:
                 what = "%s: stood at %s before, and is yours to move or to remove: %s"
                 log.warning(what, _shown(kept), _shown(self.path), objection)
             else:

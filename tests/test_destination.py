@@ -452,6 +452,18 @@ def test_what_stood_there_and_is_the_users_is_never_removed(
         caplog.clear()
 
 
+def test_the_old_folder_stays_if_its_place_was_taken_before_the_new_one_was_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "x"
+    _killed(path, lambda hidden: (hidden / "old" / "inside").mkdir(parents=True))
+    path.write_text("mine")
+    with pytest.raises(OutputError, match="it is not a folder"):
+        Destination(path, True, FOLDER).check()
+    assert next(tmp_path.rglob("inside")).is_dir()
+    assert f"old: stood at {path} before, and is yours to move" in caplog.text
+
+
 def test_read_only_folders_of_the_old_folder_go_as_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ from ckptconv.files import Files
 from ckptconv.signals import ENDING
 from ckptconv.streaming import stream
 from tests.conftest import Folder, Sample
-from tests.kill import Killer
+from tests.kill import Kill, Killer, Tally
 from tests.planning.test_adapters import styled
 from tests.support.checkpoints import raw_folder
 
@@ -311,15 +311,31 @@ def test_a_conversion_that_is_killed_leaves_nothing_that_looks_finished(
     assert raw_folder(tmp_path / "out") == raw_folder(folder("small"))
 
 
-def test_three_kills_leave_nothing_that_loads_without_being_whole(
-    sample: Sample, tmp_path: Path
-) -> None:
-    """`python -m tests.kill --kills 50` does the same more often."""
-    killer = Killer(sample("sd1", dtype="fp16"), tmp_path)
-    killer.by_clock(killer.seconds / 2)
-    killer.by_call(killer.calls * 7 // 10)  # while weights are moved
-    assert killer.tally.weights["refused"] > 0
-    killer.by_call(killer.calls - 6)  # while the configurations are written
-    assert killer.tally.weights["taken"] > 0
-    assert killer.tally.left.total() == 3
-    assert killer.tally.faults == []
+@pytest.fixture(scope="module")
+def killer(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> Killer:
+    return Killer(sample("sd1", dtype="fp16"), tmp_path_factory.mktemp("kill"))
+
+
+@pytest.mark.parametrize(
+    "kill",
+    [
+        Kill("convert", at="calls", call=60),
+        Kill("convert --overwrite", at="renames", call=5),  # after the exchange
+        Kill("convert --overwrite", at="renames", call=5, user=4),
+        Kill("convert --overwrite", at="renames", call=11, exchanges=False),  # no folder is there
+        Kill("export", at="renames", call=1, user=1),
+        Kill("export --overwrite", at="renames", call=6),
+    ],
+)
+def test_a_kill_loses_nothing_and_the_next_run_leaves_nothing(kill: Kill, killer: Killer) -> None:
+    """`python -m tests.kill --kills 200` does the same more often, at all moments."""
+    killer.tally = Tally()
+    killer.kill(kill)
+    assert (killer.tally.losses, killer.tally.litter) == ([], [])
+
+
+@pytest.mark.parametrize("job", ["convert", "export"])
+def test_of_two_runs_to_one_place_one_reports_success(job: str, killer: Killer) -> None:
+    killer.tally = Tally()
+    killer.two_at_once(job)
+    assert (killer.tally.losses, killer.tally.litter) == ([], [])

@@ -7,6 +7,7 @@ nothing that a reader takes for a model.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from ..configs.tokenizer import tokenizer_files
 from ..destination import Destination, Kind, check_room
 from ..dtypes import nbytes
 from ..errors import FileRefused, UsageError
-from ..files import ByteCounter, read_json, require_unchanged
+from ..files import ByteCounter, noting_files, read_json, require_unchanged
 from ..folder.names import CONFIG_FILES, DROPPED, INDEX, LAYOUT, RECORD
 from ..folder.record import record_of, recorded_files
 from ..planning.plan import Plan
@@ -195,10 +196,9 @@ def write_folder(
 
 def _recorded(folder: Path) -> frozenset[str]:
     """Returns the files that the record of a folder lists."""
-    try:
+    with noting_files(), contextlib.suppress(FileRefused):  # what is replaced is no input
         return recorded_files(read_json(folder / ASIDE / RECORD))
-    except FileRefused:
-        return frozenset()
+    return frozenset()
 
 
 def _is_converted(folder: Path) -> bool:
