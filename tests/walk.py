@@ -1,6 +1,6 @@
-"""Walks a small file of every architecture, in every spelling, all the way.
+"""Walks a small file of every architecture and of every relative, in every spelling, all the way.
 
-    python -m tests.walk [ARCHITECTURE ...]
+    python -m tests.walk [NAME ...]
 
 converts each, compares the folder with that of the usual spelling, verifies it with the file and
 alone, turns it back, and loads the file. It prints what it did, and ends at the first difference.
@@ -8,21 +8,30 @@ alone, turns it back, and loads the file. It prints what it did, and ends at the
 
 from __future__ import annotations
 
+import importlib
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ckptconv
-from ckptconv.maps.architecture import bundled
+from ckptconv.maps.architecture import Architecture, bundled
 from ckptconv.planning.step import ASIDE
 from ckptconv.sample import layout_of, write_sample
-from tests.support.relatives import assert_equal, round_trip
+from tests.support.relatives import Relative, assert_equal, round_trip
 from tests.support.spellings import spelled
+
+MODULES = [
+    path.stem
+    for path in sorted(Path(__file__).parent.glob("architectures/test_*.py"))
+    if path.stem != "test_relatives"
+]
+"""Those of `tests/architectures/` that have relatives."""
 
 
 def all_the_way(tensors: Mapping[str, Tensor], want: Path, folder: Path) -> None:
@@ -51,14 +60,29 @@ def all_the_way(tensors: Mapping[str, Tensor], want: Path, folder: Path) -> None
             assert_equal(dict(getattr(loaded, name).state_dict()), weights)
 
 
+def files() -> dict[str, Callable[[Path], None]]:
+    """Returns, by name, what writes the file of each architecture and of each relative."""
+
+    def sample(architecture: Architecture, path: Path) -> None:
+        write_sample(architecture, path, layout_of(architecture, dtype="fp16"))
+
+    def made(relative: Relative, path: Path) -> None:
+        save_file(relative.tensors(), path)
+
+    found = {name: partial(sample, each) for name, each in bundled().architectures.items()}
+    modules = (importlib.import_module(f"tests.architectures.{name}") for name in MODULES)
+    relatives = (relative for each in modules for relative in each.TestProperties.relatives)
+    return {**found, **{str(relative): partial(made, relative) for relative in relatives}}
+
+
 def main(names: list[str]) -> None:
-    for name, architecture in bundled().architectures.items():
+    for name, write in files().items():
         if names and name not in names:
             continue
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as scratch:
             file, want = Path(scratch, "usual.safetensors"), Path(scratch, "want")
-            write_sample(architecture, file, layout_of(architecture, dtype="fp16"))
+            write(file)
             ckptconv.convert(file, want)
             others = spelled(load_file(file))
             for spelling, tensors in others.items():

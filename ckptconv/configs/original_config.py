@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..detection.facts import Fact
 from ..errors import FileRefused
 from ..files import MOST_YAML, read_small
 from ..maps.architecture import KeyMaps
 from ..maps.schema import Many, word
+from ..maps.yaml_files import check_aliases
 from .config import Config
 
 SOURCE = "original config"
@@ -100,16 +103,17 @@ def read_original_config(path: Path, maps: KeyMaps) -> OriginalConfig:
     """
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     hint = "give the yaml that the model was trained with, such as v1-inference.yaml"
     try:
-        loaded = OmegaConf.load(io.StringIO(read_small(path, MOST_YAML).decode()))
+        text = read_small(path, MOST_YAML).decode()
+        check_aliases(text)
+        loaded = OmegaConf.load(io.StringIO(text))
         if not isinstance(loaded, DictConfig):
             raise FileRefused(f"{path}: is not a YAML mapping", hint=hint)
         tree = _without_calls(OmegaConf.to_container(loaded, resolve=False))
         params = _at(OmegaConf.create(tree), "model.params")
-    except (ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+    except (ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise FileRefused(f"{path}: cannot be read as YAML: {error}", hint=hint) from error
     if not isinstance(params, DictConfig):
         raise FileRefused(f"{path}: has no entry model.params", hint=hint)

@@ -6,11 +6,12 @@ takes a few lines of every architecture, and all of one.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from pathlib import Path, PurePath
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
@@ -26,6 +27,9 @@ ENTRY = re.compile(r"^(?=[A-Za-z_])", re.MULTILINE)
 ODD = re.compile(r"^(?![A-Za-z_][\w-]*:(?:\s|$))[^\s#]", re.MULTILINE)
 """A line at the top that begins no entry with a plain name: such a file is parsed as a whole."""
 
+MOST_NODES = 10**6
+"""Values in a file, those that aliases repeat included."""
+
 HINT = "docs/key-maps.md describes every word of the format"
 
 
@@ -37,8 +41,31 @@ class Tag:
     data: Any
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads plain data and tags, in C where PyYAML has it; a key may not be written twice."""
+class PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Reads data that JSON has too, and tags, in C where PyYAML has it; no key stands twice."""
+
+    yaml_constructors: ClassVar[dict[Any, Any]] = {}
+
+
+def check_aliases(text: str) -> None:
+    """Raises a YAMLError if aliases make YAML much larger than its text, or without end."""
+    if "&" in text and (node := yaml.compose(text, PlainLoader)):
+        _count(node, {})
+
+
+def _count(node: yaml.Node, counted: dict[yaml.Node, int]) -> int:
+    """Returns the number of nodes below one, with those that aliases repeat."""
+    if node not in counted:
+        if isinstance(node, yaml.MappingNode):
+            below = [each for pair in node.value for each in pair]
+        else:
+            below = node.value if isinstance(node, yaml.SequenceNode) else []
+        counted[node] = MOST_NODES + 1  # a node that holds itself never ends
+        counted[node] = 1 + sum(_count(each, counted) for each in below)
+        if counted[node] > MOST_NODES:
+            problem = f"aliases make more than {MOST_NODES:,} values of it"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return counted[node]
 
 
 def _mapping(loader: Any, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -61,8 +88,32 @@ def _tag(loader: Any, name: str, node: yaml.Node) -> Tag:
     return Tag(name, [node.value] if isinstance(node, yaml.ScalarNode) and node.value else [])
 
 
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-_Loader.add_multi_constructor("!", _tag)
+def _float(loader: Any, node: yaml.ScalarNode) -> float:
+    value: float = loader.construct_yaml_float(node)
+    if not math.isfinite(value):
+        problem = f"{node.value} is no number of JSON"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return value
+
+
+CONSTRUCTORS: Mapping[str | None, Callable[[Any, Any], Any]] = {
+    "map": _mapping,
+    "float": _float,
+    "timestamp": yaml.SafeLoader.construct_yaml_str,
+    **{
+        name: getattr(yaml.SafeLoader, f"construct_yaml_{name}")
+        for name in ("null", "bool", "int", "str", "seq")
+    },
+}
+for _name, _constructor in CONSTRUCTORS.items():
+    PlainLoader.add_constructor(f"tag:yaml.org,2002:{_name}", _constructor)
+PlainLoader.add_constructor(None, yaml.SafeLoader.construct_undefined)
+PlainLoader.add_multi_constructor("!", _tag)
+
+
+def _load(text: str) -> Any:
+    check_aliases(text)
+    return yaml.load(text, PlainLoader)  # noqa: S506  (a safe loader)
 
 
 class Document:
@@ -89,7 +140,7 @@ class Document:
     def __getitem__(self, name: str) -> Any:
         if name not in self._data:
             try:
-                data = yaml.load(self._entries[name], _Loader)  # noqa: S506  (a safe loader)
+                data = _load(self._entries[name])
                 self._data[name] = data.get(name)
             except (yaml.YAMLError, ValueError, RecursionError):
                 self._parse()  # says which line of the file is wrong
@@ -102,7 +153,7 @@ class Document:
 
     def _parse(self) -> None:
         try:
-            data = yaml.load(self._text, _Loader)  # noqa: S506
+            data = _load(self._text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise self._refusal(error) from error
         if not isinstance(data, dict | list):
@@ -127,8 +178,14 @@ class Folders:
 
     def find(self, name: str) -> Path:
         """Returns the path of a file, given relative to a folder and with its suffix."""
+        relative = PurePath(name)
+        if relative.is_absolute() or ".." in relative.parts or "\0" in name:
+            raise MapError(
+                f"{name}: leads out of the folders of key maps",
+                hint="name the file by its path in one of the folders, without .yaml",
+            )
         for folder in self.folders:
-            if (path := folder / name).is_file():
+            if (path := folder / relative).is_file():
                 return path
         looked = ", ".join(str(folder) for folder in self.folders)
         raise MapError(f"{name}: no such file in {looked}", hint="check the spelling of the name")

@@ -143,17 +143,27 @@ def test_a_malformed_map_is_refused_with_every_line_at_fault(
         assert f"  - {line}" in message
 
 
+LAUGHS = "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 10 if n else 'lol'}]\n" for n in range(12))
+"""A file of 1 kB whose aliases stand for 10**11 values."""
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("blocks:\n  a: x\n  a: y\n", "own.yaml: not a YAML file: 'a' is written twice"),
         ("blocks: [", "own.yaml: not a YAML file: while parsing"),
-        ("blocks: {a: 2001-13-01}", "own.yaml: not a YAML file: month must be in 1..12"),
+        ("blocks: {a: !!binary eHg=}", "own.yaml: not a YAML file: could not determine a const"),
+        ("blocks: {a: !!set {b}}", "own.yaml: not a YAML file: could not determine a constructor"),
+        ("blocks: {a: .inf}", "own.yaml: not a YAML file: .inf is no number of JSON"),
+        ("blocks: &a {a: *a}", "own.yaml: not a YAML file: aliases make more than 1,000,000 v"),
+        (LAUGHS, "own.yaml: not a YAML file: aliases make more than 1,000,000 values"),
         ("blocks: {[a]: x}", "own.yaml: not a YAML file: ['a'] is no name"),
         ("- a\n", "own.yaml: found ['a'], needed a mapping of kinds, blocks, drop, optional, r"),
         ("", "own.yaml: needs a mapping at the top"),
         ("extends: own\n", "own: extends itself: own -> own"),
         ("extends: shared/maps/nowhere\n", "shared/maps/nowhere.yaml: no such file in "),
+        ("extends: ../own\n", "../own.yaml: leads out of the folders of key maps"),
+        ("extends: /etc/own\n", "/etc/own.yaml: leads out of the folders of key maps"),
     ],
 )
 def test_a_file_that_holds_no_map_is_refused(tmp_path: Path, text: str, said: str) -> None:
