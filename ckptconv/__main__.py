@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 
 from .signals import ENDING, ignore_signals, raise_signals
 
 
-def run() -> None:
+def run(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line. A signal may end it at any time, such as during imports."""
     try:
         raise_signals()
         from .cli import main
 
-        main(prog_name="ckptconv")
+        main(arguments, prog_name="ckptconv")
     except SystemExit as end:
         if end.code in [128 + number for number in ENDING]:
             ignore_signals()  # all is removed, and the end of Python takes a moment
