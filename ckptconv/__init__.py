@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .detection.facts import Fact
     from .errors import (
         Ambiguous,
+        CheckFailed,
         CkptconvError,
         DeviceError,
         FileRefused,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Ambiguous",
     "Check",
+    "CheckFailed",
     "Choices",
     "CkptconvError",
     "Detection",

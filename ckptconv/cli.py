@@ -1,7 +1,6 @@
 """The command line: each command is a module in `ckptconv/commands/`, imported when it is used.
 
-Data go to stdout, everything else to stderr. Exit codes: 0 done, 1 the file is refused or a check
-failed, 2 wrong usage.
+Data go to stdout, everything else to stderr. The help of `main` lists the exit codes.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from typing import Any
 
 import click
 
-from .errors import CkptconvError, UsageError, on_the_command_line
+from .commands.shared import JSON, echo_json, quiet_option
+from .errors import CkptconvError, on_the_command_line
 from .libraries import quieten
 from .version import __version__
 
@@ -60,8 +60,10 @@ class _Group(click.Group):
             try:
                 return super().invoke(ctx)
             except CkptconvError as error:
+                if ctx.meta.get(JSON):
+                    echo_json({}, error)
                 click.echo(f"error: {error}", err=True)
-                ctx.exit(2 if isinstance(error, UsageError) else 1)
+                ctx.exit(error.exit_code)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -73,10 +75,12 @@ class _Group(click.Group):
     show_envvar=True,
     help="A folder of your own architectures and key maps, searched before the built-in ones.",
 )
+@quiet_option
 @click.pass_context
 def main(ctx: click.Context, /, key_maps: Path | None) -> None:
     """Turn a lone Stable Diffusion checkpoint into a diffusers folder, offline.
 
-    Exit codes: 0 done, 1 the file is refused or a check failed, 2 wrong usage.
+    Exit codes: 0 done, 1 a check failed, 2 wrong usage, 3 refused (an input, the place to write to,
+    or the device), 130 stopped by Ctrl-C.
     """
     ctx.obj = key_maps

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
+import functools
 import itertools
 import logging
 import shutil
@@ -111,7 +113,7 @@ class Destination:
         except FileExistsError as error:
             if not (self.overwrite or self.unasked):
                 what = f"{self.path}: another program made it meanwhile"
-                raise OutputError(what, hint="choose another name") from error
+                raise OutputError(what, hint="choose another name", code="exists") from error
         self._require_replaceable()
         new.rename(swap)
         if exchange(swap, self.path):
@@ -173,22 +175,23 @@ class Destination:
     def _objection(self, there: Path, *, overwrite: bool) -> OutputError | None:
         """Returns why what is, or was, at the destination may not be replaced."""
         stays = f"so {option('overwrite', True)} does not remove it"
+        refusal = functools.partial(OutputError, code="exists")
         for one in self.inputs:
             resolved = Path(one).resolve()
             if any(_same(there, each) for each in (resolved, *resolved.parents)):
                 holds = f"holds the input {one}, {stays}"
                 what = holds if there.is_dir() else "is one of the files to read"
-                return OutputError(f"{self.path}: {what}", hint="choose another name")
+                return refusal(f"{self.path}: {what}", hint="choose another name")
         link = there.is_symlink()
         if not link and self.unasked and self.unasked.test(there):
             return None
         if link or not self.kind.test(there):
-            return OutputError(
+            return refusal(
                 f"{self.path}: exists and is {_found(there)}; it is not {self.kind.name}, {stays}",
                 hint="remove it yourself, or choose another name",
             )
         if strangers := self.kind.strangers(there):
-            return OutputError(
+            return refusal(
                 f"{self.path}: holds what ckptconv did not write, {stays}",
                 problems=strangers,
                 hint="move these files elsewhere, or choose another name",
@@ -197,7 +200,7 @@ class Destination:
             return None
         what = f"exists and is not {self.unasked.name}" if self.unasked else "exists"
         hint = f"{option('overwrite', True)} replaces it; or choose another name"
-        return OutputError(f"{self.path}: {what}", hint=hint)
+        return refusal(f"{self.path}: {what}", hint=hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +246,7 @@ def check_room(path: Path, need: int, what: str) -> None:
         raise OutputError(
             f"{path}: the disk has {free:,} bytes free, and {what} needs {need:,}",
             hint=f"free {need - free:,} bytes, or choose another disk",
+            code="disk-full",
         )
 
 
@@ -252,7 +256,9 @@ def writing(path: Path, hint: str = f"nothing was left behind; {ELSEWHERE}") -> 
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {reason(error)}", hint=hint) from error
+        what = f"{path}: cannot be written: {reason(error)}"
+        code = "disk-full" if error.errno == errno.ENOSPC else ""
+        raise OutputError(what, hint=hint, code=code) from error
 
 
 @contextlib.contextmanager

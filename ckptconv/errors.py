@@ -1,28 +1,52 @@
 """Every exception that ckptconv raises on purpose.
 
 An error lists all problems that were found, not only the first, and carries a hint: the next
-thing to do. `str(error)` is the text that the command line prints.
+thing to do. `str(error)` is the text that the command line prints. Its `code` is for programs: a
+word that does not change between releases. docs/ci.md lists the codes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from typing import Any, ClassVar, Self
 
 SHOWN = 20
 """Problems that the message of an error lists; the others are only counted."""
 
 
 class CkptconvError(Exception):
-    """The root of the tree: a sentence, the problems found, and what to do next."""
+    """The root of the tree: a sentence, the problems found, and what to do next.
 
-    def __init__(self, message: str, *, problems: Sequence[str] = (), hint: str = "") -> None:
+    A class sets the `code` of its errors, which one error may replace by a more specific one, and
+    the exit code of a command that they end.
+    """
+
+    code = "failed"
+    exit_code: ClassVar[int] = 3
+
+    def __init__(
+        self, message: str, *, problems: Iterable[str] = (), hint: str = "", code: str = ""
+    ) -> None:
         self.message = message
         self.problems = tuple(problems)
         self.hint = hint
+        if code:
+            self.code = code
         super().__init__(message)
+
+    def as_data(self) -> dict[str, Any]:
+        """Returns plain data, for JSON."""
+        problems = list(self.problems)
+        named = {"code": self.code, "message": self.message}
+        return {**named, "problems": problems, "hint": self.hint}
+
+    def reworded(self, reword: Callable[[str], str]) -> Self:
+        """Returns the same error with a function applied to its message and its problems."""
+        problems = map(reword, self.problems)
+        return type(self)(reword(self.message), problems=problems, hint=self.hint, code=self.code)
 
     def __str__(self) -> str:
         lines = [self.message, *(f"  - {problem}" for problem in self.problems[:SHOWN])]
@@ -89,38 +113,66 @@ def option(name: str, value: object = None) -> str:
 class FileRefused(CkptconvError):
     """The input file cannot be used."""
 
+    code = "refused"
+
 
 class HeaderError(FileRefused):
     """The file is not a well-formed safetensors file or PyTorch checkpoint."""
+
+    code = "not-well-formed"
 
 
 class UnsafePickle(FileRefused):
     """The file is a PyTorch checkpoint that names code; none of it was run."""
 
+    code = "unsafe-pickle"
+
 
 class NotACheckpoint(FileRefused):
     """The file is well-formed, but it is not a checkpoint of a known architecture."""
+
+    code = "not-a-checkpoint"
 
 
 class Ambiguous(FileRefused):
     """Several architectures match: their conditions overlap, which is a fault of the key maps."""
 
+    code = "ambiguous"
+
 
 class Incomplete(FileRefused):
     """Keys of the file are missing, unknown, or do not have the shape that the maps need."""
+
+    code = "incomplete"
 
 
 class MapError(CkptconvError):
     """A key map or an architecture file breaks a law of the format."""
 
+    code = "bad-key-map"
+
 
 class UsageError(CkptconvError):
     """The options contradict each other or the file."""
+
+    code = "usage"
+    exit_code = 2
 
 
 class OutputError(CkptconvError):
     """The destination cannot be written, or must not be."""
 
+    code = "output"
+
 
 class DeviceError(CkptconvError):
     """The device is not there, its memory is too small, or it cannot compute in the dtype."""
+
+    code = "device"
+
+
+class CheckFailed(CkptconvError):
+    """A check found problems; commands end with it, and no function of the API raises it."""
+
+    code = "check-failed"
+    exit_code = 1

@@ -68,13 +68,14 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     try:
         file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115  (below)
     except IsADirectoryError as error:
-        raise HeaderError(f"{path}: this is a folder", hint=ONE_FILE) from error
+        raise HeaderError(f"{path}: this is a folder", hint=ONE_FILE, code="unreadable") from error
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     with file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
-            raise HeaderError(f"{path}: this is not a regular file", hint=ONE_FILE)
+            what = f"{path}: this is not a regular file"
+            raise HeaderError(what, hint=ONE_FILE, code="unreadable")
         if (noted := _noted.get()) is not None:
             noted.setdefault(path, _state(found))
         try:
@@ -103,7 +104,7 @@ def read_small(path: Path, most: int) -> bytes:
             if size <= most:
                 return file.read(most)
     except HeaderError as error:
-        raise FileRefused(error.message, hint="check the file") from error
+        raise FileRefused(error.message, hint="check the file", code=error.code) from error
     raise FileRefused(
         f"{path}: has {size:,} bytes; a file of this kind has at most {most:,}",
         hint="check the file",
@@ -236,16 +237,20 @@ def _reading(path: Path) -> Iterator[None]:
         raise FileRefused(
             f"{path}: the file cannot be read any more: {reason(error)}",
             hint="another program removed it or changed its permissions: put it back",
+            code="changed",
         ) from error
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> HeaderError:
     hint = "check the spelling of the path, and that you may read the file"
-    return HeaderError(f"{path}: the file cannot be read: {reason(error)}", hint=hint)
+    what = f"{path}: the file cannot be read: {reason(error)}"
+    missing = isinstance(error, FileNotFoundError)
+    return HeaderError(what, hint=hint, code="not-found" if missing else "unreadable")
 
 
 def _became_shorter(path: Path | str) -> HeaderError:
     return HeaderError(
         f"{path}: the file became shorter while it was read",
         hint="another program is writing to it: wait until it is done",
+        code="changed",
     )

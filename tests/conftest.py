@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
@@ -15,10 +15,11 @@ from ckptconv.reading.header import header_from_json
 from ckptconv.reading.tensor import Header, Tensor
 from ckptconv.sample import layout_of, write_sample
 from tests.mutations import linked
+from tests.support import outputs
 from tests.support.checkpoints import midget
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 # The suite runs in two processes: threads of torch on top of them would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -45,6 +46,23 @@ def made(
 def shapes(header: Header) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a header, to alter and to give to `made`."""
     return {key: info.shape for key, info in header.tensors.items()}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _every_json_has_its_schema() -> Iterator[None]:
+    """Holds all that any test prints with `--json` to its schema."""
+    from ckptconv.commands import shared
+
+    document = shared.document
+
+    def checked(*args: Any) -> Any:
+        found = document(*args)
+        outputs.check(found)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "document", checked)
+        yield
 
 
 class Sample(Protocol):

@@ -212,7 +212,7 @@ def run(*arguments: str) -> tuple[bool, str, str]:
     for stream in STREAMS:
         stream.flush()
     said = "".join(stream.buffer.getvalue().decode(errors="replace") for stream in STREAMS)
-    if not fault and code not in (0, 1) and "error: " not in said:
+    if not fault and code not in (0, 1, 3) and "error: " not in said:
         fault = f"{said}\n`{arguments[0]}` exits with {code}"
     if not fault and (not said.strip() or re.search(r"^error:\s*$", said, re.MULTILINE)):
         fault = f"`{arguments[0]}` says nothing"

@@ -144,11 +144,11 @@ def test_hints_speak_the_language_of_the_caller(small: Path, tmp_path: Path) -> 
         ckptconv.convert(small, out)
     assert "overwrite=True replaces it" in str(caught.value)
     assert "--" not in str(caught.value)
-    assert "--overwrite replaces it" in run("convert", small, out, code=1).stderr
+    assert "--overwrite replaces it" in run("convert", small, out, code=3).stderr
     ema = "to take the weights that it has"
     with pytest.raises(ckptconv.Incomplete, match=f"leave out ema {ema}"):
         ckptconv.plan(small, ema=True)
-    assert f"leave out --ema {ema}" in run("plan", small, "--ema", code=1).stderr
+    assert f"leave out --ema {ema}" in run("plan", small, "--ema", code=3).stderr
 
 
 @pytest.fixture

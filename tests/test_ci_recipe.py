@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -33,12 +34,12 @@ BASH = str(shutil.which("bash"))
 OURS = f'#!/bin/sh\nexec "{sys.executable}" -m ckptconv "$@"\n'
 """Stands for an installed `ckptconv`."""
 PYTHON = """#!/bin/sh
-test "$1 $2" = "-m venv" || exit 9
+test "$1 $2" = "-m venv" || exec "PYTHON" "$@"
 mkdir -p "$3/bin"
 printf '#!/bin/sh\\necho "$@" >> "$PIP_LOG"\\n' > "$3/bin/pip"
 cp "$(dirname "$0")/ckptconv" "$3/bin/ckptconv"
 chmod +x "$3/bin/pip"
-"""
+""".replace("PYTHON", sys.executable)
 """Stands for a `python3` that makes an environment whose pip only notes what it should install."""
 
 
@@ -75,7 +76,12 @@ class Job:
     folder: Path
     ran: dict[str, bool] = field(default_factory=dict)
     said: str = ""
-    artifact: dict[str, str] = field(default_factory=dict)
+    used: dict[str, dict[str, str]] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def artifact(self) -> dict[str, str]:
+        return self.used.get("Upload the report", {})
 
     @property
     def summary(self) -> str:
@@ -86,7 +92,7 @@ class Job:
         return next((self.folder / "temp").glob("ckptconv-report.*"))
 
 
-def run_action(folder: Path, given: dict[str, str]) -> Job:
+def run_action(folder: Path, given: dict[str, str], index: int = 0) -> Job:
     """Runs the steps as a GitHub runner would: conditions, environment and files included."""
     inputs = {n: str(i.get("default", "")) for n, i in ACTION["inputs"].items()} | given
     program(folder / "bin", "python3", PYTHON)
@@ -99,7 +105,12 @@ def run_action(folder: Path, given: dict[str, str]) -> Job:
 
     def value(expression: str) -> str:
         kind, name, *rest = expression.strip().split(".")
-        return inputs[name] if kind == "inputs" else str(steps[name][rest[0]][rest[1]])
+        if kind == "steps":
+            return str(steps.get(name, {}).get(rest[0], {}).get(rest[1], ""))
+        runner = {"temp": str(folder / "temp"), "os": "Linux", "arch": "X64"}
+        return {"inputs": inputs, "runner": runner, "strategy": {"job-index": str(index)}}[kind][
+            name
+        ]
 
     def filled(text: str) -> str:
         return re.sub(r"\$\{\{(.*?)\}\}", lambda found: value(found[1]), text)
@@ -123,13 +134,15 @@ def run_action(folder: Path, given: dict[str, str]) -> Job:
         if not holds(step.get("if", "")) if "if" in step else failed:
             continue
         if "uses" in step:
-            job.artifact = {name: filled(text) for name, text in step["with"].items()}
+            assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", step["uses"])
+            job.used[step["name"]] = {k: filled(str(text)) for k, text in step["with"].items()}
             job.ran[step["name"]] = True
             continue
         env = environment(
             folder / "bin",
             RUNNER_TEMP=str(folder / "temp"),
             GITHUB_ACTION_PATH=str(ROOT),
+            GITHUB_JOB="convert",
             GITHUB_OUTPUT=str(files["output"]),
             GITHUB_STEP_SUMMARY=str(files["summary"]),
             PIP_LOG=str(folder / "pip"),
@@ -142,6 +155,7 @@ def run_action(folder: Path, given: dict[str, str]) -> Job:
             outputs = dict(line.split("=", 1) for line in files["output"].read_text().splitlines())
             outcome = "failure" if done.returncode else "success"
             steps[step["id"]] = {"outputs": outputs, "outcome": outcome}
+    job.outputs = {name: filled(entry["value"]) for name, entry in ACTION["outputs"].items()}
     return job
 
 
@@ -157,16 +171,18 @@ def run_recipe(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def both(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Job]:
     """Runs the recipe and the action side by side: most of either is an import of torch."""
-    source = str(sample("sd1"))
+    place = tmp_path_factory.mktemp("with spaces")
+    for name in ("my model.safetensors", "my vae.safetensors"):
+        (place / name).symlink_to(sample("sd1"))
     with ThreadPoolExecutor(2) as pool:
         recipe = pool.submit(run_recipe, tmp_path_factory.mktemp("recipe"))
         action: Future[Job] = pool.submit(
             run_action,
-            tmp_path_factory.mktemp("action"),
+            place,
             {
-                "file": source,
-                "folder": "model",
-                "options": "--dtype bf16",
+                "file": "my model.safetensors",
+                "folder": "the model",
+                "options": "--dtype bf16 --vae 'my vae.safetensors'",
                 "layout": "--variant bf16  --max-shard-size 10MB",
             },
         )
@@ -194,10 +210,23 @@ def test_the_action_converts_verifies_reports_and_uploads(both: tuple[Path, Job]
     _, job = both
     assert job.ran == dict.fromkeys((step["name"] for step in STEPS), True), job.said
     check_reports(job.report, job.summary)
-    weights = {path.name for path in (job.folder / "model" / "unet").glob("*.safetensors*")}
+    weights = {path.name for path in (job.folder / "the model" / "unet").glob("*.safetensors*")}
     assert "diffusion_pytorch_model.safetensors.index.bf16.json" in weights
-    assert job.artifact == {"name": "ckptconv-report", "path": str(job.report)}
-    assert "passed: model is" in (job.report / "log.txt").read_text()
+    assert job.artifact["path"] == str(job.report)
+    assert re.fullmatch(r"ckptconv-report-[0-9a-f]{12}", job.artifact["name"])
+    assert job.outputs == {
+        "passed": "true",
+        "architecture": "sd1",
+        "code": "",
+        "report": str(job.report),
+        "artifact": job.artifact["name"],
+    }
+    assert "::error" not in job.said
+    cache = job.used["Restore the cache of pip"]
+    assert cache["path"] == f"{job.folder}/temp/ckptconv-pip"
+    assert re.fullmatch(r"ckptconv-Linux-X64-[0-9a-f]{12}", cache["key"])
+    assert job.summary in job.said
+    assert json.loads((job.report / "verify.json").read_text())["error"] is None
     assert (job.folder / "pip").read_text().splitlines() == [
         "install --quiet --index-url https://download.pytorch.org/whl/cpu torch",
         f"install --quiet {ROOT}",
@@ -216,6 +245,11 @@ def test_the_action_reports_a_refused_file_as_text(tmp_path: Path) -> None:
     assert any("this is a LoRA" in line for line in lines)
     assert all(line.startswith("    ") for line in lines if line)
     assert not (tmp_path / "owned").exists()
+    found = {name: job.outputs[name] for name in ("passed", "architecture", "code")}
+    assert found == {"passed": "false", "architecture": "", "code": "not-a-checkpoint"}
+    (error,) = (line for line in job.said.splitlines() if line.startswith("::"))
+    assert error.startswith(f"::error file={lora}::{lora}: this is a LoRA")
+    assert "%0A- it holds the key " in error
     assert (tmp_path / "pip").read_text().splitlines()[1] == "install --quiet ckptconv==1"
 
 
@@ -226,8 +260,20 @@ def test_the_action_can_verify_alone_and_fails_without_a_folder(
     job = run_action(tmp_path, given | {"command": "verify"})
     assert "Convert" not in job.ran
     assert job.ran["Verify"] is False
-    assert "gone" in job.summary
+    assert job.summary.startswith("### Not verified: `-gone`")
+    assert {path.name for path in job.report.iterdir()} >= {"report.html", "junit.xml"}
+    assert (job.outputs["passed"], job.outputs["code"]) == ("false", "not-found")
     assert job.artifact == {}
+
+
+def test_no_two_artifacts_have_one_name(tmp_path: Path) -> None:
+    names = set()
+    given = {"file": "a", "folder": "b", "command": "verify"}
+    cases = [(given, 0), (given, 1), (given | {"file": "c"}, 0), (given | {"options": "--ema"}, 0)]
+    for number, (inputs, index) in enumerate(cases):
+        (tmp_path / str(number)).mkdir()
+        names.add(run_action(tmp_path / str(number), inputs, index).outputs["artifact"])
+    assert len(names) == len(cases)
 
 
 def test_the_action_refuses_an_unknown_command(tmp_path: Path) -> None:
@@ -241,7 +287,9 @@ def test_no_input_is_pasted_into_a_script(step: dict[str, Any]) -> None:
     assert "${{" not in step["run"]
     assert step["shell"] == "bash"
     used = set(re.findall(r"\$\{?([A-Z_]+)", step["run"]))
-    given = {"RUNNER_TEMP", "GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY", "GITHUB_ACTION_PATH"}
+    if "action.py" in step["run"]:
+        used |= set(re.findall(r'"([A-Z_]+)"', (ROOT / "action.py").read_text())) & {*step["env"]}
+    given = {"RUNNER_TEMP", "GITHUB_ACTION_PATH", "PIP_CACHE_DIR"}
     assert used - given == step["env"].keys()
 
 
@@ -256,7 +304,7 @@ def test_every_script_is_well_formed(script: str) -> None:
 
 
 def test_the_examples_of_the_page_agree_with_the_action() -> None:
-    gitlab, github = map(yaml.safe_load, blocks("yaml"))
+    gitlab, github, _ = map(yaml.safe_load, blocks("yaml"))
     used = github["jobs"]["convert"]["steps"][-1]["with"]
     required = {name for name, entry in ACTION["inputs"].items() if entry.get("required")}
     assert required <= used.keys() <= ACTION["inputs"].keys()
@@ -303,8 +351,8 @@ def test_a_summary_keeps_hostile_text_in_its_code_spans() -> None:
 
 
 def test_a_summary_counts_what_it_leaves_out() -> None:
-    problems = tuple(Problem(f"key.{n}", "differs") for n in range(25))
+    problems = tuple(Problem(f"key.{n}", f"differs by {n}") for n in range(25))
     text = markdown(verification((Check("unet", "data", problems),)))
     assert "25 problems:" in text
     assert text.count("differs") == 20
-    assert "- and 5 more" in text
+    assert "- `unet: ... and 5 more (--json lists all)`" in text

@@ -124,7 +124,7 @@ def test_files_that_may_not_grow_are_refused_and_leave_nothing(small: Path, tmp_
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )
-    assert run.returncode == 1
+    assert run.returncode == 3
     assert run.stderr.startswith(f"error: {tmp_path / 'out'}: cannot be written: File too large\n")
     assert "Traceback" not in run.stderr
     assert _names(tmp_path) == []

@@ -7,7 +7,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError, option
+from ..errors import CkptconvError, UsageError, option
 from ..version import __version__
 from .storage import EXTRA, Staged
 from .work import Outcome, Pair, attempt
@@ -59,7 +59,8 @@ def _outcome(future: Any, pair: Pair) -> Outcome:
         outcome: Outcome = future.result()
         return outcome
     error = future.exception()  # Dask's own, such as KilledWorker: `attempt` raises none
-    return Outcome(pair, error=f"{pair.source}: the worker was lost: {error}")
+    what = f"{pair.source}: the worker was lost: {error}"
+    return Outcome(pair, error=CkptconvError(what, code="worker-lost"))
 
 
 def _check_workers(client: Client, scheduler: str) -> None:

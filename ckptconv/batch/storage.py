@@ -21,7 +21,7 @@ from ..files import MOST_JSON, read_json
 from ..folder.names import INDEX, RECORD
 from ..folder.record import recorded_files
 from ..planning.step import ASIDE
-from .work import Conversion, Moved, Pair, Work
+from .work import Conversion, Done, Moved, Pair, Work
 
 CHECK = "check the address and your rights there"
 EXTRA = "pip install 'ckptconv[fleet]'"
@@ -75,7 +75,7 @@ class Staged:
     run: str
     scratch: str | None = None
 
-    def __call__(self, pair: Pair, moved: Moved, /) -> tuple[dict[str, Any], str]:
+    def __call__(self, pair: Pair, moved: Moved, /) -> Done:
         """Downloads, works, and uploads; messages name the URLs, not the scratch folder."""
         if not is_url(pair.source) and not is_url(pair.out):
             return self.work(pair, moved)
@@ -84,15 +84,17 @@ class Staged:
                 _local(pair.source, Path(folder, "in")), _local(pair.out, Path(folder, "out"))
             )
             names = {local.source: pair.source, local.out: pair.out}
+
+            def reworded(error: CkptconvError) -> CkptconvError:
+                return error.reworded(lambda text: str(_renamed(text, names)))
+
             try:
                 data, error = self._staged(pair, local, moved)
             except CkptconvError as refused:
-                problems = [_renamed(text, names) for text in refused.problems]
-                message = _renamed(refused.message, names)
-                raise type(refused)(message, problems=problems, hint=refused.hint) from refused
-            return _renamed(data, names), _renamed(error, names)
+                raise reworded(refused) from refused
+            return _renamed(data, names), error and reworded(error)
 
-    def _staged(self, pair: Pair, local: Pair, moved: Moved) -> tuple[dict[str, Any], str]:
+    def _staged(self, pair: Pair, local: Pair, moved: Moved) -> Done:
         conversion = self.work if is_url(pair.out) and isinstance(self.work, Conversion) else None
         if conversion:
             _check_destination(pair.out, self.run, overwrite=conversion.overwrite)
@@ -102,7 +104,8 @@ class Staged:
             _fetch_folder(pair.out, Path(local.out))
         data, error = self.work(local, moved)
         if conversion and error:
-            return data, f"{error}\nhint: the folder was not uploaded"
+            error.hint = "the folder was not uploaded"
+            return data, error
         if conversion:
             _upload(Path(local.out), pair.out, self.run, overwrite=conversion.overwrite)
         return data, error
@@ -183,6 +186,7 @@ def _fetch_one(fs: Any, path: str, to: Path, moved: Moved) -> None:
         raise OutputError(
             f"{to.parent}: the scratch disk has {free:,} bytes free, and {path} needs {need:,}",
             hint="give the worker a larger local directory, or set TMPDIR",
+            code="disk-full",
         )
     from fsspec.callbacks import Callback  # type: ignore[import-untyped]  # no stubs
 
@@ -223,19 +227,20 @@ def _check_destination(url: str, run: str, *, overwrite: bool) -> set[str]:
         if not overwrite:
             what = "is being uploaded by another run, or that one was lost" if mark else "exists"
             hint = f"{option('overwrite', True)} replaces it; or choose another name"
-            raise OutputError(f"{url}: {what}", hint=hint)
+            raise OutputError(f"{url}: {what}", hint=hint, code="exists")
         stays = f"so {option('overwrite', True)} does not remove it"
         record = f"{ASIDE}/{RECORD}"
         listed = _listed(fs, f"{path}/{record}") if record in names else frozenset()
         if not (mark or listed):
             what = f"exists and is not a converted folder that lists its files, {stays}"
             hint = "remove it yourself, or choose another name"
-            raise OutputError(f"{url}: {what}", hint=hint)
+            raise OutputError(f"{url}: {what}", hint=hint, code="exists")
         if strangers := sorted(names - listed if not mark else ()):
             raise OutputError(
                 f"{url}: holds what ckptconv did not write, {stays}",
                 problems=strangers,
                 hint="move these files elsewhere, or choose another name",
+                code="exists",
             )
         return names
 

@@ -50,39 +50,38 @@ class Outcome:
     Attributes:
         pair: the file.
         data: what the command's `--json` says about it; empty if the file was refused.
-        error: why the work failed, as the command line prints it; empty if it did not.
+        error: why the work failed; None if it did not.
         traceback: of an error that is a bug in ckptconv.
         seconds: how long it took.
     """
 
     pair: Pair
     data: Mapping[str, Any] = field(default_factory=dict)
-    error: str = ""
+    error: CkptconvError | None = None
     traceback: str = ""
     seconds: float = 0
 
-    def as_data(self) -> dict[str, Any]:
-        """Returns plain data, for JSON."""
-        data = {"file": self.pair.source, "error": self.error or None, **self.data}
-        return data | ({"traceback": self.traceback} if self.traceback else {})
 
-
-Work = Callable[[Pair, Moved], tuple[dict[str, Any], str]]
-"""Works on one file. Returns the data and the error of its `Outcome`, or raises a CkptconvError."""
+Done = tuple[dict[str, Any], CkptconvError | None]
+"""The data and the error of an `Outcome`."""
+Work = Callable[[Pair, Moved], Done]
+"""Works on one file; raises the error, or returns it with what is known of the file."""
 
 
 def attempt(work: Work, pair: Pair, moved: Moved) -> Outcome:
     """Works on one file. Whatever goes wrong is part of the outcome, so that the run goes on."""
     started = time.monotonic()
     data: Mapping[str, Any] = {}
+    error: CkptconvError | None
     trace = ""
     try:
         with on_the_command_line():  # a worker's process does not know it
             data, error = work(pair, moved)
     except CkptconvError as refused:
-        error = str(refused)
+        error = refused
     except Exception as crash:  # noqa: BLE001  (reported with its traceback)
-        error = f"{pair.source}: ckptconv failed: {type(crash).__name__}: {crash}"
+        what = f"{pair.source}: ckptconv failed: {type(crash).__name__}: {crash}"
+        error = CkptconvError(what, code="crashed")
         trace = traceback.format_exc()
     return Outcome(pair, data, error, trace, time.monotonic() - started)
 
@@ -115,13 +114,13 @@ class Conversion:
         """Verifies what was just converted."""
         return verify_report(report, source, self.options, strict=self.strict, progress=moved)
 
-    def __call__(self, pair: Pair, moved: Moved, /) -> tuple[dict[str, Any], str]:
+    def __call__(self, pair: Pair, moved: Moved, /) -> Done:
         """Converts one of several files."""
         if not self.verified:
-            return self.convert(pair.source, pair.out, moved).as_data(), ""
+            return self.convert(pair.source, pair.out, moved).as_data(), None
         report = self.convert(pair.source, pair.out, lambda done, total: moved(done, 2 * total))
         found = self.verify(report, pair.source, lambda done, total: moved(total + done, 2 * total))
-        return report.as_data() | {"verification": found.as_data()}, _failure(found)
+        return report.as_data() | {"verification": found.as_data()}, found.error
 
 
 @dataclass(frozen=True)
@@ -143,10 +142,10 @@ class Proof:
             **self.options.as_words(),
         )
 
-    def __call__(self, pair: Pair, moved: Moved, /) -> tuple[dict[str, Any], str]:
+    def __call__(self, pair: Pair, moved: Moved, /) -> Done:
         """Verifies one of several folders."""
         found = self.verify(pair.source, pair.out, moved)
-        return found.as_data(), _failure(found)
+        return found.as_data(), found.error
 
 
 @dataclass(frozen=True)
@@ -156,32 +155,18 @@ class Inspection:
     hashed: bool = False
     maps: KeyMaps | None = None
 
-    def inspect(self, source: str) -> tuple[Detection, Plan | None, dict[str, Any]]:
-        """Inspects one file. There is no plan for a file that was refused."""
+    def inspect(
+        self, source: str
+    ) -> tuple[Detection, Plan | None, dict[str, Any], CkptconvError | None]:
+        """Inspects one file: no plan if it was refused, and an error unless it converts."""
         detection = inspect(source, maps=self.maps)
         plan = None if detection.refusal else build_plan(detection)
         data = inspection(detection, plan)
         if self.hashed:
             data["hashes"] = hashes(detection.header)
-        return detection, plan, data
+        return detection, plan, data, plan.fault if plan else detection.refusal
 
-    def __call__(self, pair: Pair, moved: Moved, /) -> tuple[dict[str, Any], str]:
-        """Inspects one of several files; a file that cannot be converted is an error."""
-        detection, _, data = self.inspect(pair.source)
-        error = detection.refusal and str(detection.refusal)
-        if data["problems"]:  # a file that was refused has none
-            message = f"{pair.source}: cannot be converted"
-            error = str(CkptconvError(message, problems=data["problems"]))
-        return data, error or ""
-
-
-def problems(count: int) -> str:
-    """Returns a number of problems in words."""
-    return f"{count:,} problem{'s' if count > 1 else ''}"
-
-
-def _failure(found: Verification) -> str:
-    if found.passed:
-        return ""
-    message = f"{found.folder}: {problems(len(found.problems))}"
-    return str(CkptconvError(message, problems=found.problems))
+    def __call__(self, pair: Pair, moved: Moved, /) -> Done:
+        """Inspects one of several files."""
+        _, _, data, error = self.inspect(pair.source)
+        return data, error

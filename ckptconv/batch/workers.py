@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
+from ..errors import CkptconvError
 from ..libraries import quieten
 from ..signals import ENDING, PATIENCE, ignore_signals, raise_signals
 from .work import Outcome, Pair, Work, attempt
@@ -92,7 +93,8 @@ def _dead(worker: SpawnProcess, pair: Pair) -> Outcome:
     code = worker.exitcode
     how = f"exit code {code}" if code is None or code >= 0 else signal.Signals(-code).name
     how += ", as when the memory is full" if how == "SIGKILL" else ""
-    return Outcome(pair, error=f"{pair.source}: the process that worked on it died: {how}")
+    what = f"{pair.source}: the process that worked on it died: {how}"
+    return Outcome(pair, error=CkptconvError(what, code="worker-lost"))
 
 
 def _serve(connection: Connection, work: Work) -> None:

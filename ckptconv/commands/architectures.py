@@ -8,7 +8,7 @@ import click
 
 from ..maps.architecture import Relative
 from ..maps.schema import Named
-from .shared import console, echo_json, json_option, key_maps
+from .shared import echo_json, echo_lines, echo_table, key_maps, output_options
 
 WORKS = ("detect", "convert", "verify", "export")
 """What works with every relative."""
@@ -17,7 +17,7 @@ RUN = ("run",)
 
 
 @click.command("architectures")
-@json_option
+@output_options
 def command(*, as_json: bool) -> None:
     """List the known architectures with their tasks, and popular models that derive from them."""
     maps = key_maps()
@@ -43,20 +43,13 @@ def command(*, as_json: bool) -> None:
     if as_json:
         echo_json({"architectures": architectures, "relatives": relatives})
         return
-    from rich.table import Table
-
-    table = Table("architecture", "title", "task")
-    table.add_column("class", no_wrap=True)
-    table.add_column("components")
     for row in architectures:
-        first, parts = (row["architecture"], row["title"]), ", ".join(row["components"])
+        what = f"{row['architecture']}: {row['title']} ({', '.join(row['components'])})"
+        echo_lines([what])
         for task, pipeline in row["tasks"].items():
-            table.add_row(*first, task, pipeline, parts)
-            first, parts = ("", ""), ""
-        table.add_section()
-    console().print(table)
-    table = Table("relative", "architecture", "task", *WORKS, *RUN)
-    for row in relatives:
-        yes = ["yes" if work in row["works"] else "no" for work in (*WORKS, *RUN)]
-        table.add_row(row["name"], row["architecture"], row["task"], *yes)
-    console().print(table)
+            click.echo(f"  {task:28} {pipeline}")
+    click.echo(f"\n{', '.join(WORKS)}: every relative; run: those that say yes")
+    titles = ("relative", "architecture", "task", *RUN)
+    cells = [[row[title] for title in ("name", *titles[1:3])] for row in relatives]
+    runs = ["yes" if {*RUN} <= {*row["works"]} else "no" for row in relatives]
+    echo_table(titles, [[*row, run] for row, run in zip(cells, runs, strict=True)])

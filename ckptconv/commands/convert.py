@@ -17,7 +17,7 @@ from ..inference.model import loading_dtype
 from ..reports.numbers import size
 from ..verification.result import Verification
 from .many import PLACE, Columns, finish, many_options, outcomes_of, what_it_is, why_not
-from .shared import echo_json, exit_unless, json_option, options_of, plan_options, progress
+from .shared import echo_json, exit_for, note, options_of, output_options, plan_options, progress
 from .verify import as_text
 
 COLUMNS: Columns = {
@@ -43,7 +43,7 @@ COLUMNS: Columns = {
 @click.option("--verify", "verified", is_flag=True, help="Verify the folder after writing it.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing converted folder.")
 @many_options
-@json_option
+@output_options
 def command(
     *,
     places: tuple[str, ...],
@@ -84,26 +84,30 @@ def command(
     if verified:
         with progress("verifying") as show:
             found = work.verify(report, files[0], show)
+    error = found.error if found else None
     if as_json:
-        echo_json(report.as_data() | ({"verification": found.as_data()} if found else {}))
+        more = {"verification": found.as_data()} if found else {}
+        echo_json(report.as_data() | more, error)
     else:
         _print(report, found, packaging)
-    exit_unless(not found or found.passed)
+    exit_for(error)
 
 
 def _print(report: Report, found: Verification | None, packaging: Packaging) -> None:
     for warning in report.warnings:
-        click.echo(f"warning: {printable(warning)}", err=True)
+        note(f"warning: {printable(warning)}")
     architecture, task = report.plan.detection.require()
-    click.echo(f"{architecture.title}, {task.name}: {task.pipeline}", err=True)
+    note(f"{architecture.title}, {task.name}: {task.pipeline}")
     for fact in report.plan.detection.facts.values():
         if fact.source == "assumed":
-            click.echo(f"assumed {fact.name} = {fact.value}: {fact.detail}", err=True)
-    click.echo(f"{size(sum(report.files.values()))} in {report.seconds:.1f} s", err=True)
-    if found:
+            note(f"assumed {fact.name} = {fact.value}: {fact.detail}")
+    note(f"{size(sum(report.files.values()))} in {report.seconds:.1f} s")
+    if found and found.passed:
+        note(as_text(found))
+    elif found:
         click.echo(as_text(found), err=True)
     if packaging.weights and (call := loading_call(report, packaging.variant)):
-        click.echo(f"load it with {printable(call)}", err=True)
+        note(f"load it with {printable(call)}")
     click.echo(report.out)
 
 
@@ -128,6 +132,6 @@ def _print_several(outcomes: Sequence[Outcome]) -> None:
     """Prints the warnings, and the folders that are done."""
     for outcome in outcomes:
         for warning in outcome.data.get("warnings", ()):
-            click.echo(f"warning: {outcome.pair.source}: {printable(warning)}", err=True)
+            note(f"warning: {outcome.pair.source}: {printable(warning)}")
         if not outcome.error:
             click.echo(outcome.pair.out)

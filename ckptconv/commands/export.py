@@ -9,7 +9,7 @@ import click
 
 from ..conversion.export import Exported, export
 from ..reports.numbers import size
-from .shared import FILE, dtype_name, echo_json, json_option, key_maps, progress
+from .shared import FILE, dtype_name, echo_json, key_maps, note, output_options, progress
 
 
 def _pairs(_ctx: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
@@ -38,7 +38,7 @@ def _pairs(_ctx: click.Context, _option: click.Parameter, given: tuple[str, ...]
     help="Add an entry to the header, such as modelspec.title=Name; may be repeated.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
-@json_option
+@output_options
 def command(
     folder: Path,
     out: Path,
@@ -81,5 +81,5 @@ def _print(done: Exported) -> None:
     if done.as_source:
         lines.append("tensor for tensor the source, in its order")
     lines.append(f"{size(done.size)} in {done.seconds:.1f} s")
-    click.echo("\n".join(lines), err=True)
+    note("\n".join(lines))
     click.echo(done.out)

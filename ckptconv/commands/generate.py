@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,16 @@ from ..inference.generation import (
 from ..inference.model import open_model
 from ..inference.pipeline import OFFLOADS, build_pipeline, pipeline_class
 from ..libraries import hide_progress_bars
-from .shared import FILE, echo_json, json_option, options_of, plan_options, progress
+from .shared import (
+    FILE,
+    echo_json,
+    is_animated,
+    note,
+    options_of,
+    output_options,
+    plan_options,
+    progress,
+)
 
 DTYPE_ON_CPU = "fp32"
 """Unless another is asked for: a convolution in fp16 takes a thousand times longer on most CPUs."""
@@ -88,7 +96,7 @@ DTYPE_ON_CPU = "fp32"
 )
 @plan_options
 @click.option("--overwrite", is_flag=True, help="Replace images that are there.")
-@json_option
+@output_options
 def command(
     file: Path,
     prompt: str,
@@ -137,8 +145,8 @@ def command(
     images, adapters = open_images(settings), read_loras(loras)
     chosen = find_scheduler(scheduler) if scheduler else None
     for warning in prompt_warnings(settings):
-        click.echo(f"warning: {printable(warning)}", err=True)
-    click.echo(f"device {place}: {reason}", err=True)
+        note(f"warning: {printable(warning)}")
+    note(f"device {place}: {reason}")
     started = time.monotonic()
     with progress("loading") as show:
         pipe = build_pipeline(
@@ -151,11 +159,11 @@ def command(
         )
     loaded = time.monotonic()
     for warning in set_scheduler(pipe, *chosen) if chosen else ():
-        click.echo(f"warning: {printable(warning)}", err=True)
+        note(f"warning: {printable(warning)}")
     add_loras(pipe, adapters)
     if compiled:
         pipe.unet.compile()
-    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    pipe.set_progress_bar_config(disable=not is_animated())
     arguments = call_arguments(pipe, settings, images)
     first = secrets.randbelow(2**32) if seed is None else seed
     made = []
@@ -173,7 +181,7 @@ def command(
         }
         save_png(image, output, values)
         made.append({"file": str(output.path), **values})
-        click.echo(f"{output.path}: seed {first + number}", err=True)
+        note(f"{output.path}: seed {first + number}")
         if not as_json:
             click.echo(output.path)
     if as_json:

@@ -10,15 +10,23 @@ import click
 from ..batch.work import Inspection, Outcome
 from ..destination import Destination
 from ..detection.detect import Detection
-from ..errors import printable
+from ..errors import SHOWN
 from ..planning.plan import Plan
 from ..reports.numbers import millions, size
 from .many import PLACE, Columns, finish, many_options, outcomes_of, why_not
-from .shared import FILE, console, echo_json, exit_unless, json_option, key_maps
+from .shared import (
+    FILE,
+    columns,
+    echo_json,
+    echo_lines,
+    echo_table,
+    exit_for,
+    key_maps,
+    note,
+    output_options,
+)
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from ..reports.network import Block
 
 
@@ -32,6 +40,7 @@ COLUMNS: Columns = {
     "size": lambda outcome: size(outcome.data["size"]) if outcome.data else "",
     "assumed, or why not": lambda outcome: why_not(outcome) or _assumed(outcome),
 }
+COMPONENTS = ("component", "class", "tensors", "params", "size", "dtypes")
 HASHES: Columns = {"hash": lambda outcome: outcome.data.get("hashes", {}).get("short", "")}
 
 
@@ -43,7 +52,7 @@ HASHES: Columns = {"hash": lambda outcome: outcome.data.get("hashes", {}).get("s
 @click.option("--html", type=FILE, help="Write a page about the file, with a drawing of it.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing page.")
 @many_options
-@json_option
+@output_options
 def command(
     *,
     files: tuple[str, ...],
@@ -59,7 +68,7 @@ def command(
 
     Several files, or a quoted pattern of them, are listed in a table.
 
-    Exits with 1 if FILE is not a checkpoint that can be converted as it is.
+    Exits with 3 if FILE is not a checkpoint that can be converted as it is.
     """
     if not files:
         raise click.MissingParameter(param_hint="'FILE'", param_type="argument")
@@ -73,50 +82,47 @@ def command(
 
         destination = Destination(html, overwrite, PAGE, inputs=files)
         destination.check()
-    detection, plan, data = work.inspect(files[0])
+    detection, plan, data, error = work.inspect(files[0])
     if html:
         destination.write(page(detection, plan, hashes=data.get("hashes")).encode())
-        click.echo(f"page: {html}", err=True)
+        note(f"page: {html}")
     if as_json:
-        echo_json(data)
+        echo_json(data, error)
     else:
         _print(data, detection, plan if tree else None, verdicts=verdicts)
-    exit_unless(not (detection.refusal or data["problems"]))
+    exit_for(error)
 
 
 def _print(
     data: dict[str, Any], detection: Detection, tree: Plan | None, *, verdicts: bool
 ) -> None:
-    out = console()
     if detection.refusal:
-        out.print(str(detection.refusal), markup=False)
+        click.echo(detection.refusal)
     else:
-        for part in _summary(data):
-            out.print(printable(part) if isinstance(part, str) else part, markup=False)
+        _print_summary(data)
         if tree and not data["problems"]:
-            out.print(_tree(tree))
+            _print_tree(tree)
     for name, verdict in data["verdicts"].items() if verdicts else ():
-        out.print(f"{name}: {'matches' if verdict['matches'] else 'does not match'}")
-        for line in verdict["failing"]:
-            out.print(printable(f"  - {line}"), markup=False)
-    for name, value in data.get("hashes", {}).items():
-        out.print(f"{name}: {value}")
+        click.echo(f"{name}: {'matches' if verdict['matches'] else 'does not match'}")
+        echo_lines(f"  - {line}" for line in verdict["failing"])
+    echo_lines(f"{name}: {value}" for name, value in data.get("hashes", {}).items())
 
 
-def _summary(data: dict[str, Any]) -> list[RenderableType]:
-    parts: list[RenderableType] = [
+def _print_summary(data: dict[str, Any]) -> None:
+    lines = [
         f"{data['file']}: {data['title']}, {data['task']} "
         f"({size(data['size'])}, {data['tensors']:,} tensors)",
         f"architecture: {data['architecture']}    pipeline: {data['pipeline']}",
     ]
     for name in ("prediction_type", "zero_terminal_snr"):
         if fact := data.get(name):  # a lone component has none
-            parts.append(f"{name}: {fact['value']} ({fact['source']}: {fact['detail']})")
+            lines.append(f"{name}: {fact['value']} ({fact['source']}: {fact['detail']})")
+    echo_lines(lines)
     if data["components"]:
-        parts.append(_components(data["components"]))
-    parts += ["evidence:", *(f"  - {line}" for line in data["evidence"])]
+        echo_table(COMPONENTS, [_cells(name, row) for name, row in data["components"].items()])
+    lines = ["evidence:", *(f"  - {line}" for line in data["evidence"])]
     if data["ema"]:
-        parts.append("EMA: the file holds a copy of the UNet; --ema takes it")
+        lines.append("EMA: the file holds a copy of the UNet; --ema takes it")
     assumed = [f"{k} = {v}" for k, v in data.get("assumed", {}).items()]
     sections: dict[str, list[str]] = {
         "assumed, since the weights cannot tell": assumed,
@@ -126,29 +132,24 @@ def _summary(data: dict[str, Any]) -> list[RenderableType]:
         "notes": data["notes"],
         "metadata": [f"{k}: {v[:100]}" for k, v in data["metadata"].items()],
     }
-    for name, lines in sections.items():
-        if lines:
-            parts += [f"{name}:", *(f"  - {line}" for line in lines[:20])]
-        if len(lines) > 20:
-            parts.append(f"  ... and {len(lines) - 20} more (--json shows all)")
-    return parts
+    for name, items in sections.items():
+        if items:
+            lines += [f"{name}:", *(f"  - {item}" for item in items[:SHOWN])]
+        if len(items) > SHOWN:
+            lines.append(f"  ... and {len(items) - SHOWN} more (--json shows all)")
+    echo_lines(lines)
 
 
-def _components(components: dict[str, dict[str, Any]]) -> RenderableType:
-    from rich.table import Table
-
-    table = Table("component", "class")
-    for title in ("tensors", "parameters", "size"):
-        table.add_column(title, justify="right")
-    table.add_column("dtypes")
-    for name, row in components.items():
-        counts = (f"{row['tensors']:,}", millions(row["parameters"]), size(row["bytes"]))
-        dtypes = ", ".join(f"{dtype} x {count:,}" for dtype, count in row["dtypes"].items())
-        table.add_row(name, row["class"], *counts, dtypes)
-    return table
+def _cells(name: str, row: dict[str, Any]) -> list[str]:
+    """Returns a row of the table of components; one dtype needs no count."""
+    dtypes = [f"{dtype} x {count:,}" for dtype, count in row["dtypes"].items()]
+    dtypes = list(row["dtypes"]) if len(dtypes) == 1 else dtypes
+    counts = (f"{row['tensors']:,}", millions(row["parameters"]), size(row["bytes"]))
+    return [name, row["class"], *counts, ", ".join(dtypes)]
 
 
-def _tree(plan: Plan) -> RenderableType:
+def _print_tree(plan: Plan) -> None:
+    from rich.console import Console
     from rich.tree import Tree
 
     from ..reports.network import blocks
@@ -161,7 +162,7 @@ def _tree(plan: Plan) -> RenderableType:
             branch = root.add(f"{component.name}: {total:,} parameters")
             for block in members:
                 branch.add(f"{block.name}: {', '.join(_traits(block))}")
-    return root
+    Console(color_system=None, width=columns()).print(root)
 
 
 def _traits(block: Block) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,13 +11,10 @@ from ..batch.run import are_several, expanded, paired, run
 from ..batch.storage import is_url
 from ..batch.work import Outcome, Pair, Work
 from ..errors import UsageError
-from .shared import echo_json, exit_unless, joined, progress
+from .shared import document, echo_json, echo_table, exit_for, is_quiet, joined, note, progress
 
 PLACE = click.Path()
 """A path or a URL, or a pattern of either. The work looks at it; click does not."""
-
-WIDE = 1000
-"""Width of a table that is not written to a terminal: no row is broken."""
 
 Columns = Mapping[str, Callable[[Outcome], str]]
 """By title, what a column of the table says about a file."""
@@ -77,16 +73,27 @@ def outcomes_of(
 def finish(
     outcomes: Sequence[Outcome], columns: Columns, *, as_json: bool, err: bool = False
 ) -> None:
-    """Prints what came of the files, as a table or as JSON; exits with 1 if any failed."""
-    failed = [outcome for outcome in outcomes if outcome.error]
+    """Prints what came of the files, as a table or as JSON; exits with the highest code of any."""
+    errors = [outcome.error for outcome in outcomes if outcome.error]
+    worst = max(errors, key=lambda error: error.exit_code, default=None)
     if as_json:
-        echo_json([outcome.as_data() for outcome in outcomes])
+        echo_json({"files": list(map(_document, outcomes))}, worst, "files")
     else:
-        _print_table(outcomes, columns, err=err)
-        for outcome in failed:
-            click.echo(f"error: {outcome.error}\n{outcome.traceback}".rstrip(), err=True)
-        click.echo(f"{len(outcomes) - len(failed)} of {len(outcomes)} files done", err=True)
-    exit_unless(not failed)
+        if not (err and is_quiet()):
+            rows = [[o.pair.source, *(cell(o) for cell in columns.values())] for o in outcomes]
+            echo_table(["file", *columns], rows, err=err)
+        for outcome in outcomes:
+            if outcome.error:
+                click.echo(f"error: {outcome.error}\n{outcome.traceback}".rstrip(), err=True)
+        note(f"{len(outcomes) - len(errors)} of {len(outcomes)} files done")
+    exit_for(worst)
+
+
+def _document(outcome: Outcome) -> dict[str, Any]:
+    """Returns what the command prints for this file alone, and which file it is."""
+    trace = {"traceback": outcome.traceback} if outcome.traceback else {}
+    found: dict[str, Any] = document(outcome.data, outcome.error)
+    return found | {"file": outcome.pair.source} | trace
 
 
 def what_it_is(outcome: Outcome) -> str:
@@ -95,21 +102,6 @@ def what_it_is(outcome: Outcome) -> str:
 
 
 def why_not(outcome: Outcome) -> str:
-    """Returns the first line of an error, without the name of the file."""
-    return outcome.error.partition("\n")[0].removeprefix(f"{outcome.pair.source}: ")
-
-
-def _print_table(outcomes: Sequence[Outcome], columns: Columns, *, err: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("file")
-    for title in columns:
-        table.add_column(title, overflow="fold")
-    for outcome in outcomes:
-        cells = (outcome.pair.source, *(write(outcome) for write in columns.values()))
-        table.add_row(*map(Text, cells))
-    stream = sys.stderr if err else sys.stdout
-    width = None if stream.isatty() else WIDE
-    Console(stderr=err, width=width, highlight=False).print(table)
+    """Returns the sentence of an error, without the name of the file."""
+    message = outcome.error.message if outcome.error else ""
+    return message.removeprefix(f"{outcome.pair.source}: ")

@@ -9,7 +9,8 @@ import click
 from ..conversion.write import layout_text
 from ..reading.source import open_header
 from ..verification.map_checks import check_maps
-from .shared import FILE, echo_json, exit_unless, json_option, key_maps
+from ..verification.result import failure
+from .shared import FILE, echo_json, exit_for, key_maps, output_options, quiet_option
 from .verify import checks_as_text
 
 
@@ -20,6 +21,7 @@ def command() -> None:
 
 @command.command("header")
 @click.argument("file", type=FILE)
+@quiet_option
 def header(file: Path) -> None:
     """Print the header of the checkpoint FILE as a layout.json: names, dtypes and shapes."""
     click.echo(layout_text(open_header(file)), nl=False)
@@ -27,7 +29,7 @@ def header(file: Path) -> None:
 
 @command.command("check")
 @click.argument("folder", type=FILE, metavar="[DIR]", required=False)
-@json_option
+@output_options
 def check(folder: Path | None, *, as_json: bool) -> None:
     """Check every key map and every architecture, those in the folder DIR included.
 
@@ -38,10 +40,10 @@ def check(folder: Path | None, *, as_json: bool) -> None:
     Exits with 1 if anything is wrong.
     """
     checks = check_maps(key_maps(folder))
-    passed = not any(each.problems for each in checks)
+    error = failure("the key maps", checks)
     if as_json:
-        echo_json({"passed": passed, "checks": [each.as_data() for each in checks]})
+        echo_json({"passed": not error, "checks": [each.as_data() for each in checks]}, error)
     else:
         click.echo(checks_as_text(checks))
-        click.echo("passed" if passed else "FAILED")
-    exit_unless(passed)
+        click.echo("FAILED" if error else "passed")
+    exit_for(error)

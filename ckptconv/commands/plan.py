@@ -10,17 +10,17 @@ import click
 from ..conversion.convert import plan_file
 from ..errors import printable
 from ..reports.report import plan_rows
-from .shared import FILE, echo_json, exit_unless, json_option, options_of, plan_options
+from .shared import FILE, echo_json, exit_for, note, options_of, output_options, plan_options
 
 
 @click.command("plan")
 @click.argument("file", type=FILE)
 @plan_options
-@json_option
+@output_options
 def command(file: Path, *, as_json: bool, **options: Any) -> None:
     """Show what becomes of every key of FILE: source, operation, target, shape.
 
-    Exits with 1 if keys are missing or of the wrong shape.
+    Exits with 3 if keys are missing or of the wrong shape.
     """
     plan, _ = plan_file(file, options_of(options))
     rows = plan_rows(plan)
@@ -32,7 +32,8 @@ def command(file: Path, *, as_json: bool, **options: Any) -> None:
                 "problems": list(plan.problems),
                 "absent": list(plan.absent),
                 "keys": rows,
-            }
+            },
+            plan.fault,
         )
     else:
         for row in rows:
@@ -43,9 +44,9 @@ def command(file: Path, *, as_json: bool, **options: Any) -> None:
             cells = (row["source"], row["op"], f"{targets}{reason}", f"{dtype} {row['shape']}")
             click.echo("\t".join(map(printable, cells)))
         counts = f"{len(rows):,} keys; {'lossless' if plan.lossless else 'not lossless'}"
-        click.echo(f"{counts}; missing components: {', '.join(plan.absent) or 'none'}", err=True)
-        for note in plan.notes:
-            click.echo(f"warning: {printable(note)}", err=True)
+        note(f"{counts}; missing components: {', '.join(plan.absent) or 'none'}")
+        for text in plan.notes:
+            note(f"warning: {printable(text)}")
         for problem in plan.problems:
             click.echo(f"problem: {printable(problem)}", err=True)
-    exit_unless(not plan.problems)
+    exit_for(plan.fault)

@@ -8,7 +8,15 @@ import click
 
 from ..reports.numbers import size
 from ..sample import layout_of, write_sample
-from .shared import FILE, architecture_named, dtype_name, progress
+from .shared import (
+    FILE,
+    architecture_named,
+    dtype_name,
+    echo_json,
+    note,
+    output_options,
+    progress,
+)
 
 
 @click.command("sample")
@@ -24,6 +32,7 @@ from .shared import FILE, architecture_named, dtype_name, progress
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the weights."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@output_options
 def command(
     architecture: str,
     file: Path,
@@ -34,11 +43,16 @@ def command(
     ema: bool,
     seed: int,
     overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Write FILE, a checkpoint of ARCHITECTURE in the original layout with random weights."""
     known = architecture_named(architecture)
     tensors = layout_of(known, task=task, full=full, dtype=dtype, ema=ema)
     with progress("writing") as show:
         written = write_sample(known, file, tensors, seed=seed, overwrite=overwrite, progress=show)
-    click.echo(f"{size(written)}, {len(tensors):,} tensors", err=True)
-    click.echo(file)
+    note(f"{size(written)}, {len(tensors):,} tensors")
+    if as_json:
+        named = {"out": str(file), "architecture": known.name}
+        echo_json({**named, "tensors": len(tensors), "size": written})
+    else:
+        click.echo(file)

@@ -1,29 +1,32 @@
-"""What several commands share: options, JSON, the exit code and the progress bar."""
+"""What several commands share: options, output, the exit code and the progress bar."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import json
+import logging
+import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ..dtypes import cast_name
-from ..errors import UsageError
+from ..errors import CkptconvError, UsageError, printable
 from ..maps.architecture import Architecture, KeyMaps, bundled
 from ..options import FACTS, HELP, Options
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from ..reports.table import table, wrap
+from ..version import __version__
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 FILE = click.Path(path_type=Path)
-"""Not checked by click: a missing file is refused with exit code 1 and a message of our own."""
+"""Not checked by click: a missing file is refused with exit code 3 and a message of our own."""
 
 
 def joined(*options: Decorator) -> Decorator:
@@ -36,7 +39,37 @@ def joined(*options: Decorator) -> Decorator:
     return add_all
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+JSON, QUIET = f"{__package__}.json", f"{__package__}.quiet"
+"""Keys of the context: whether a command prints JSON, and whether it is quiet."""
+
+
+def _note_json(ctx: click.Context, _option: click.Parameter, value: bool) -> bool:
+    ctx.meta[JSON] = value
+    return value
+
+
+def _hush(ctx: click.Context, _option: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta[QUIET] = True
+        warnings.simplefilter("ignore")  # of the libraries
+        logging.disable(logging.WARNING)
+        ctx.call_on_close(lambda: logging.disable(logging.NOTSET))
+
+
+quiet_option = click.option(
+    *("-q", "--quiet"),
+    is_flag=True,
+    expose_value=False,
+    callback=_hush,
+    help="Print no progress and no notes; errors remain.",
+)
+output_options = joined(
+    click.option(
+        *("--json", "as_json"), is_flag=True, callback=_note_json, help="Print JSON on stdout."
+    ),
+    quiet_option,
+)
+"""Adds the options that every command has."""
 
 
 def _names(_ctx: click.Context, _option: click.Parameter, value: str | None) -> list[str] | None:
@@ -103,32 +136,73 @@ def architecture_named(name: str) -> Architecture:
     return known[name]
 
 
-def echo_json(data: Any) -> None:
-    """Prints JSON on stdout."""
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+def document(data: Mapping[str, Any], error: CkptconvError | None, name: str = "") -> Any:
+    """Returns what a command prints with `--json`, as ckptconv/data/schemas/NAME.json describes it.
+
+    Args:
+        data: what is special to the command; if there are none, the name is `error`.
+        error: why the command fails, or None.
+        name: of the schema; by default that of the command, such as `maps-check`.
+    """
+    if not data:
+        name = "error"
+    name = name or "-".join(click.get_current_context().command_path.split()[1:])
+    said = error and error.as_data()
+    return {"schema": f"ckptconv/{name}/1", "version": __version__, **data, "error": said}
 
 
-def exit_unless(passed: bool) -> None:
-    """Ends the command with exit code 1 if something is wrong."""
-    if not passed:
-        click.get_current_context().exit(1)
+def echo_json(data: Mapping[str, Any], error: CkptconvError | None = None, name: str = "") -> None:
+    """Prints the JSON of a command on stdout; the arguments are those of `document`."""
+    click.echo(json.dumps(document(data, error, name), indent=2, ensure_ascii=False))
 
 
-def console() -> Console:
-    """Returns a console on stdout; where that is not a terminal, wide enough for our tables."""
-    from rich.console import Console
+def exit_for(error: CkptconvError | None) -> None:
+    """Ends the command with the exit code of an error, if there is one."""
+    if error:
+        click.get_current_context().exit(error.exit_code)
 
-    width = None if sys.stdout.isatty() else 160
-    return Console(width=width, highlight=False, soft_wrap=True)
+
+def note(text: str) -> None:
+    """Prints on stderr what is good to know, unless the command is quiet."""
+    if not is_quiet():
+        click.echo(text, err=True)
+
+
+def is_quiet() -> bool:
+    """Whether the user wants to see errors only."""
+    return QUIET in click.get_current_context().meta
+
+
+def columns(*, err: bool = False) -> int:
+    """Returns how many characters fit in a line; where it is no terminal, as many as you like."""
+    stream = sys.stderr if err else sys.stdout
+    return shutil.get_terminal_size().columns if stream.isatty() else 10**6
+
+
+def echo_lines(lines: Iterable[str]) -> None:
+    """Prints lines; on a terminal, they break between words, and go on with an indent."""
+    for line in lines:
+        click.echo("\n".join(wrap(printable(line), columns(), "    ")))
+
+
+def echo_table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, err: bool = False) -> None:
+    """Prints a table that fits the terminal."""
+    click.echo(table(titles, rows, columns(err=err)), err=err)
+
+
+def is_animated() -> bool:
+    """Whether stderr is a terminal that may be sent escapes, and the user wants to see progress."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") in ("dumb", "unknown")
+    return sys.stderr.isatty() and not (plain or is_quiet())
 
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[..., None]]:
-    """Shows a progress bar on stderr, or nothing where that is not a terminal.
+    """Shows a progress bar on stderr, or nothing where it may not.
 
     It is moved by the bytes done, the bytes in all and, if it changed, the description.
     """
-    if not sys.stderr.isatty():
+    if not is_animated():
         yield lambda _done, _total, _what="": None
         return
     from rich import progress as rich

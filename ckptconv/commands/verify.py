@@ -8,17 +8,27 @@ from typing import Any
 
 import click
 
-from ..batch.work import Proof, problems
+from ..batch.work import Proof
 from ..destination import Destination, TextFile
-from ..errors import SHOWN, UsageError, printable
+from ..errors import CkptconvError, UsageError, printable
 from ..options import Options
 from ..reports.html import PAGE, page
 from ..reports.junit import REPORT, junit
 from ..reports.markdown import markdown
 from ..reports.numbers import size
-from ..verification.result import Check, Verification
+from ..verification.result import Check, Verification, counted
 from .many import PLACE, Columns, finish, many_options, outcomes_of, what_it_is, why_not
-from .shared import FILE, echo_json, exit_unless, json_option, options_of, plan_options, progress
+from .shared import (
+    FILE,
+    echo_json,
+    echo_lines,
+    exit_for,
+    note,
+    options_of,
+    output_options,
+    plan_options,
+    progress,
+)
 
 COLUMNS: Columns = {
     "folder": lambda outcome: outcome.pair.out,
@@ -42,7 +52,7 @@ COLUMNS: Columns = {
 @click.option("--overwrite", is_flag=True, help="Replace existing reports.")
 @plan_options
 @many_options
-@json_option
+@output_options
 def command(
     *,
     places: tuple[str, ...],
@@ -66,7 +76,8 @@ def command(
     If there are several files, or a quoted pattern of them, each is compared with the folder in DIR
     that has its name, as `convert` makes them.
 
-    Exits with 1 if anything is wrong.
+    Exits with 1 if a check fails, and with 3 if FILE or DIR is refused. The reports are written
+    in either case.
     """
     *files, folder = places
     work = Proof(options_of(options), finite, strict)
@@ -85,8 +96,7 @@ def command(
         raise UsageError("two reports have the same name", hint="give each a file of its own")
     for each in reports:
         each.check()
-    with progress("verifying") as show:
-        found = work.verify(source, folder, show)
+    found = _found(work, source, folder)
     detection = found.plan.detection if found.plan else None
     if to_junit:
         to_junit.write(junit(found))
@@ -94,12 +104,25 @@ def command(
         to_summary.append(markdown(found, detection))
     if to_page:
         to_page.write(page(detection, found.plan, found).encode())
-        click.echo(f"page: {html}", err=True)
+        note(f"page: {html}")
     if as_json:
-        echo_json(found.as_data())
-    else:
-        click.echo(as_text(found))
-    exit_unless(found.passed)
+        echo_json(found.as_data(), found.error)
+    elif not found.refusal:
+        echo_lines(as_text(found).splitlines())
+    if found.refusal:
+        click.echo(f"error: {found.refusal}", err=True)
+    exit_for(found.error)
+
+
+def _found(work: Proof, source: str | None, folder: str) -> Verification:
+    """Verifies; what cannot be verified is a check that failed, so that it is reported as well."""
+    try:
+        with progress("verifying") as show:
+            return work.verify(source, folder, show)
+    except UsageError:
+        raise
+    except CkptconvError as error:
+        return Verification.refused(folder, source, error)
 
 
 def _inputs(source: str | None, folder: str, options: Options) -> Iterator[Path]:
@@ -116,7 +139,7 @@ def as_text(found: Verification) -> str:
     """Returns a verification for a terminal: every check, and the first problems."""
     what = f"{found.folder} is " + (f"{found.source}, converted" if found.source else "consistent")
     if not found.passed:
-        what = f"{found.folder}: {problems(len(found.problems))}"
+        what = f"{found.folder}: {counted(len(found.problems))}"
     compared = f"{size(found.nbytes)} compared in " if found.source else ""
     state = "passed" if found.passed else "FAILED"
     return f"{checks_as_text(found.checks)}\n{state}: {what} ({compared}{found.seconds:.1f} s)"
@@ -124,14 +147,12 @@ def as_text(found: Verification) -> str:
 
 def checks_as_text(checks: Sequence[Check]) -> str:
     """Returns checks for a terminal: each of them, and the first problems."""
-    lines, left = [], SHOWN
+    lines = []
     width = max(len(check.component) for check in checks)
     for check in checks:
-        state = problems(len(check.problems)) if check.problems else "ok"
+        state = counted(len(check.problems)) if check.problems else "ok"
         line = f"{check.component:{width}}  {check.kind:12}  {state}"
         lines.append(f"{line}: {check.extent}" if check.extent else line)
         lines += [f"    note: {printable(note)}" for note in check.notes]
-        lines += [f"  - {printable(str(problem))}" for problem in check.problems[:left]]
-        left -= min(left, len(check.problems))
-    hidden = sum(len(check.problems) for check in checks) - SHOWN
-    return "\n".join([*lines, *([f"  ... and {hidden:,} more (--json shows all)"] * (hidden > 0))])
+        lines += [f"  - {printable(problem)}" for problem in check.lines]
+    return "\n".join(lines)

@@ -360,6 +360,7 @@ def _refusal(
         f"{header.path}: no known architecture matches; the nearest is {nearest.architecture}",
         problems=[line.text for line in nearest.failing],
         hint="`ckptconv inspect --verdicts FILE` shows what every architecture says of the file",
+        code="unknown-architecture",
     )
 
 

@@ -85,7 +85,11 @@ def read_folder(path: str | Path, maps: KeyMaps) -> ModelFolder:
     path = Path(path)
     if not path.is_dir():
         what = "a file" if path.exists() else "missing"
-        raise FileRefused(f"{path}: is {what}; needed a diffusers folder", hint="check the path")
+        raise FileRefused(
+            f"{path}: is {what}; needed a diffusers folder",
+            hint="check the path",
+            code="" if path.exists() else "not-found",
+        )
     problems: list[str] = []
     models = {c.name for a in maps.architectures.values() for c in a.models}
     parts, single = {}, ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import inspect as python_inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -26,11 +25,9 @@ def read_loras(texts: Iterable[str]) -> list[AdapterFile]:
 
     Raises:
         FileRefused: a file is not a whole, well-formed safetensors file.
-        UsageError: PEFT is missing, or a scale is not finite.
+        UsageError: a scale is not finite.
     """
     loras = [adapter_file(text) for text in texts]
-    if loras and not importlib.util.find_spec("peft"):
-        raise UsageError("a LoRA needs the library PEFT", hint="pip install peft")
     for lora in loras:
         read_header(lora.path)  # diffusers would unpickle a PyTorch file
     return loras

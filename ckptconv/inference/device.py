@@ -111,7 +111,8 @@ def memory_errors(doing: str, hint: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         first = str(error).partition("\n")[0].strip() or type(error).__name__
-        raise DeviceError(f"out of memory while {doing}", problems=[first], hint=hint) from error
+        what = f"out of memory while {doing}"
+        raise DeviceError(what, problems=[first], hint=hint, code="out-of-memory") from error
 
 
 def free_memory() -> dict[int, int]:

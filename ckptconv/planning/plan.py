@@ -106,6 +106,15 @@ class Plan:
         """Returns what the file lacks of those of some components that are incomplete."""
         return [line for n, lines in self.incomplete.items() if n in components for line in lines]
 
+    @property
+    def fault(self) -> Incomplete | None:
+        """Why the plan gives no model, if it does not."""
+        try:
+            self.require_complete()
+        except Incomplete as error:
+            return error
+        return None
+
     def require_complete(self, *, strict: bool = False) -> None:
         """Checks that the plan gives a model.
 

@@ -92,6 +92,7 @@ def require_filled(path: Path, steps: Iterable[Step]) -> None:
             ],
             hint="let the download finish, or download the file again and compare its SHA-256; if "
             f"the zeros are meant, {option('ignore_zeros', True)} accepts them",
+            code="zeros",
         )
 
 

@@ -37,4 +37,5 @@ def not_a_file(folder: Path) -> FileRefused:
         what = "a folder that holds one checkpoint" if found else "a folder without a checkpoint"
     cache = f"the cache of {folder.name}, and {place.name} in it is " if snapshots else ""
     problems = [path.name for path in found] if len(found) > 1 else []
-    return FileRefused(f"{folder}: this is {cache}{what}", problems=problems, hint=hint)
+    said = f"{folder}: this is {cache}{what}"
+    return FileRefused(said, problems=problems, hint=hint, code="unreadable")

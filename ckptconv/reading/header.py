@@ -65,6 +65,7 @@ def read_header(path: str | Path) -> Header:
             f"{path}: the file is truncated: its tensors end at byte {end:,}, but it has only "
             f"{size:,}, so {end - size:,} bytes are missing",
             hint=f"an interrupted download leaves such a file: {_DOWNLOAD}",
+            code="truncated",
         )
     if size > end:
         raise HeaderError(
@@ -139,28 +140,32 @@ def _check_length(path: Path, beginning: bytes, size: int) -> int:
     header = beginning[_LENGTH_BYTES:]
     odd = length > _MAX_HEADER or not header.startswith(b"{")
     if odd and (other := other_format(beginning)):  # a real length may begin like another format
-        raise HeaderError(f"{path}: this is {other.what}", hint=other.hint)
+        what = f"{path}: this is {other.what}"
+        raise HeaderError(what, hint=other.hint, code="not-a-checkpoint")
     missing = _LENGTH_BYTES + length - size
-    for wrong, message in (
-        (size == 0, "the file is empty (0 bytes)"),
+    for wrong, code, message in (
+        (size == 0, "truncated", "the file is empty (0 bytes)"),
         (
             not header,
+            "truncated",
             f"the file is truncated: it has {size} bytes, but a safetensors file begins with "
             f"{_LENGTH_BYTES} bytes for the length of its header, then the header",
         ),
         (
             odd,
+            "not-a-checkpoint",
             "this is neither a safetensors file nor a PyTorch checkpoint: it begins with "
             f"{beginning[:16]!r}, not with the length of a header (8 bytes) and '{{'",
         ),
         (
             missing > 0,
+            "truncated",
             f"the file is truncated: its header takes {length:,} bytes, but {missing:,} of them "
             "are missing",
         ),
     ):
         if wrong:
-            raise HeaderError(f"{path}: {message}", hint=_DOWNLOAD)
+            raise HeaderError(f"{path}: {message}", hint=_DOWNLOAD, code=code)
     return length
 
 

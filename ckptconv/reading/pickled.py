@@ -22,7 +22,7 @@ from .strict_json import is_unicode, show
 from .tensor import Header, Tensor, in_file_order
 from .torch_globals import GLOBALS, StridedTensor, storage_of
 from .unpickle import Forbidden, Global, Inert, Loaded, Table, load
-from .zip_directory import Member, read_directory
+from .zip_directory import Member, Truncated, read_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -76,9 +76,11 @@ def read_pickled(path: str | Path) -> Header:
         except ValueError as error:
             compressed = any(member.is_compressed for member in members.values())
             repacked = f"the file was repacked with compression: {_RESAVE}"
+            cut = isinstance(error, Truncated)
             raise HeaderError(
                 f"{path}: this is not an intact PyTorch checkpoint: {error}",
                 hint=repacked if compressed else _DAMAGED,
+                code="truncated" if cut else "",
             ) from error
         tensors, rest = _state_dict(path, content)
         if unknown and not tensors:

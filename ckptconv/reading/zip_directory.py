@@ -27,7 +27,15 @@ _END_RECORD = struct.Struct("<4s4H8xH")  # signature, 2 disks, 2 counts, length 
 _FULL_16 = 0xFFFF  # means that a zip64 record holds the value
 _UTF_8 = 0x800  # flag of an entry, whose name is in code page 437 otherwise
 _ENCRYPTED = 0x1
-_TRUNCATED = "the directory that ends every zip file is missing: the file is truncated or damaged"
+
+
+class Truncated(ValueError):
+    """The file ends before the directory does."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the directory that ends every zip file is missing: the file is truncated or damaged"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +91,11 @@ def read_directory(file: BinaryIO, size: int) -> dict[str, Member]:
         ValueError: the directory is damaged, contradicts itself or is too large.
     """
     if size < _END_RECORD.size:
-        raise ValueError(_TRUNCATED)
+        raise Truncated
     end = read_at(file, size - _END_RECORD.size, _END_RECORD.size)
     signature, *disks, here, count, comment = _END_RECORD.unpack(end)
     if signature != b"PK\x05\x06" or comment:
-        raise ValueError(_TRUNCATED)
+        raise Truncated
     try:
         with ZipFile(_Bounded(file)) as archive:
             entries, directory = archive.infolist(), archive.start_dir

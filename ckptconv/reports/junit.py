@@ -41,9 +41,9 @@ def junit(verification: Verification) -> bytes:
         named = {"classname": _text(f"ckptconv.{check.component}"), "name": check.kind}
         case = ET.SubElement(suite, "testcase", named)
         if check.problems:
-            message = f"{check.component}: {check.problems[0]} (of {len(check.problems):,})"
+            message = f"{check.component}: {check.lines[0]} (of {len(check.problems):,})"
             failure = ET.SubElement(case, "failure", {"message": _text(message), "type": "problem"})
-            failure.text = _text("\n".join(map(str, check.problems)))
+            failure.text = _text("\n".join(check.lines))
         lines = [f"{CHECKS[check.kind]}: {check.extent}", *(f"note: {n}" for n in check.notes)]
         ET.SubElement(case, "system-out").text = _text("\n".join(lines))
     ET.indent(suites)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 
 from ..detection.detect import Detection
-from ..errors import SHOWN
-from ..verification.result import Check, Verification
+from ..verification.result import Check, Verification, counted
 
 _SPACE = re.compile(r"[\x00-\x20\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
 
@@ -26,15 +25,11 @@ def markdown(verification: Verification, detection: Detection | None = None) -> 
         assumed = "".join(f"; assumed {_code(f'{f.name} = {f.value}')}" for f in facts)
         lines += [f"{what}{assumed}", ""]
     lines += ["| component | check | result |", "| --- | --- | --- |"]
-    lines += [
-        f"| {_code(check.component)} | {check.kind} | {_result(check)} |"
-        for check in verification.checks
-    ]
+    checks = verification.checks
+    lines += [f"| {_code(c.component)} | {c.kind} | {_result(c)} |" for c in checks]
     if problems := verification.problems:
-        lines += ["", f"{len(problems):,} problem{'s' * (len(problems) > 1)}:", ""]
-        lines += [f"- {_code(problem)}" for problem in problems[:SHOWN]]
-    if len(problems) > SHOWN:
-        lines.append(f"- and {len(problems) - SHOWN:,} more")
+        lines += ["", f"{counted(len(problems))}:", ""]
+        lines += [f"- {_code(f'{c.component}: {line}')}" for c in checks for line in c.lines]
     return "\n".join([*lines, "", ""])
 
 

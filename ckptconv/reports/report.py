@@ -21,9 +21,9 @@ UNKNOWN = "no key map knows it"
 def inspection(detection: Detection, plan: Plan | None) -> dict[str, Any]:
     """Returns everything that is known of a file; there is no plan of one that was refused.
 
-    `architecture` is None if nothing matched; then `refusal` says why.
+    `architecture` is None if nothing matched.
     """
-    header, refusal = detection.header, detection.refusal
+    header = detection.header
     data: dict[str, Any] = {
         "file": str(header.path),
         "size": header.size,
@@ -42,9 +42,6 @@ def inspection(detection: Detection, plan: Plan | None) -> dict[str, Any]:
         "metadata": dict(header.metadata),
         "notes": list(detection.notes),
     }
-    if refusal:
-        problems = list(refusal.problems)
-        data["refusal"] = {"message": refusal.message, "problems": problems, "hint": refusal.hint}
     if plan is None:
         return data
     architecture, task = detection.require()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import SHOWN, CheckFailed, CkptconvError
 from ..planning.plan import Plan
 
+NAMES = 3
+"""Names in a line that stands for several equal problems."""
+
 CHECKS = {
+    "input": "the file and the folder can be read, and are what they should be",
     "source": "every key of the file is accounted for",
     "architecture": "the folder is a model of a known architecture",
     "index": "model_index.json names the components and their classes",
@@ -73,6 +78,21 @@ class Check:
         notes = tuple(each for each in found if isinstance(each, str))
         return cls(component, kind, problems, notes, extent)
 
+    @property
+    def collapsed(self) -> list[Problem]:
+        """The problems, where one stands for all that differ only in where they are."""
+        places: dict[str, list[str]] = {}
+        for problem in self.problems:
+            places.setdefault(problem.what, []).append(problem.where)
+        return [Problem(_places(found), what) for what, found in places.items()]
+
+    @property
+    def lines(self) -> list[str]:
+        """The problems for a reader: equal ones collapsed, and the first only of very many."""
+        lines = list(map(str, self.collapsed))
+        more = len(lines) - SHOWN
+        return lines[:SHOWN] + [f"... and {more:,} more (--json lists all)"] * (more > 0)
+
     def as_data(self) -> dict[str, Any]:
         """Returns it as plain data, for JSON."""
         return {
@@ -98,6 +118,7 @@ class Verification:
         nbytes: of tensors that were compared.
         seconds: that it took.
         plan: of the source; None if the folder was verified alone.
+        refusal: why the file or the folder could not be verified at all.
     """
 
     folder: Path
@@ -108,6 +129,16 @@ class Verification:
     nbytes: int
     seconds: float
     plan: Plan | None = field(default=None, repr=False)
+    refusal: CkptconvError | None = None
+
+    @classmethod
+    def refused(cls, folder: str, source: str | None, error: CkptconvError) -> Verification:
+        """Returns the verification of what was refused: one check, which failed."""
+        where, _, what = error.message.partition(": ")
+        problems = (Problem(where, what), *(Problem(where, each) for each in error.problems))
+        check = Check("model", "input", problems, (error.hint,) if error.hint else ())
+        path = Path(source) if source else None
+        return cls(Path(folder), path, "", "", (check,), 0, 0.0, refusal=error)
 
     def __repr__(self) -> str:
         state = "passed" if self.passed else f"{len(self.problems):,} problems"
@@ -125,6 +156,11 @@ class Verification:
             f"{check.component}: {problem}" for check in self.checks for problem in check.problems
         )
 
+    @property
+    def error(self) -> CkptconvError | None:
+        """What a command ends with: the refusal, or that a check failed."""
+        return self.refusal or failure(str(self.folder), self.checks)
+
     def as_data(self) -> dict[str, Any]:
         """Returns it as plain data, for JSON."""
         return {
@@ -137,3 +173,20 @@ class Verification:
             "bytes_compared": self.nbytes,
             "seconds": round(self.seconds, 3),
         }
+
+
+def failure(what: str, checks: Sequence[Check]) -> CheckFailed | None:
+    """Returns the error that says which checks of something failed, or None if all passed."""
+    lines = [f"{check.component}: {line}" for check in checks for line in check.lines]
+    count = sum(len(check.problems) for check in checks)
+    return CheckFailed(f"{what}: {counted(count)}", problems=lines) if count else None
+
+
+def counted(count: int) -> str:
+    """Returns a number of problems in words."""
+    return f"{count:,} problem{'s' if count > 1 else ''}"
+
+
+def _places(names: Sequence[str]) -> str:
+    more = len(names) - NAMES
+    return ", ".join(names[:NAMES]) + (f" and {more:,} more" if more > 0 else "")

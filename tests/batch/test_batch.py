@@ -40,9 +40,9 @@ def test_a_run_goes_on_past_a_bad_file_and_ends_with_a_table(
     models: Path, folder: Folder, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    done = shell.run("convert", f"{models}/*.safetensors", out, code=1)
+    done = shell.run("convert", f"{models}/*.safetensors", out, code=3)
     assert done.stdout.splitlines() == [f"{out}/a", f"{out}/c.v1"]
-    rows = [line for line in done.stderr.splitlines() if line.startswith("│")]
+    rows = done.stderr.partition("\nerror: ")[0].splitlines()[-3:]
     assert [(f"{name}.safetensors" in row, word in row) for row, (name, word) in zip(
         rows, [("a", "done"), ("b", "failed"), ("c.v1", "done")], strict=True
     )] == [(True, True)] * 3  # fmt: skip
@@ -50,11 +50,11 @@ def test_a_run_goes_on_past_a_bad_file_and_ends_with_a_table(
     assert done.stderr.endswith("2 of 3 files done\n")
     assert raw_folder(out / "a") == raw_folder(out / "c.v1") == raw_folder(folder("small"))
     assert not (out / "b").exists()
-    again = shell.run("convert", models / "a.safetensors", f"{out}/", code=1)
+    again = shell.run("convert", models / "a.safetensors", f"{out}/", code=3)
     assert f"error: {out}/a: exists" in again.stderr
     proof = ["verify", models / "a.safetensors", models / "c.v1.safetensors", out]
     told = json.loads(shell.run(*proof, "--only", "tokenizer", "--json").stdout)
-    assert [(each["folder"], each["passed"]) for each in told] == [
+    assert [(each["folder"], each["passed"]) for each in told["files"]] == [
         (f"{out}/{name}", True) for name in ("a", "c.v1")
     ]
     alone = json.loads(shell.run(*proof[:2], f"{out}/a/", "--only", "tokenizer", "--json").stdout)
@@ -63,11 +63,11 @@ def test_a_run_goes_on_past_a_bad_file_and_ends_with_a_table(
 
 def test_inspect_tells_files_in_the_order_they_are_given(models: Path) -> None:
     files = [models / f"{name}.safetensors" for name in ("c.v1", "b", "a")]
-    told = json.loads(shell.run("inspect", *files, "--json", code=1).stdout)
+    told = json.loads(shell.run("inspect", *files, "--json", code=3).stdout)["files"]
     assert [each["file"] for each in told] == [str(file) for file in files]
     assert [each.get("architecture") for each in told] == ["sd1", None, "sd1"]
     assert [bool(each["error"]) for each in told] == [False, True, False]
-    text = shell.run("inspect", "--hash", *files, code=1).stdout
+    text = shell.run("inspect", "--hash", *files, code=3).stdout
     assert text.count("scheduler.prediction_type = epsilon") == 2
     assert text.count("this is a text, not a model") == 1
 
@@ -123,12 +123,12 @@ def test_key_maps_are_sent_as_the_names_of_their_folders(tmp_path: Path) -> None
 
 def test_a_bug_is_told_with_its_traceback_and_the_run_goes_on() -> None:
     outcomes = run(Broken(), [Pair("a"), Pair("b"), Pair("c")])
-    assert [outcome.error for outcome in outcomes] == [
+    assert [str(outcome.error or "") for outcome in outcomes] == [
         "",
         "b: ckptconv failed: ZeroDivisionError: integer division or modulo by zero",
         "",
     ]
-    assert "1 // (pair.source" in outcomes[1].as_data()["traceback"]
+    assert "1 // (pair.source" in outcomes[1].traceback
 
 
 def test_a_worker_that_is_killed_costs_its_own_file_only(models: Path, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_worker_that_is_killed_costs_its_own_file_only(models: Path, tmp_path:
     pairs = paired(expanded([f"{models}/*"]), str(out))
     told: list[tuple[int, ...]] = []
     outcomes = run(Deadly(), pairs, processes=2, progress=lambda *now: told.append(now))
-    assert [outcome.error for outcome in outcomes if outcome.error] == [
+    assert [str(outcome.error) for outcome in outcomes if outcome.error] == [
         f"{models}/b.safetensors: the process that worked on it died: SIGKILL, as when the memory "
         "is full"
     ]
@@ -181,13 +181,13 @@ def test_files_of_the_user_in_a_remote_folder_stay(small: Path) -> None:
 
     store, pairs = MemoryFileSystem(), [Pair(str(small), "memory://strangers/x")]
     convert = Conversion(overwrite=True)
-    assert [outcome.error for outcome in run(convert, pairs) + run(convert, pairs)] == ["", ""]
+    assert not any(outcome.error for outcome in run(convert, pairs) + run(convert, pairs))
     store.pipe_file("/strangers/x/lora/mine.safetensors", b"mine")
     (refused,) = run(convert, pairs)
-    assert "memory://strangers/x: holds what ckptconv did not write" in refused.error
-    assert "  - lora/mine.safetensors" in refused.error
+    assert "memory://strangers/x: holds what ckptconv did not write" in str(refused.error)
+    assert "  - lora/mine.safetensors" in str(refused.error)
     assert store.cat_file("/strangers/x/lora/mine.safetensors") == b"mine"
     for record in (b"{", b"[]", b'{"files": ["lora/mine.safetensors"]}'):
         store.pipe_file("/strangers/x/ckptconv/source.json", record)
         (refused,) = run(convert, pairs)
-        assert "is not a converted folder that lists its files" in refused.error
+        assert "is not a converted folder that lists its files" in str(refused.error)

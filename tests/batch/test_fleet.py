@@ -129,7 +129,7 @@ def test_a_cluster_converts_from_bucket_to_bucket(
 ) -> None:
     command = ["convert", "s3://box/in/*.safetensors", "s3://box/out/"]
     command += ["--dask", cluster.scheduler_address]
-    done = shell.run(*command, code=1)
+    done = shell.run(*command, code=3)
     assert done.stdout.splitlines() == ["s3://box/out/x", "s3://box/out/y"]
     assert "error: s3://box/in/z.safetensors: this is a text, not a model" in done.stderr
     assert bucket.ls("box/out", refresh=True) == ["box/out/x", "box/out/y"]
@@ -142,8 +142,10 @@ def test_a_cluster_converts_from_bucket_to_bucket(
     scratch = [path for path in (tmp_path / "scratch").rglob("*") if "ckptconv-" in path.name]
     assert scratch == []
     before = _tree(bucket, "box/out/x")
-    again = json.loads(shell.run(*command, "--json", "--dtype", "fp16", code=1).stdout)
-    assert again[0]["error"].startswith("s3://box/out/x: exists\nhint: --overwrite")
+    again = json.loads(shell.run(*command, "--json", "--dtype", "fp16", code=3).stdout)
+    error = again["files"][0]["error"]
+    assert (error["code"], error["message"]) == ("exists", "s3://box/out/x: exists")
+    assert error["hint"].startswith("--overwrite")
     assert _tree(bucket, "box/out/x") == before
 
 
@@ -182,7 +184,7 @@ def test_a_folder_is_uploaded_with_its_index_last_and_not_in_part(
     good = [name for name in names if name.startswith("box/good/")]
     assert good[0] == f"box/good/x/{MARK}"
     assert good[-1] == "box/good/x/model_index.json"
-    assert outcomes[1].error.startswith(
+    assert str(outcomes[1].error).startswith(
         "s3://box/bad/x: cannot be written: no right to write\nhint:"
     )
     assert any(name.startswith("box/bad/x/unet/") for name in names)
@@ -216,11 +218,12 @@ def test_what_is_wrong_with_a_place_is_told_of_its_address(
     bucket: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = [
-        o.error for o in run(Inspection(), [Pair("s3://box/no"), Pair("s3://box/in/z.safetensors")])
+        str(o.error)
+        for o in run(Inspection(), [Pair("s3://box/no"), Pair("s3://box/in/z.safetensors")])
     ]
     assert told[0].startswith("s3://box/no: cannot be fetched: no such file\nhint:")
     assert told[1].startswith("s3://box/in/z.safetensors: this is a text, not a model")
     type(bucket).clear_instance_cache()
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    refused = shell.run("inspect", "s3://box/in/*", code=1)
+    refused = shell.run("inspect", "s3://box/in/*", code=3)
     assert "error: s3://box/in/*: cannot be listed: The request signature we calc" in refused.stderr

@@ -19,7 +19,7 @@ import ckptconv
 from ckptconv.cli import COMMANDS
 from tests.conftest import Sample
 from tests.support.checkpoints import midget, save
-from tests.support.shell import process, run
+from tests.support.shell import on_a_terminal, process, run
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
@@ -31,7 +31,8 @@ def test_every_command_has_a_help_text(command: list[str], flag: str) -> None:
     assert body.endswith(".")
     if not command:
         assert all(f"\n  {name} " in text for name in COMMANDS)
-        assert "Exit codes: 0 done, 1 the file is refused or a check failed, 2 wrong usage" in text
+        said = " ".join(text.split())
+        assert "Exit codes: 0 done, 1 a check failed, 2 wrong usage, 3 refused (an input," in said
 
 
 def test_the_version_is_told() -> None:
@@ -48,7 +49,7 @@ def test_the_module_runs_and_keeps_data_and_messages_apart(small: Path, tmp_path
     assert "Stable Diffusion 1.x, text-to-image: StableDiffusionPipeline" in converted.stderr
     assert "assumed prediction_type = epsilon: nothing in the file says" in converted.stderr
     again = process("convert", small, out)
-    assert (again.returncode, again.stdout) == (1, "")
+    assert (again.returncode, again.stdout) == (3, "")
     assert again.stderr == (
         f"error: {out}: exists\nhint: --overwrite replaces it; or choose another name\n"
     )
@@ -95,43 +96,67 @@ def _diffusers_unet(path: Path) -> None:
     save({"down_blocks.0.resnets.0.conv1.weight": ("F16", (1, 1), b"\0\0")}, path)
 
 
-BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "missing": (lambda _: None, "cannot be read: No such file"),
-    "folder": (Path.mkdir, "this is a folder"),
-    "empty": (Path.touch, "the file is empty"),
-    "text": (lambda path: path.write_text("hello, this is a text"), "a text, not a model"),
-    "noise": (lambda path: path.write_bytes(bytes(range(256)) * 9), "neither a safetensors"),
-    "json": (lambda path: path.write_bytes(b"{}" * 40), "this is a JSON text"),
+BAD: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "missing": (lambda _: None, "cannot be read: No such file", "not-found"),
+    "folder": (Path.mkdir, "this is a folder", "unreadable"),
+    "empty": (Path.touch, "the file is empty", "truncated"),
+    "text": (
+        lambda path: path.write_text("hello, this"),
+        "a text, not a model",
+        "not-a-checkpoint",
+    ),
+    "noise": (
+        lambda path: path.write_bytes(bytes(range(256)) * 9),
+        "neither a safetensors",
+        "not-a-checkpoint",
+    ),
+    "json": (lambda path: path.write_bytes(b"{}" * 40), "is a JSON text", "not-a-checkpoint"),
     "header of no JSON": (
         lambda path: path.write_bytes(struct.pack("<Q", 16) + b"{" * 16),
         "the header is not JSON",
+        "not-well-formed",
     ),
-    "code": (_code, "the file names code that weights do not need; none of it was run"),
-    "old pickle": (lambda path: path.write_bytes(b"\x80\x02}q\x00."), "PyTorch"),
-    "zip": (_zip, "this is a zip file, but not a PyTorch checkpoint"),
-    "truncated": (_truncated, "the file is truncated"),
-    "LoRA": (_lora, "this is a LoRA"),
-    "no tensors": (lambda path: save({}, path), "the file holds no tensors"),
-    "diffusers layout": (_diffusers_unet, "this is a UNet in the diffusers layout already"),
+    "code": (_code, "the file names code that weights do not need; none of it", "unsafe-pickle"),
+    "old pickle": (
+        lambda path: path.write_bytes(b"\x80\x02}q\x00."),
+        "PyTorch",
+        "not-a-checkpoint",
+    ),
+    "zip": (_zip, "a zip file, but not a PyTorch checkpoint", "not-a-checkpoint"),
+    "truncated": (_truncated, "the file is truncated", "truncated"),
+    "LoRA": (_lora, "this is a LoRA", "not-a-checkpoint"),
+    "no tensors": (lambda path: save({}, path), "the file holds no tensors", "not-a-checkpoint"),
+    "diffusers layout": (
+        _diffusers_unet,
+        "UNet in the diffusers layout already",
+        "not-a-checkpoint",
+    ),
 }
 
 
-@pytest.mark.parametrize("command", ["inspect", "inspect --json", "plan", "convert"])
+LOOKED_INTO = ("LoRA", "no tensors", "diffusers layout")
+"""What `inspect` has something to say of beside the refusal."""
+
+
+@pytest.mark.parametrize("command", ["inspect", "inspect --json", "plan --json", "convert"])
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_file_is_refused_with_a_sentence_and_no_traceback(
     command: str, kind: str, tmp_path: Path
 ) -> None:
-    make, sentence = BAD[kind]
+    make, sentence, code = BAD[kind]
     path = tmp_path / "bad.safetensors"
     make(path)
     out = [tmp_path / "out"] if command == "convert" else []
-    result = run(*command.split(), path, *out, code=1)
+    result = run(*command.split(), path, *out, code=3)
     assert re.search(sentence, result.output)
     assert str(path) in result.output
     assert "hint" in result.output
-    if command in ("plan", "convert"):
-        assert result.stdout == ""
+    if "--json" in command:
+        assert json.loads(result.stdout)["error"]["code"] == code
+    if command != "inspect" and kind not in LOOKED_INTO:
         assert result.stderr.startswith(f"error: {path}: ")
+    if command == "convert":
+        assert result.stdout == ""
     assert not (tmp_path / "out").exists()
 
 
@@ -139,7 +164,7 @@ def test_a_bad_file_gives_no_traceback_in_a_process_of_its_own(tmp_path: Path) -
     path = tmp_path / "bad.safetensors"
     _code(path)
     refused = process("convert", path, tmp_path / "out")
-    assert (refused.returncode, refused.stdout) == (1, "")
+    assert (refused.returncode, refused.stdout) == (3, "")
     assert refused.stderr.startswith(f"error: {path}: the file names code")
     assert "hint: delete the file unless you know" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -193,23 +218,7 @@ def test_progress_is_silent_without_a_terminal_and_shown_on_one(
     silent = process("convert", small, tmp_path / "one")
     assert "\x1b" not in silent.stderr
     assert "converting" not in silent.stderr
-    ours, theirs = os.openpty()
-    command = [sys.executable, "-m", "ckptconv", "convert", str(small), str(tmp_path / "two")]
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    with subprocess.Popen(  # noqa: S603  (no shell)
-        command, stdout=subprocess.PIPE, stderr=theirs, env=environment
-    ) as shell:
-        os.close(theirs)
-        shown = b""
-        try:
-            while part := os.read(ours, 4096):
-                shown += part
-        except OSError:  # Linux ends a terminal so
-            pass
-        assert shell.stdout is not None
-        assert shell.stdout.read() == os.fsencode(f"{tmp_path / 'two'}\n")
-    os.close(ours)
-    assert shell.returncode == 0
-    assert b"converting" in shown
+    shown = on_a_terminal("convert", small, tmp_path / "two", COLUMNS="100")
+    assert "converting" in shown
     total = sum(p.stat().st_size for p in (tmp_path / "two").rglob("*") if p.is_file())
-    assert f"{total / 1e6:.1f}/{total / 1e6:.1f} MB".encode() in shown
+    assert f"{total / 1e6:.1f}/{total / 1e6:.1f} MB" in shown

@@ -199,7 +199,7 @@ def test_a_folder_that_is_given_brings_its_own_configuration(tmp_path: Path) -> 
         (b"\xff", "cannot be read as JSON: "),
         (b"[" * 100_000, "cannot be read as JSON: "),
         (b"[]", "holds no JSON object"),
-        (None, "cannot be read as JSON: "),
+        (None, "the file cannot be read: "),
     ],
 )
 def test_a_json_file_that_cannot_be_read_is_refused(

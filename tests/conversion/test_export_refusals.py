@@ -177,5 +177,5 @@ def test_the_command_refuses_bad_options(folder: Folder, tmp_path: Path) -> None
     out = tmp_path / "x.safetensors"
     assert run("export", folder("sd1"), out, "--metadata", "novalue").exit_code == 2
     assert run("export", folder("sd1"), out, "--dtype", "int4").exit_code == 2
-    assert run("export", tmp_path / "nothing", out).exit_code == 1
+    assert run("export", tmp_path / "nothing", out).exit_code == 3
     assert not out.exists()

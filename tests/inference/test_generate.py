@@ -369,26 +369,26 @@ def test_a_near_size_is_proposed() -> None:
 def test_outputs_that_cannot_be(sample: Sample, run: Run, tmp_path: Path) -> None:
     file = sample("sd1")
     assert "only PNG is written" in run(file, out="out.jpg", code=2).stderr
-    assert "null: is not a folder" in run(file, out="/dev/null/out.png", code=1).stderr
+    assert "null: is not a folder" in run(file, out="/dev/null/out.png", code=3).stderr
     (tmp_path / "out.png").write_text("precious")
-    assert "--overwrite replaces" in run(file, *SMALL, code=1).stderr
+    assert "--overwrite replaces" in run(file, *SMALL, code=3).stderr
     assert (tmp_path / "out.png").read_text() == "precious"
     (tmp_path / "dir.png").mkdir()
-    assert "exists" in run(file, *SMALL, "--overwrite", out="dir.png", code=1).stderr
+    assert "exists" in run(file, *SMALL, "--overwrite", out="dir.png", code=3).stderr
     (tmp_path / "two-2.png").write_text("precious")
-    assert "two-2.png: exists" in run(file, "--count", "2", out="two.png", code=1).stderr
+    assert "two-2.png: exists" in run(file, "--count", "2", out="two.png", code=3).stderr
 
 
 def test_inputs_that_cannot_be(sample: Sample, run: Run, tmp_path: Path) -> None:
     nowhere = ("--task", "image-to-image", "--image", tmp_path / "no.png")
-    assert "cannot be read as an image" in run(sample("sd1"), *nowhere, code=1).stderr
+    assert "cannot be read as an image" in run(sample("sd1"), *nowhere, code=3).stderr
     text = tmp_path / "text.png"
     text.write_text("no image")
-    assert "give a PNG or a JPEG" in run(sample("sd1"), *nowhere[:3], text, code=1).stderr
+    assert "give a PNG or a JPEG" in run(sample("sd1"), *nowhere[:3], text, code=3).stderr
     assert "cannot do inpainting" in run(
         sample("sd1", task="instruct-pix2pix"), "--task", "inpainting", code=2
     ).stderr  # fmt: skip
-    assert "no such file" in run(tmp_path / "no.safetensors", code=1).stderr.lower()
+    assert "no such file" in run(tmp_path / "no.safetensors", code=3).stderr.lower()
 
 
 def test_numbers_that_overflow_are_no_image(sample: Sample, run: Run, tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_numbers_that_overflow_are_no_image(sample: Sample, run: Run, tmp_path: 
     state = load_file(sample("sd1"))
     state["first_stage_model.decoder.conv_out.bias"].fill_(float("nan"))
     save_file(state, file)
-    result = run(file, *SMALL, code=1)
+    result = run(file, *SMALL, code=3)
     assert "the image is not made of numbers" in result.stderr
     assert "--dtype bf16 or fp32" in result.stderr
     assert not (tmp_path / "out.png").exists()
@@ -409,7 +409,7 @@ def test_a_lack_of_memory_while_generating(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr("diffusers.StableDiffusionPipeline.__call__", full)
-    result = run(sample("sd1"), *SMALL[2:], code=1)
+    result = run(sample("sd1"), *SMALL[2:], code=3)
     assert "out of memory while generating" in result.stderr
     assert "smaller --size" in result.stderr
 

@@ -347,7 +347,7 @@ def test_an_adapter_for_another_architecture_says_so(
             adapter.lora(f"lora_unet_{name}", info.shape, ".lora_down.weight", ".lora_up.weight")
     adapter.metadata["ss_base_model_version"] = f"{trained}_base"
     file = adapter.save(tmp_path / "style.safetensors")
-    shown = run("plan", small, "--lora", file, code=1).stderr
+    shown = run("plan", small, "--lora", file, code=3).stderr
     assert f"Stable Diffusion 1.x; its metadata say that it is for {trained}_base" in shown
     assert f"hint: it is an adapter for {title}" in shown
     assert shown.endswith(": give it to such a checkpoint\n")

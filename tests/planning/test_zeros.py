@@ -52,7 +52,7 @@ def test_a_hole_is_refused_until_it_is_accepted(sample: Sample, tmp_path: Path) 
     assert "ignore_zeros=True" in caught.value.hint
     with pytest.raises(FileRefused, match="large weights are zero"):
         open_model(file, Options())
-    assert "--ignore-zeros accepts them" in run("convert", file, out, code=1).stderr
+    assert "--ignore-zeros accepts them" in run("convert", file, out, code=3).stderr
 
     run("convert", file, out, "--ignore-zeros")
     assert open_model(file, Options(ignore_zeros=True)).steps

@@ -79,5 +79,5 @@ def test_what_a_folder_is_and_what_to_give(
 def test_every_command_names_it(command: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").touch()
     places = {"FILE": tmp_path, "OUT": tmp_path / "out"}
-    told = run(*(places.get(word, word) for word in command.split()), code=1)
+    told = run(*(places.get(word, word) for word in command.split()), code=3)
     assert "a diffusers folder, so it is converted already" in told.stderr

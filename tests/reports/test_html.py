@@ -348,7 +348,7 @@ def test_inspect_writes_a_page_and_keeps_its_output_and_exit_code(
     sample: Sample, tmp_path: Path
 ) -> None:
     lora, runner = hostile_file(tmp_path / "lora.safetensors"), CliRunner()
-    for file, code in ((sample("sd1"), 0), (lora, 1)):
+    for file, code in ((sample("sd1"), 0), (lora, 3)):
         out = tmp_path / f"{code}.html"
         done = runner.invoke(main, ["inspect", str(file), "--html", str(out), "--json", "--hash"])
         assert done.exit_code == code
@@ -356,7 +356,7 @@ def test_inspect_writes_a_page_and_keeps_its_output_and_exit_code(
         assert done.stderr == f"page: {out}\n"
         assert data["hashes"]["sha256"] in out.read_text()
         again = runner.invoke(main, ["inspect", str(file), "--html", str(out)])
-        assert again.exit_code == 1
+        assert again.exit_code == 3
         assert "--overwrite replaces it" in again.stderr
         forced = runner.invoke(main, ["inspect", str(file), "--html", str(out), "--overwrite"])
         assert forced.exit_code == code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -29,3 +30,25 @@ def process(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
         errors="surrogateescape",
         **options,
     )
+
+
+def on_a_terminal(*args: object, **environment: str) -> str:
+    """Runs `python -m ckptconv` on a terminal, and returns what the user sees there."""
+    ours, theirs = os.openpty()
+    known = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
+    with subprocess.Popen(  # noqa: S603  (no shell)
+        [sys.executable, "-m", "ckptconv", *map(str, args)],
+        stdout=theirs,
+        stderr=theirs,
+        env={**known, "TERM": "xterm", **environment},
+    ) as running:
+        os.close(theirs)
+        shown = b""
+        try:
+            while part := os.read(ours, 4096):
+                shown += part
+        except OSError:  # Linux ends a terminal so
+            pass
+    os.close(ours)
+    assert running.returncode == 0, shown
+    return shown.decode().replace("\r\n", "\n")

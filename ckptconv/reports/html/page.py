@@ -14,7 +14,7 @@ from typing import Any
 
 from ...destination import Kind
 from ...detection.detect import Detection
-from ...errors import CkptconvError, NotACheckpoint
+from ...errors import SHOWN, CkptconvError, NotACheckpoint
 from ...planning.plan import Plan, build_plan
 from ...planning.step import ASIDE
 from ...verification.result import CHECKS, Verification
@@ -25,7 +25,7 @@ from .drawing import draw
 from .render import rendered
 
 DOCTYPE = "<!doctype html>\n"
-LIMITS = {"rows": 20_000, "value": 2_000, "lines": 500, "problems": 20}
+LIMITS = {"rows": 20_000, "value": 2_000, "lines": 500, "problems": SHOWN}
 """At most so many keys in the table, characters of a value of the metadata, lines of a list, and
 problems of a check before the rest folds away: a hostile file can hold millions."""
 
@@ -51,7 +51,7 @@ def page(
         data, drawings = values["data"], values["drawings"]
         metadata = "Hashes and metadata" if hashes else "Metadata"
         wanted = {
-            "trouble": ("What deserves a look", values["trouble"] or "refusal" in data),
+            "trouble": ("What deserves a look", values["trouble"] or detection.refusal),
             "network": ("The network", drawings),
             "shares": ("Parameters and bytes", drawings),
             "evidence": ("Evidence", True),
