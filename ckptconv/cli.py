@@ -9,10 +9,9 @@ import difflib
 import importlib
 import io
 import os
-import signal
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -55,7 +54,6 @@ class _Group(click.Group):
         raise click.UsageError(f"there is no command {word!r}; {hint}", ctx)
 
     def invoke(self, ctx: click.Context) -> Any:
-        signal.signal(signal.SIGTERM, _terminated)
         quieten()
         if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
             sys.stdout.reconfigure(errors="surrogateescape")
@@ -100,11 +98,6 @@ def _unforeseen(error: Exception) -> str:
         f"{what}: this is a bug of ckptconv: please report it, with what CKPTCONV_DEBUG=1 in the "
         "environment adds"
     )
-
-
-def _terminated(_number: int, _frame: object) -> NoReturn:
-    """Ends as Ctrl-C does, so that nothing half-written stays behind."""
-    sys.exit(128 + signal.SIGTERM)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -8,6 +8,7 @@ import mmap
 import os
 import stat
 import threading
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import FileRefused, HeaderError, reason
@@ -29,6 +30,39 @@ MOST_YAML = 10**6
 ONE_FILE = "give one .safetensors file"
 
 
+_noted: ContextVar[dict[Path, tuple[int, ...]] | None] = ContextVar("_noted", default=None)
+
+
+@contextlib.contextmanager
+def noting_files() -> Iterator[None]:
+    """Notes the state of every file that `open_regular` opens, for `require_unchanged`."""
+    token = _noted.set({})
+    try:
+        yield
+    finally:
+        _noted.reset(token)
+
+
+def require_unchanged() -> None:
+    """Raises FileRefused if a noted file was overwritten or replaced since it was first opened."""
+    changed = []
+    for path, state in (_noted.get() or {}).items():
+        try:
+            same = _state(path.stat()) == state
+        except OSError:
+            same = False
+        changed += [] if same else [str(path)]
+    if changed:
+        raise FileRefused(
+            f"{', '.join(changed)}: another program changed it while it was read",
+            hint="wait until that program has finished, and start again",
+        )
+
+
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
+
+
 @contextlib.contextmanager
 def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """Opens a regular file, and yields it with its size in bytes.
@@ -46,6 +80,8 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         if not stat.S_ISREG(found.st_mode):
             what = f"{path}: this is not a regular file"
             raise HeaderError(what, hint=ONE_FILE, code="unreadable")
+        if (noted := _noted.get()) is not None:
+            noted.setdefault(path, _state(found))
         try:
             yield file, found.st_size
         except OSError as error:

@@ -99,6 +99,8 @@ def quieten() -> None:
     """
     for name in CHATTER:
         logging.getLogger(name).addFilter(_matters)
+    if logging.lastResort:  # which shows warnings on stderr, ours among them
+        logging.lastResort.setFormatter(logging.Formatter("warning: %(message)s"))
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message)
     # Imports create a million objects and no garbage; looking for some takes 10 % of their time.

@@ -9,11 +9,11 @@ from typing import Unpack
 
 from ..configs.config import Config, configs
 from ..configs.original_config import OriginalConfig, read_original_config
-from ..destination import check_destination, without_suffix
+from ..destination import Destination, without_suffix
 from ..detection.detect import detect, option_fact, with_config_beside
 from ..detection.facts import Fact
 from ..errors import FileRefused, option
-from ..files import looking_into, read_config
+from ..files import looking_into, noting_files, read_config
 from ..folder.names import CONFIG_FILES
 from ..folder.weights import component_headers
 from ..maps.architecture import Architecture
@@ -41,6 +41,7 @@ def plan(path: str | Path, **choices: Unpack[Choices]) -> Plan:
 
 
 @checked
+@noting_files()
 def convert(
     path: str | Path,
     out: str | Path | None = None,
@@ -62,14 +63,15 @@ def convert(
         variant: a word, such as `fp16`, that goes into the names of the weight files.
         max_shard_size: bytes of tensors in one weight file, such as `5GB`; no limit by default.
         configs_only: write no weights.
-        overwrite: replace a converted folder that is there.
+        overwrite: replace a converted folder that is there and holds nothing else.
         strict: refuse keys that no map knows and incomplete components, which are otherwise kept
             aside with a warning.
         progress: is called with bytes written and bytes in all, from one thread at a time.
         **choices: see `Options`.
 
     Raises:
-        FileRefused: the file, a donor or the original configuration cannot be used.
+        FileRefused: the file, a donor or the original configuration cannot be used, or changed
+            while it was read.
         UsageError: the choices contradict each other or the file.
         OutputError: the destination exists or cannot be written.
     """
@@ -77,12 +79,14 @@ def convert(
     options = Options.of(choices)
     packaging = Packaging.of(variant, max_shard_size, configs_only=configs_only)
     plan, original = plan_file(path, options)
-    check_destination(out, overwrite=overwrite, kind=CONVERTED, inputs=plan.files)
+    inputs = [*plan.files, *filter(None, [options.original_config])]
+    destination = Destination(out, overwrite, CONVERTED, inputs=inputs)
+    destination.check()
     plan.require_complete(strict=strict)
     if packaging.weights and not options.ignore_zeros:
         require_filled(plan.detection.header.path, plan.steps)
     configs, notes = configured(plan, original)
-    report = write_folder(plan, configs, out, packaging, options.only, progress)
+    report = write_folder(plan, configs, destination, packaging, options.only, progress)
     absent = [
         f"{name} is not in the file, so model_index.json says null: "
         f"supply it with {option_for(plan, name)}"

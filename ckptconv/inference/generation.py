@@ -10,12 +10,12 @@ import inspect as python_inspect
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..destination import check_destination, new_file
+from ..destination import Destination
 from ..errors import CkptconvError, DeviceError, FileRefused, UsageError, option
 from ..files import read_small
 from ..libraries import library_version
@@ -179,7 +179,9 @@ def check(cls: type[DiffusionPipeline], task: str, settings: Settings) -> None:
         )
 
 
-def check_outputs(out: Path, count: int, *, overwrite: bool) -> list[Path]:
+def check_outputs(
+    out: Path, count: int, *, overwrite: bool, inputs: Sequence[Path] = ()
+) -> list[Destination]:
     """Returns the files to write: `out`, or for several images `out-1`, `out-2`, ...
 
     Raises:
@@ -189,9 +191,10 @@ def check_outputs(out: Path, count: int, *, overwrite: bool) -> list[Path]:
     if out.suffix.lower() != ".png":
         raise UsageError(f"{out}: only PNG is written", hint="end the name in .png")
     paths = [out.with_stem(f"{out.stem}-{n}") for n in range(1, count + 1)] if count > 1 else [out]
-    for path in paths:
-        check_destination(path, overwrite=overwrite)
-    return paths
+    destinations = [Destination(path, overwrite, inputs=inputs) for path in paths]
+    for each in destinations:
+        each.check()
+    return destinations
 
 
 def open_images(settings: Settings) -> dict[str, Image.Image]:
@@ -307,12 +310,12 @@ def described(pipe: Pipeline, settings: Settings, arguments: Mapping[str, Any]) 
     }
 
 
-def save_png(image: Image.Image, path: Path, values: Mapping[str, Any]) -> None:
+def save_png(image: Image.Image, out: Destination, values: Mapping[str, Any]) -> None:
     """Writes a PNG that carries its parameters: whole, or not at all.
 
     Args:
         image: to write.
-        path: of the file.
+        out: the file, from `check_outputs`.
         values: go into a text chunk with the keyword `ckptconv`, as JSON.
 
     Raises:
@@ -322,7 +325,7 @@ def save_png(image: Image.Image, path: Path, values: Mapping[str, Any]) -> None:
 
     info = PngInfo()
     info.add_itxt(CHUNK, json.dumps(values, ensure_ascii=False))
-    with new_file(path) as hidden:
+    with out.new() as hidden:
         image.save(hidden, format="PNG", pnginfo=info)
 
 
