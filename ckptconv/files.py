@@ -8,6 +8,7 @@ import mmap
 import os
 import stat
 import threading
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import FileRefused, HeaderError, reason
@@ -20,9 +21,46 @@ if TYPE_CHECKING:
 
 MOST_JSON = 10**8
 """Bytes of a JSON file: it may repeat the header of a checkpoint, which safetensors limits so."""
+MOST_CONFIG = 10**6
+"""Bytes of a configuration; the published ones have a few thousand."""
+MOST_TOKENS = 32 * 10**6
+"""Bytes of a file of a tokenizer; that of CLIP has 4 million."""
 MOST_YAML = 10**6
 """Bytes of a YAML file; the published ones have a few thousand."""
 ONE_FILE = "give one .safetensors file"
+
+
+_noted: ContextVar[dict[Path, tuple[int, ...]] | None] = ContextVar("_noted", default=None)
+
+
+@contextlib.contextmanager
+def noting_files() -> Iterator[None]:
+    """Notes the state of every file that `open_regular` opens, for `require_unchanged`."""
+    token = _noted.set({})
+    try:
+        yield
+    finally:
+        _noted.reset(token)
+
+
+def require_unchanged() -> None:
+    """Raises FileRefused if a noted file was overwritten or replaced since it was first opened."""
+    changed = []
+    for path, state in (_noted.get() or {}).items():
+        try:
+            same = _state(path.stat()) == state
+        except OSError:
+            same = False
+        changed += [] if same else [str(path)]
+    if changed:
+        raise FileRefused(
+            f"{', '.join(changed)}: another program changed it while it was read",
+            hint="wait until that program has finished, and start again",
+        )
+
+
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
 
 
 @contextlib.contextmanager
@@ -42,6 +80,8 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         if not stat.S_ISREG(found.st_mode):
             what = f"{path}: this is not a regular file"
             raise HeaderError(what, hint=ONE_FILE, code="unreadable")
+        if (noted := _noted.get()) is not None:
+            noted.setdefault(path, _state(found))
         try:
             yield file, found.st_size
         except OSError as error:
@@ -73,6 +113,21 @@ def read_small(path: Path, most: int) -> bytes:
         f"{path}: has {size:,} bytes; a file of this kind has at most {most:,}",
         hint="check the file",
     )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Returns the content of a configuration file; raises as `read_json` does."""
+    return read_json(path, MOST_CONFIG)
+
+
+@contextlib.contextmanager
+def looking_into(folder: Path) -> Iterator[None]:
+    """Turns what the system says of a folder into FileRefused."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename or folder}: cannot be read: {reason(error)}"
+        raise FileRefused(what, hint="check that you may read the folder and its files") from error
 
 
 def read_at(file: BinaryIO, start: int, nbytes: int) -> bytes:
@@ -166,7 +221,10 @@ class Files(contextlib.ExitStack):
 def read_json(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
     """Returns the object that a JSON file holds; FileRefused if it cannot be read or has none."""
     try:
-        values = json.loads(read_small(path, most))
+        text = read_small(path, most)
+        values = json.loads(text)
+        if rb"\ud" in text.lower():
+            json.dumps(values, ensure_ascii=False).encode()  # refuses half of a surrogate pair
     except (ValueError, RecursionError) as error:
         what = f"{path}: cannot be read as JSON: {error}"
         raise FileRefused(what, hint="check the file") from error

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .destination import check_destination, new_file
+from .destination import Destination
 from .dtypes import BITS, CASTS, FLOATS, cast_name
 from .errors import UsageError
 from .maps.architecture import Architecture
@@ -132,8 +132,7 @@ def write_sample(
     ordered = sorted(tensors, key=lambda t: -BITS[t[1]])
     beginning, infos = encode_header(ordered, spec.metadata)
     total = max([len(beginning), *(info.end for info in infos.values())])
-    check_destination(path, overwrite=overwrite)
-    with new_file(path) as hidden, hidden.open("xb") as out:
+    with Destination(path, overwrite).new() as hidden, hidden.open("xb") as out:
         done = out.write(beginning)
         for data in _values(ordered, seed, spec.spread):
             done += out.write(data)

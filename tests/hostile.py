@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import ckptconv
-from ckptconv.cli import main as command_line
+from ckptconv.__main__ import run as command_line
 from ckptconv.files import ByteCounter
 from ckptconv.maps.architecture import bundled
 from ckptconv.sample import layout_of, write_sample
@@ -74,7 +74,8 @@ def run(attack: Attack, arguments: list[str], scene: Scene, *, quietly: bool) ->
     aside = scene.root.parent
     said = "".join((aside / name).read_text(errors="replace") for name in WRITTEN)
     try:
-        return ours.recv(), said
+        code, scene.made_meanwhile = ours.recv()
+        return code, said
     except EOFError:  # it died by a signal
         return process.exitcode, said
 
@@ -83,6 +84,7 @@ def _run(
     attack: Attack, arguments: list[str], scene: Scene, quietly: bool, answer: Connection
 ) -> None:
     os.chdir(scene.root)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have set to ignore
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
     sys.addaudithook(_no_network)
@@ -95,13 +97,13 @@ def _run(
         os.dup2(err.fileno(), 2)
         with redirect_stdout(out), redirect_stderr(err):
             try:
-                command_line(arguments, prog_name="ckptconv")
+                command_line(arguments)
             except SystemExit as error:
                 code = error.code if isinstance(error.code, int) else int(error.code is not None)
             except BaseException:  # noqa: BLE001  (that is the finding)
                 traceback.print_exc()
                 code = 99
-    answer.send(code)
+    answer.send((code, scene.made_meanwhile))
 
 
 def _no_network(event: str, arguments: tuple[object, ...]) -> None:

@@ -29,8 +29,10 @@ ORDER = (
     *(
         "errors",
         "version",
+        "signals",
         "dtypes",
         "files",
+        "in_place",
         "destination",
         "libraries",
         "reading",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,15 @@ from typing import Any
 import pytest
 
 import ckptconv
+from ckptconv.conversion import export as exporting
 from ckptconv.conversion import write as execute
 from ckptconv.errors import FileRefused, OutputError
 from ckptconv.files import Files
+from ckptconv.signals import ENDING
 from ckptconv.streaming import stream
 from tests.conftest import Folder, Sample
-from tests.kill import Killer
+from tests.kill import Kill, Killer, Tally
+from tests.planning.test_adapters import styled
 from tests.support.checkpoints import raw_folder
 
 
@@ -157,22 +162,58 @@ def test_a_failure_midway_leaves_nothing_and_the_old_folder_as_it_was(
     assert raw_folder(tmp_path / "out") == raw_folder(folder("small"))
 
 
-def test_a_rename_that_fails_puts_the_old_folder_back(
-    small: Path, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("change", ["overwritten in place", "replaced", "removed"])
+@pytest.mark.parametrize("role", ["source", "donor", "adapter", "original config"])
+def test_an_input_that_changes_midway_is_refused_and_leaves_nothing(
+    role: str, change: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(folder("small"), tmp_path / "out")
-    real = Path.rename
+    inputs = {name: tmp_path / f"{name}.safetensors" for name in ("source", "donor", "adapter")}
+    for path in (inputs["source"], inputs["donor"]):
+        shutil.copyfile(small, path)
+    styled(small).save(inputs["adapter"])
+    yaml = inputs["original config"] = tmp_path / "config.yaml"
+    yaml.write_text("model:\n  params:\n    parameterization: v\n")
+    changed = inputs[role]
 
-    def rename(self: Path, target: Path) -> Path:
-        if self.name.endswith(".partial"):
-            raise OSError(errno.EACCES, "Permission denied")
-        return real(self, target)
+    def change_first(*args: Any) -> list[str]:
+        if change == "overwritten in place":
+            with changed.open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b"\n")
+        elif change == "replaced":
+            shutil.copyfile(changed, tmp_path / "other")
+            (tmp_path / "other").replace(changed)
+        done = stream.write(*args)
+        if change == "removed":
+            changed.unlink()
+        return done
 
-    monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(OutputError, match="cannot be written: Permission denied"):
-        ckptconv.convert(small, tmp_path / "out", only=["vae"], overwrite=True)
-    assert _names(tmp_path) == ["out"]
-    assert raw_folder(tmp_path / "out") == raw_folder(folder("small"))
+    monkeypatch.setattr(execute, "write", change_first)
+    said = f"{changed}: another program changed it while it was read"
+    with pytest.raises(FileRefused, match=re.escape(said)):
+        ckptconv.convert(
+            inputs["source"],
+            tmp_path / "out",
+            vae=inputs["donor"],
+            lora=inputs["adapter"],
+            original_config=yaml,
+        )
+    assert not [name for name in _names(tmp_path) if "out" in name]
+
+
+def test_a_folder_that_changes_while_it_is_exported_is_refused(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder("small"), tmp_path / "model")
+
+    def change_first(*args: Any) -> list[str]:
+        os.utime(tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors")
+        return stream.write(*args)
+
+    monkeypatch.setattr(exporting, "write", change_first)
+    with pytest.raises(FileRefused, match=r"vae/.*: another program changed it"):
+        ckptconv.export(tmp_path / "model", tmp_path / "out")
+    assert _names(tmp_path) == ["model"]
 
 
 def test_a_source_that_shrinks_midway_is_refused_and_leaves_nothing(
@@ -193,7 +234,7 @@ def test_a_source_that_shrinks_midway_is_refused_and_leaves_nothing(
 
 SLOW = """
 import signal, sys, time
-from ckptconv.cli import main
+from ckptconv.__main__ import run
 from ckptconv.files import Files
 from ckptconv.streaming import stream
 
@@ -204,33 +245,57 @@ def slow(*args, write=Files.write):
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 Files.write, stream.CHUNK = slow, 10_000
-main(sys.argv[1:])
+run()
 """
 """Converts in about a second, and says when the first byte is copied."""
 
 
-def _stopped(number: int, small: Path, out: Path) -> tuple[int, str]:
-    """Sends a signal to a conversion midway; returns its exit code and what it said."""
+def _stopped(number: int, small: Path, out: Path, times: int = 1) -> tuple[int, str]:
+    """Sends signals to a conversion midway; returns its exit code and what it said."""
     command = [sys.executable, "-c", SLOW, "convert", str(small), str(out)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as run:  # noqa: S603
         assert run.stdout is not None
         assert run.stdout.readline().startswith("copying")  # two threads may say so at once
         assert [name for name in _names(out.parent) if name.endswith(".partial")]
-        run.send_signal(number)
+        for _ in range(times):
+            run.send_signal(number)
+            time.sleep(0.02)
         _, said = run.communicate(timeout=30)
     return run.returncode, said
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "said"),
-    [(signal.SIGINT, 1, "Aborted!"), (signal.SIGTERM, 128 + signal.SIGTERM, "")],
-)
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("number", ENDING)
 def test_a_conversion_that_is_stopped_leaves_nothing(
-    number: int, code: int, said: str, small: Path, tmp_path: Path
+    number: int, times: int, small: Path, tmp_path: Path
 ) -> None:
-    assert _stopped(number, small, tmp_path / "out") == (code, f"\n{said}\n" if said else "")
+    assert _stopped(number, small, tmp_path / "out", times) == (128 + number, "interrupted\n")
     assert _names(tmp_path) == []
+
+
+@pytest.mark.parametrize("module", ["ckptconv.cli", "click", "ckptconv.commands.inspect"])
+def test_ctrl_c_while_modules_are_imported_is_one_line(module: str, tmp_path: Path) -> None:
+    interrupting = """
+import os, signal, sys
+from importlib.abc import MetaPathFinder
+
+class Finder(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Finder())
+from ckptconv.__main__ import run
+sys.argv[2:] = ["inspect", "x"]
+assert not [name for name in sys.modules if name in ("click", "ckptconv.files")]
+del sys.argv[0]
+run()
+"""
+    command = [sys.executable, "-c", interrupting, module]
+    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603  (our own code)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 def test_a_conversion_that_is_killed_leaves_nothing_that_looks_finished(
@@ -246,15 +311,31 @@ def test_a_conversion_that_is_killed_leaves_nothing_that_looks_finished(
     assert raw_folder(tmp_path / "out") == raw_folder(folder("small"))
 
 
-def test_three_kills_leave_nothing_that_loads_without_being_whole(
-    sample: Sample, tmp_path: Path
-) -> None:
-    """`python -m tests.kill --kills 50` does the same more often."""
-    killer = Killer(sample("sd1", dtype="fp16"), tmp_path)
-    killer.by_clock(killer.seconds / 2)
-    killer.by_call(killer.calls * 7 // 10)  # while weights are moved
-    assert killer.tally.weights["refused"] > 0
-    killer.by_call(killer.calls - 6)  # while the configurations are written
-    assert killer.tally.weights["taken"] > 0
-    assert killer.tally.left.total() == 3
-    assert killer.tally.faults == []
+@pytest.fixture(scope="module")
+def killer(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> Killer:
+    return Killer(sample("sd1", dtype="fp16"), tmp_path_factory.mktemp("kill"))
+
+
+@pytest.mark.parametrize(
+    "kill",
+    [
+        Kill("convert", at="calls", call=60),
+        Kill("convert --overwrite", at="renames", call=5),  # after the exchange
+        Kill("convert --overwrite", at="renames", call=5, user=4),
+        Kill("convert --overwrite", at="renames", call=11, exchanges=False),  # no folder is there
+        Kill("export", at="renames", call=1, user=1),
+        Kill("export --overwrite", at="renames", call=6),
+    ],
+)
+def test_a_kill_loses_nothing_and_the_next_run_leaves_nothing(kill: Kill, killer: Killer) -> None:
+    """`python -m tests.kill --kills 200` does the same more often, at all moments."""
+    killer.tally = Tally()
+    killer.kill(kill)
+    assert (killer.tally.losses, killer.tally.litter) == ([], [])
+
+
+@pytest.mark.parametrize("job", ["convert", "export"])
+def test_of_two_runs_to_one_place_one_reports_success(job: str, killer: Killer) -> None:
+    killer.tally = Tally()
+    killer.two_at_once(job)
+    assert (killer.tally.losses, killer.tally.litter) == ([], [])

@@ -6,6 +6,7 @@ fsspec knows the protocols (`s3://`, `gs://`, `hf://`, ...). It is imported only
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 import tempfile
@@ -16,8 +17,9 @@ from typing import Any
 
 from ..destination import INDEX_SUFFIX
 from ..errors import CkptconvError, FileRefused, OutputError, UsageError, option
-from ..files import read_json
+from ..files import MOST_JSON, read_json
 from ..folder.names import INDEX, RECORD
+from ..folder.record import recorded_files
 from ..planning.step import ASIDE
 from .work import Conversion, Done, Moved, Pair, Work
 
@@ -226,13 +228,30 @@ def _check_destination(url: str, run: str, *, overwrite: bool) -> set[str]:
             what = "is being uploaded by another run, or that one was lost" if mark else "exists"
             hint = f"{option('overwrite', True)} replaces it; or choose another name"
             raise OutputError(f"{url}: {what}", hint=hint, code="exists")
-        if not mark and f"{ASIDE}/{RECORD}" not in names:
+        stays = f"so {option('overwrite', True)} does not remove it"
+        record = f"{ASIDE}/{RECORD}"
+        listed = _listed(fs, f"{path}/{record}") if record in names else frozenset()
+        if not (mark or listed):
+            what = f"exists and is not a converted folder that lists its files, {stays}"
+            hint = "remove it yourself, or choose another name"
+            raise OutputError(f"{url}: {what}", hint=hint, code="exists")
+        if strangers := sorted(names - listed if not mark else ()):
             raise OutputError(
-                f"{url}: exists and is not a converted folder, so {option('overwrite', True)} "
-                "does not remove it",
-                hint="remove it yourself, or choose another name",
+                f"{url}: holds what ckptconv did not write, {stays}",
+                problems=strangers,
+                hint="move these files elsewhere, or choose another name",
+                code="exists",
             )
         return names
+
+
+def _listed(fs: Any, path: str) -> frozenset[str]:
+    """Returns the files that a record lists; none if it is no record of ours."""
+    try:
+        values = json.loads(fs.cat_file(path, end=MOST_JSON))
+    except (ValueError, RecursionError):
+        return frozenset()
+    return recorded_files(values) if isinstance(values, dict) else frozenset()
 
 
 def _upload(folder: Path, url: str, run: str, *, overwrite: bool) -> None:

@@ -1,8 +1,8 @@
 """Works on several files at once, each in a process of its own.
 
 A worker takes one file after another. If it dies (killed, or out of memory), only its file fails,
-and another worker takes its place. Only the parent heeds Ctrl-C: it ends its workers, which remove
-what they have begun. A worker whose parent died ends, too.
+and another worker takes its place. Only the parent heeds the signals of a terminal, such as Ctrl-C:
+it ends its workers, which remove what they have begun. A worker whose parent died ends, too.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ import contextlib
 import multiprocessing
 import multiprocessing.resource_tracker
 import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import NoReturn
 
 from ..errors import CkptconvError
 from ..libraries import quieten
+from ..signals import ENDING, PATIENCE, ignore_signals, raise_signals
 from .work import Outcome, Pair, Work, attempt
 
-PATIENCE = 10.0
-"""Seconds that a worker has to clean up before it is killed."""
+FROM_TERMINAL = set(ENDING) - {signal.SIGTERM}
+"""Signals that a terminal sends to every process: the parent alone heeds them."""
 
 
 def each(
@@ -67,12 +66,12 @@ def each(
 
 
 def _started(work: Work) -> tuple[Connection, SpawnProcess]:
-    """Starts a worker that ignores Ctrl-C from its first moment on."""
+    """Starts a worker that ignores the signals of a terminal from its first moment on."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     worker = context.Process(target=_serve, args=(theirs, work))
     multiprocessing.resource_tracker.ensure_running()  # it would unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FROM_TERMINAL)
     try:
         worker.start()
     finally:
@@ -100,16 +99,11 @@ def _dead(worker: SpawnProcess, pair: Pair) -> Outcome:
 
 def _serve(connection: Connection, work: Work) -> None:
     """Runs in a worker: works on the files that it is sent, until the connection is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _terminated)
+    ignore_signals(FROM_TERMINAL)
+    raise_signals()
     quieten()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             pair = connection.recv()
             outcome = attempt(work, pair, lambda done, total: connection.send((done, total)))
             connection.send(outcome)
-
-
-def _terminated(_number: int, _frame: object) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: let it clean up
-    sys.exit(128 + signal.SIGTERM)

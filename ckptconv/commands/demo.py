@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ..conversion.convert import convert
+from ..destination import Destination
 from ..detection.detect import inspect
 from ..libraries import hide_progress_bars
 from ..planning.plan import build_plan
@@ -23,8 +24,9 @@ SIDE = 64
 @click.command("demo")
 @click.argument("folder", type=FILE, default="ckptconv-demo")
 @click.option("--arch", default="sdxl", show_default=True, help="Architecture of the sample.")
+@click.option("--overwrite", is_flag=True, help="Replace what an earlier demo left.")
 @output_options
-def command(folder: Path, *, arch: str, as_json: bool) -> None:
+def command(folder: Path, *, arch: str, overwrite: bool, as_json: bool) -> None:
     """Make a sample, inspect it, convert it, and draw a two-step image from it, in FOLDER.
 
     The weights are random, so the image is noise; it shows that stock diffusers runs the folder.
@@ -33,25 +35,29 @@ def command(folder: Path, *, arch: str, as_json: bool) -> None:
     echo = note if as_json else click.echo
     architecture, started = architecture_named(arch), time.monotonic()
     sample = folder / f"{arch}.safetensors"
-    write_sample(architecture, sample, layout_of(architecture, dtype="fp32"), overwrite=True)
+    out, image = folder / arch, Destination(folder / f"{arch}.png", overwrite)
+    image.check()
+    tensors = layout_of(architecture, dtype="fp32")
+    write_sample(architecture, sample, tensors, overwrite=overwrite)
     echo(f"sample:   {sample}")
     plan = build_plan(inspect(sample))
     data = inspection(plan.detection, plan)
     echo(f"inspect:  {data['title']}, {data['task']}, {data['prediction_type']['value']}")
-    report = convert(sample, folder / arch, overwrite=True)
+    report = convert(sample, out, overwrite=overwrite)
     echo(f"convert:  {report.out} ({len(report.files)} files, {report.seconds:.2f} s)")
     note("generate: loading diffusers ...")
-    image = _draw(report.out, folder / f"{arch}.png")
-    echo(f"generate: {image}")
+    with image.new() as hidden:
+        _draw(report.out, hidden)
+    echo(f"generate: {image.path}")
     seconds = time.monotonic() - started
     note(f"done in {seconds:.0f} s")
     if as_json:
-        places = {"sample": str(sample), "out": str(report.out), "image": str(image)}
+        places = {"sample": str(sample), "out": str(report.out), "image": str(image.path)}
         what = {"architecture": arch, "task": data["task"]}
         echo_json({**places, **what, "seconds": round(seconds, 3)})
 
 
-def _draw(model: Path, image: Path) -> Path:
+def _draw(model: Path, image: Path) -> None:
     hide_progress_bars()
     from diffusers import DiffusionPipeline
     from PIL import Image
@@ -65,5 +71,4 @@ def _draw(model: Path, image: Path) -> Path:
         inputs |= {"image": Image.new("RGB", (SIDE, SIDE), "gray"), "strength": 1.0}
     else:
         inputs |= {"height": SIDE, "width": SIDE}
-    pipeline(**inputs).images[0].save(image)
-    return image
+    pipeline(**inputs).images[0].save(image, format="PNG")

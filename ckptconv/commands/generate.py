@@ -133,7 +133,8 @@ def command(
         size=parse_pixels(size) if size else None,
         **{name: options[name] for name in Settings.__annotations__ if name in options},
     )
-    paths = check_outputs(out, count, overwrite=overwrite)
+    read = [path for path in (file, settings.image, settings.mask) if path]
+    outputs = check_outputs(out, count, overwrite=overwrite, inputs=read)
     place, reason = pick_device(device)
     decided = options_of(options)
     if place.type == "cpu" and decided.dtype is None:
@@ -168,7 +169,7 @@ def command(
     arguments = call_arguments(pipe, settings, images)
     first = secrets.randbelow(2**32) if seed is None else seed
     made = []
-    for number, path in enumerate(paths):
+    for number, output in enumerate(outputs):
         image = generate(pipe, arguments, first + number)
         values = described(pipe, settings, arguments) | {
             "seed": first + number,
@@ -180,11 +181,11 @@ def command(
             "loras": [{"file": a.path.name, "scale": a.scale} for a in adapters],
             "device": str(place),
         }
-        save_png(image, path, values)
-        made.append({"file": str(path), **values})
-        note(f"{path}: seed {first + number}")
+        save_png(image, output, values)
+        made.append({"file": str(output.path), **values})
+        note(f"{output.path}: seed {first + number}")
         if not as_json:
-            click.echo(path)
+            click.echo(output.path)
     if as_json:
         seconds = {"load": loaded - started, "generate": time.monotonic() - loaded}
         echo_json({"images": made, "seconds": {k: round(v, 3) for k, v in seconds.items()}})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..batch.work import Inspection, Outcome
-from ..destination import check_destination
+from ..destination import Destination
 from ..detection.detect import Detection
 from ..errors import SHOWN
 from ..planning.plan import Plan
@@ -78,12 +78,13 @@ def command(
         finish(outcomes, {**COLUMNS, **(HASHES if hashed else {})}, as_json=as_json)
         return
     if html:
-        from ..reports.html import PAGE, page, write_page  # a tenth of an inspection's time
+        from ..reports.html import PAGE, page  # a tenth of an inspection's time
 
-        check_destination(html, overwrite=overwrite, kind=PAGE)
+        destination = Destination(html, overwrite, PAGE, inputs=files)
+        destination.check()
     detection, plan, data, error = work.inspect(files[0])
     if html:
-        write_page(html, page(detection, plan, hashes=data.get("hashes")), overwrite=overwrite)
+        destination.write(page(detection, plan, hashes=data.get("hashes")).encode())
         note(f"page: {html}")
     if as_json:
         echo_json(data, error)

@@ -9,11 +9,11 @@ from typing import Any
 import click
 
 from ..batch.work import Proof
-from ..destination import check_destination, new_file, writing
+from ..destination import Destination, TextFile
 from ..errors import CkptconvError, UsageError, printable
 from ..options import Options
-from ..reports.html import PAGE, page, write_page
-from ..reports.junit import junit
+from ..reports.html import PAGE, page
+from ..reports.junit import REPORT, junit
 from ..reports.markdown import markdown
 from ..reports.numbers import size
 from ..verification.result import Check, Verification, counted
@@ -49,7 +49,7 @@ COLUMNS: Columns = {
 @click.option("--junit", "report", type=FILE, help="Write a JUnit XML report to this file.")
 @click.option("--html", type=FILE, help="Write a page with the checks and a drawing of the file.")
 @click.option("--markdown", "summary", type=FILE, help="Append a summary to this file.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing page.")
+@click.option("--overwrite", is_flag=True, help="Replace existing reports.")
 @plan_options
 @many_options
 @output_options
@@ -87,23 +87,23 @@ def command(
         finish(outcomes, COLUMNS, as_json=as_json)
         return
     source = files[0] if files else None
-    if report:  # a job that runs again replaces its report
-        inputs = _inputs(source, folder, work.options)
-        check_destination(report, overwrite=True, inputs=inputs)
-    if summary:
-        check_destination(summary, append=True, inputs=_inputs(source, folder, work.options))
-    if html:
-        check_destination(html, overwrite=overwrite, kind=PAGE)
+    inputs = [*_inputs(source, folder, work.options)]
+    to_junit = report and Destination(report, overwrite, unasked=REPORT, inputs=inputs)
+    to_page = html and Destination(html, overwrite, PAGE, inputs=inputs)
+    to_summary = summary and TextFile(summary, inputs)
+    reports = [each for each in (to_junit, to_page, to_summary) if each]
+    if len({each.path.resolve() for each in reports}) < len(reports):
+        raise UsageError("two reports have the same name", hint="give each a file of its own")
+    for each in reports:
+        each.check()
     found = _found(work, source, folder)
     detection = found.plan.detection if found.plan else None
-    if report:
-        with new_file(report) as hidden:
-            hidden.write_bytes(junit(found))
-    if summary:
-        with writing(summary, "choose another place"), summary.open("a", encoding="utf-8") as file:
-            file.write(markdown(found, detection))
-    if html:
-        write_page(html, page(detection, found.plan, found), overwrite=overwrite)
+    if to_junit:
+        to_junit.write(junit(found))
+    if to_summary:
+        to_summary.append(markdown(found, detection))
+    if to_page:
+        to_page.write(page(detection, found.plan, found).encode())
         note(f"page: {html}")
     if as_json:
         echo_json(found.as_data(), found.error)

@@ -9,11 +9,12 @@ from typing import Unpack
 
 from ..configs.config import Config, configs
 from ..configs.original_config import OriginalConfig, read_original_config
-from ..destination import check_destination, without_suffix
+from ..destination import Destination, without_suffix
 from ..detection.detect import detect, option_fact, with_config_beside
 from ..detection.facts import Fact
 from ..errors import FileRefused, option
-from ..files import read_json
+from ..files import looking_into, noting_files, read_config
+from ..folder.names import CONFIG_FILES
 from ..folder.weights import component_headers
 from ..maps.architecture import Architecture
 from ..options import Choices, Options, checked
@@ -40,6 +41,7 @@ def plan(path: str | Path, **choices: Unpack[Choices]) -> Plan:
 
 
 @checked
+@noting_files()
 def convert(
     path: str | Path,
     out: str | Path | None = None,
@@ -61,14 +63,15 @@ def convert(
         variant: a word, such as `fp16`, that goes into the names of the weight files.
         max_shard_size: bytes of tensors in one weight file, such as `5GB`; no limit by default.
         configs_only: write no weights.
-        overwrite: replace a converted folder that is there.
+        overwrite: replace a converted folder that is there and holds nothing else.
         strict: refuse keys that no map knows and incomplete components, which are otherwise kept
             aside with a warning.
         progress: is called with bytes written and bytes in all, from one thread at a time.
         **choices: see `Options`.
 
     Raises:
-        FileRefused: the file, a donor or the original configuration cannot be used.
+        FileRefused: the file, a donor or the original configuration cannot be used, or changed
+            while it was read.
         UsageError: the choices contradict each other or the file.
         OutputError: the destination exists or cannot be written.
     """
@@ -76,12 +79,14 @@ def convert(
     options = Options.of(choices)
     packaging = Packaging.of(variant, max_shard_size, configs_only=configs_only)
     plan, original = plan_file(path, options)
-    check_destination(out, overwrite=overwrite, kind=CONVERTED, inputs=plan.files)
+    inputs = [*plan.files, *filter(None, [options.original_config])]
+    destination = Destination(out, overwrite, CONVERTED, inputs=inputs)
+    destination.check()
     plan.require_complete(strict=strict)
     if packaging.weights and not options.ignore_zeros:
         require_filled(plan.detection.header.path, plan.steps)
     configs, notes = configured(plan, original)
-    report = write_folder(plan, configs, out, packaging, options.only, progress)
+    report = write_folder(plan, configs, destination, packaging, options.only, progress)
     absent = [
         f"{name} is not in the file, so model_index.json says null: "
         f"supply it with {option_for(plan, name)}"
@@ -142,13 +147,17 @@ def _donor(
     if not is_folder:
         detection = detect(open_header(place), maps=architecture.maps, decided=decided)
         return Donor((detection.header,), detection=detection)
-    folder = place / name if (place / name).is_dir() else place
-    config = folder / "config.json"
+    with looking_into(place):
+        return _donor_folder(architecture, name, place / name if (place / name).is_dir() else place)
+
+
+def _donor_folder(architecture: Architecture, name: str, folder: Path) -> Donor:
+    config = folder / CONFIG_FILES["model"]
     if not config.is_file():
         raise FileRefused(
-            f"{folder}: holds no config.json", hint="give the folder of one diffusers component"
+            f"{folder}: holds no {config.name}", hint="give the folder of one diffusers component"
         )
-    values = read_json(config)
+    values = read_config(config)
     found = values.get("_class_name") or values.get("architectures")
     component = architecture.components.get(name)  # where there is none, the plan says so
     classes = (*architecture.maps.classes(component), *component.donors) if component else ()

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..destination import check_destination, check_room, new_file
+from ..destination import Destination, check_room
 from ..detection.detect import Detection
 from ..dtypes import CASTS, FLOATS
 from ..errors import FileRefused
-from ..files import ByteCounter
+from ..files import ByteCounter, noting_files, require_unchanged
 from ..folder.read import ModelFolder, read_folder
 from ..maps.architecture import Architecture, KeyMaps
 from ..maps.ops import DROP
@@ -95,6 +95,7 @@ class Exported:
         }
 
 
+@noting_files()
 def export(
     folder: str | Path,
     out: str | Path,
@@ -119,14 +120,15 @@ def export(
 
     Raises:
         FileRefused: the folder is no whole model of a known architecture, or a tensor in it has
-            no way back.
+            no way back, or a file in it changed while it was read.
         UsageError: the dtype is unknown.
         OutputError: the file exists or cannot be written.
     """
     started = time.monotonic()
     out, options = Path(out), Options.of({"maps": maps, "dtype": dtype})
     model = read_folder(folder, options.maps)
-    check_destination(out, overwrite=overwrite, inputs=model.files)
+    destination = Destination(out, overwrite, inputs=model.files, closed=model.path)
+    destination.check()
     restoration = restore(model, options)
     architecture, task = restoration.plan.detection.require()
     notes = _require_whole(restoration, model)
@@ -145,7 +147,7 @@ def export(
     as_source = _is_layout(targets, model.layout) and not adapters
     kept, hints = _metadata(model, restoration.plan.detection, keep_hashes=as_source)
     entries = kept | dict(metadata or {})
-    with new_file(out) as hidden:
+    with destination.new() as hidden:
         if as_source and model.layout:
             ordered = [
                 (key, targets[key].dtype, targets[key].shape) for key in model.layout.tensors
@@ -158,6 +160,7 @@ def export(
         places = {("", key): tensor for key, tensor in file.tensors.items()}
         warnings = write([file], transfers(steps, places), done.add)
         done.finish()
+        require_unchanged()
     aside = {tensor.file for tensor in model.aside.values()}
     return Exported(
         out,

@@ -7,23 +7,25 @@ nothing that a reader takes for a model.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..configs.config import Config, model_index, versioned
 from ..configs.tokenizer import tokenizer_files
-from ..destination import Kind, check_room, new_folder
+from ..destination import Destination, Kind, check_room
 from ..dtypes import nbytes
-from ..errors import UsageError
-from ..files import ByteCounter
+from ..errors import FileRefused, UsageError
+from ..files import ByteCounter, noting_files, read_json, require_unchanged
 from ..folder.names import CONFIG_FILES, DROPPED, INDEX, LAYOUT, RECORD
-from ..folder.record import record_of
+from ..folder.record import record_of, recorded_files
 from ..planning.plan import Plan
 from ..planning.step import ASIDE, Target, identity_matrix
 from ..reading.tensor import Header
@@ -124,7 +126,7 @@ def parse_size(size: str | int) -> int:
 def write_folder(
     plan: Plan,
     configs: Mapping[str, Config],
-    out: Path,
+    out: Destination,
     packaging: Packaging,
     only: frozenset[str] | None,
     progress: Callable[[int, int], None],
@@ -132,13 +134,15 @@ def write_folder(
     """Runs a plan that is complete; all of it, with `model_index.json`, where `only` is None.
 
     Raises:
+        FileRefused: a file that is read changed meanwhile.
         OutputError: the disk is too small, or cannot be written.
     """
     started = time.monotonic()
     single = plan.detection.require()[0].single
     header = plan.detection.header
     metadata = {"format": "pt"} | {k: v for k, v in header.metadata.items() if k != "format"}
-    with new_folder(out) as partial:
+    with out.new() as partial:
+        partial.mkdir()
         files: list[tuple[str, WeightFile]] = []
         texts: dict[str, str] = {}
         for name, config in configs.items():
@@ -157,14 +161,19 @@ def write_folder(
         if kept and packaging.weights:
             aside = lay_out(partial / ASIDE / DROPPED, kept.values(), {"format": "pt"})
             files.append((ASIDE, aside))
-        texts[f"{ASIDE}/{RECORD}"] = _json(record_of(plan, configs))
         texts[f"{ASIDE}/{LAYOUT}"] = layout_text(header)
+        last = {f"{ASIDE}/{RECORD}": ""}
         if only is None and not single:  # the last to be written, since a folder with it loads
-            texts[INDEX] = _json(model_index(plan, configs))
+            last[INDEX] = _json(model_index(plan, configs))
+        names = {file.path.relative_to(partial).as_posix() for _, file in files}
+        last[f"{ASIDE}/{RECORD}"] = _json(
+            record_of(plan, configs, names | texts.keys() | last.keys())
+        )
+        texts |= last
         contents = {partial / name: text.encode() for name, text in texts.items()}
         sizes = {path: len(content) for path, content in contents.items()}
         sizes |= {file.path: file.size for _, file in files}
-        check_room(out, sum(sizes.values()), "the folder")
+        check_room(out.path, sum(sizes.values()), "the folder")
         for path in sizes:
             path.parent.mkdir(exist_ok=True)
         done = ByteCounter(sum(sizes.values()), progress)
@@ -180,8 +189,9 @@ def write_folder(
         for path, content in contents.items():
             path.write_bytes(content)
         done.finish()
+        require_unchanged()
     return Report(
-        out,
+        out.path,
         plan,
         configs,
         dict(sorted((path.relative_to(partial).as_posix(), n) for path, n in sizes.items())),
@@ -190,12 +200,36 @@ def write_folder(
     )
 
 
+def _recorded(folder: Path) -> frozenset[str]:
+    """Returns the files that the record of a folder lists."""
+    with noting_files(), contextlib.suppress(FileRefused):  # what is replaced is no input
+        return recorded_files(read_json(folder / ASIDE / RECORD))
+    return frozenset()
+
+
 def _is_converted(folder: Path) -> bool:
-    """Whether a conversion made this folder (it leaves a record), or nothing is in it."""
-    return folder.is_dir() and ((folder / ASIDE / RECORD).is_file() or not any(folder.iterdir()))
+    """Whether a conversion made this folder and listed its files, or nothing is in it."""
+    return folder.is_dir() and (bool(_recorded(folder)) or not any(folder.iterdir()))
 
 
-CONVERTED: Kind = ("a converted folder", _is_converted)
+def _strangers(folder: Path) -> list[str]:
+    """Returns what is in a converted folder and was not written by the conversion."""
+
+    def fail(error: OSError) -> NoReturn:
+        raise error  # what cannot be looked into may hold anything
+
+    found = []
+    for inside, folders, files in os.walk(folder, onerror=fail):
+        paths = [Path(inside, name) for name in (*folders, *files)]
+        found += [path for path in paths if path.is_symlink() or not path.is_dir()]
+    names = {path.relative_to(folder).as_posix() for path in found if path.name not in CLUTTER}
+    return sorted(names - _recorded(folder))
+
+
+CLUTTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
+"""Files that desktops leave wherever somebody looks."""
+
+CONVERTED = Kind("a converted folder that lists its files", _is_converted, _strangers)
 
 
 def _weight_files(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,14 @@ def read_record(path: Path) -> Record:
     )
 
 
-def record_of(plan: Plan, configs: Mapping[str, Config]) -> dict[str, Any]:
-    """Returns the content of the file: enough to tell where a folder comes from."""
+def recorded_files(values: Mapping[str, Any]) -> frozenset[str]:
+    """Returns the files that a record lists as written by its conversion; none if it lists none."""
+    files = values.get("files") if "ckptconv_version" in values else ()
+    return frozenset(map(str, files)) if isinstance(files, list) else frozenset()
+
+
+def record_of(plan: Plan, configs: Mapping[str, Config], files: Iterable[str]) -> dict[str, Any]:
+    """Returns the content of the file: where a folder comes from, and which files belong to it."""
     architecture, task = plan.detection.require()
     header = plan.detection.header
     return {
@@ -77,6 +83,7 @@ def record_of(plan: Plan, configs: Mapping[str, Config]) -> dict[str, Any]:
             fact.name: {"detail": fact.detail, "source": fact.source, "value": fact.value}
             for fact in plan.detection.facts.values()
         },
+        "files": sorted(files),
         "source": {
             "metadata": dict(header.metadata),
             "name": header.path.name,

@@ -7,20 +7,22 @@ not fit is found before the weights are loaded.
 from __future__ import annotations
 
 import inspect as python_inspect
+import io
 import json
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..destination import check_destination, new_file
-from ..errors import DeviceError, FileRefused, UsageError, option
+from ..destination import Destination
+from ..errors import CkptconvError, DeviceError, FileRefused, UsageError, option
+from ..files import read_small
 from ..libraries import library_version
 from ..maps.architecture import bundled
 from ..version import __version__
 from .device import less_memory, memory_errors
-from .model import Model
+from .model import VERIFY, Model
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -62,6 +64,11 @@ KEYWORDS = {
 
 NEEDED = ("image", "mask")
 """Settings that a task needs if it takes them."""
+
+MOST_IMAGE = 256 << 20
+"""Bytes of an image file."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+"""Of the image files that are read: for others, Pillow calls programs such as Ghostscript."""
 
 RESCALE = 0.7
 """Guidance rescale for a model of zero terminal SNR: https://arxiv.org/abs/2305.08891, 3.4."""
@@ -200,7 +207,9 @@ def check(cls: type[DiffusionPipeline], task: str, settings: Settings) -> None:
         )
 
 
-def check_outputs(out: Path, count: int, *, overwrite: bool) -> list[Path]:
+def check_outputs(
+    out: Path, count: int, *, overwrite: bool, inputs: Sequence[Path] = ()
+) -> list[Destination]:
     """Returns the files to write: `out`, or for several images `out-1`, `out-2`, ...
 
     Raises:
@@ -210,9 +219,10 @@ def check_outputs(out: Path, count: int, *, overwrite: bool) -> list[Path]:
     if out.suffix.lower() != ".png":
         raise UsageError(f"{out}: only PNG is written", hint="end the name in .png")
     paths = [out.with_stem(f"{out.stem}-{n}") for n in range(1, count + 1)] if count > 1 else [out]
-    for path in paths:
-        check_destination(path, overwrite=overwrite)
-    return paths
+    destinations = [Destination(path, overwrite, inputs=inputs) for path in paths]
+    for each in destinations:
+        each.check()
+    return destinations
 
 
 def open_images(settings: Settings) -> dict[str, Image.Image]:
@@ -276,6 +286,7 @@ def generate(pipe: Pipeline, arguments: Mapping[str, Any], seed: int) -> Image.I
 
     Raises:
         DeviceError: the memory ran out, or the dtype overflowed.
+        FileRefused: the components of the folder that it comes from do not fit each other.
         UsageError: the pipeline refuses its arguments.
     """
     import numpy as np
@@ -286,8 +297,15 @@ def generate(pipe: Pipeline, arguments: Mapping[str, Any], seed: int) -> Image.I
         with memory_errors("generating", f"take a smaller {option('size')}, or {less_memory()}"):
             # As an array: a PIL image would turn what is not a number into black.
             made = pipe(**arguments, generator=generator, output_type="np")
+    except CkptconvError:
+        raise
     except ValueError as error:  # from the checks of its own
         raise UsageError(f"diffusers refuses these options: {error}") from error
+    except Exception as error:  # the components of a folder need not fit each other
+        if not (folder := getattr(pipe.config, "_name_or_path", None)):
+            raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise FileRefused(f"{folder}: its pipeline cannot run: {why}", hint=VERIFY) from error
     (array,) = made.images
     if not np.isfinite(array).all():
         raise DeviceError(
@@ -320,12 +338,12 @@ def described(pipe: Pipeline, settings: Settings, arguments: Mapping[str, Any]) 
     }
 
 
-def save_png(image: Image.Image, path: Path, values: Mapping[str, Any]) -> None:
+def save_png(image: Image.Image, out: Destination, values: Mapping[str, Any]) -> None:
     """Writes a PNG that carries its parameters: whole, or not at all.
 
     Args:
         image: to write.
-        path: of the file.
+        out: the file, from `check_outputs`.
         values: go into a text chunk with the keyword `ckptconv`, as JSON.
 
     Raises:
@@ -335,7 +353,7 @@ def save_png(image: Image.Image, path: Path, values: Mapping[str, Any]) -> None:
 
     info = PngInfo()
     info.add_itxt(CHUNK, json.dumps(values, ensure_ascii=False))
-    with new_file(path) as hidden:
+    with out.new() as hidden:
         image.save(hidden, format="PNG", pnginfo=info)
 
 
@@ -343,10 +361,11 @@ def _opened(path: Path, mode: str) -> Image.Image:
     """Reads an image, turned as its camera says."""
     from PIL import Image, ImageOps
 
+    data = io.BytesIO(read_small(path, MOST_IMAGE))
     try:
-        with Image.open(path) as file:
+        with Image.open(data, formats=FORMATS) as file:
             return ImageOps.exif_transpose(file).convert(mode)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises whatever a damaged file leads to
         raise FileRefused(
             f"{path}: cannot be read as an image: {error}", hint="give a PNG or a JPEG"
         ) from error

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from xml.etree import ElementTree as ET  # writes only; nothing is parsed
 
+from ..destination import Kind
 from ..verification.result import CHECKS, Verification
 
 FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 cannot hold."""
+
+ROOT = re.compile(
+    rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<testsuites?[\s/>]", re.DOTALL
+)
+"""How a JUnit report begins."""
+
+
+def _is_report(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return ROOT.match(file.read(4096)) is not None
+
+
+REPORT = Kind("a JUnit report", _is_report)
+"""What a job that runs again may replace without being asked."""
 
 
 def junit(verification: Verification) -> bytes:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ckptconv.batch.run import are_several, expanded, paired, run
-from ckptconv.batch.work import Pair
+from ckptconv.batch.work import Conversion, Pair
 from ckptconv.errors import UsageError
 from ckptconv.maps.architecture import KeyMaps, bundled
 from tests.conftest import Folder, Sample
@@ -167,8 +167,27 @@ def test_ctrl_c_leaves_nothing_half_written(sample: Sample, tmp_path: Path) -> N
             time.sleep(0.005)
         os.killpg(running.pid, signal.SIGINT)  # as a terminal does
         _, told = running.communicate(timeout=60)  # how fast is no matter for a test
-    assert running.returncode == 1
-    assert told.strip() == "Aborted!"
+    assert running.returncode == 130
+    assert told == "interrupted\n"
     left = list(out.iterdir()) if out.is_dir() else []
     assert len(left) < len(files)
     assert all((path / "model_index.json").is_file() for path in left)
+
+
+def test_files_of_the_user_in_a_remote_folder_stay(small: Path) -> None:
+    from fsspec.implementations.memory import (  # type: ignore[import-untyped]  # no stubs
+        MemoryFileSystem,
+    )
+
+    store, pairs = MemoryFileSystem(), [Pair(str(small), "memory://strangers/x")]
+    convert = Conversion(overwrite=True)
+    assert not any(outcome.error for outcome in run(convert, pairs) + run(convert, pairs))
+    store.pipe_file("/strangers/x/lora/mine.safetensors", b"mine")
+    (refused,) = run(convert, pairs)
+    assert "memory://strangers/x: holds what ckptconv did not write" in str(refused.error)
+    assert "  - lora/mine.safetensors" in str(refused.error)
+    assert store.cat_file("/strangers/x/lora/mine.safetensors") == b"mine"
+    for record in (b"{", b"[]", b'{"files": ["lora/mine.safetensors"]}'):
+        store.pipe_file("/strangers/x/ckptconv/source.json", record)
+        (refused,) = run(convert, pairs)
+        assert "is not a converted folder that lists its files" in str(refused.error)

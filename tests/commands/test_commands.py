@@ -203,7 +203,8 @@ def test_demo_draws_an_image_and_prints_where_everything_is(tmp_path: Path) -> N
     image = Image.open(found["generate"].strip())
     assert image.size == (64, 64)
     assert (folder / "sd1" / "model_index.json").is_file()
-    again = run("demo", folder, "--arch", "sd1", "--json")  # over its own results
+    assert "exists" in run("demo", folder, "--arch", "sd1", code=3).stderr
+    again = run("demo", folder, "--arch", "sd1", "--overwrite", "--json")
     assert json.loads(again.stdout)["image"] == found["generate"].strip()
 
 

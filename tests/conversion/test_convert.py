@@ -230,7 +230,10 @@ def test_configs_only_writes_every_other_file(
     wanted = {name for name in wanted if not name.endswith(".safetensors")}
     files = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
     assert files == sorted(wanted)
+    record = "ckptconv/source.json"  # lists the files
+    files.remove(record)
     assert filecmp.cmpfiles(folder("sdxl"), out, files, shallow=False) == (files, [], [])
+    assert _json(out / record) | {"files": 0} == _json(folder("sdxl") / record) | {"files": 0}
 
 
 def test_the_original_config_wins_and_the_disagreement_is_reported(

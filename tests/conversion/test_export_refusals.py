@@ -39,9 +39,10 @@ def test_a_destination_is_not_replaced_unless_asked(folder: Folder, tmp_path: Pa
     ("out", "match"),
     [
         ("/dev/null/x.safetensors", "null: is not a folder"),
-        ("", "is a folder"),
+        ("", "holds the input"),
         ("n" * 300, "cannot be looked at"),
-        ("copy/unet/diffusion_pytorch_model.safetensors", "is one of the files to read"),
+        ("copy/unet/diffusion_pytorch_model.safetensors", "lies in .*copy, which is read"),
+        ("copy/new/x.safetensors", "lies in .*copy, which is read"),
     ],
 )
 def test_a_place_that_cannot_take_the_file_is_refused(

@@ -97,6 +97,9 @@ def _make(kind: str, out: Path, folder: Folder) -> None:
     elif kind == "a diffusers folder from elsewhere":
         shutil.copytree(folder("small"), out)
         shutil.rmtree(out / "ckptconv")
+    elif kind in RECORDS:
+        (out / "ckptconv").mkdir(parents=True)
+        (out / "ckptconv" / "source.json").write_text(RECORDS[kind])
     elif kind == "a link to a converted folder":
         out.symlink_to(folder("small"))
     else:
@@ -109,9 +112,14 @@ def _state(path: Path) -> tuple[int, int, int]:
     return found.st_ino, found.st_mode, found.st_mtime_ns
 
 
+RECORDS = {
+    "a folder with a record of something else": '{"files": ["ckptconv/source.json"]}',
+    "a folder with a record that lists nothing": '{"ckptconv_version": "0.1.0"}',
+    "a folder with a damaged record": '{"ckptconv_version": ',
+}
 KINDS = [
     *("a file", "a folder of the user", "a diffusers folder from elsewhere"),
-    *("a link to a converted folder", "a link to nowhere"),
+    *("a link to a converted folder", "a link to nowhere", *RECORDS),
 ]
 
 
@@ -125,12 +133,8 @@ def test_what_is_at_the_destination_stays(
     before = _state(out)
     with pytest.raises(OutputError) as caught:
         ckptconv.convert(small, out, overwrite=overwrite)
-    if overwrite:
-        stays = "is not a converted folder, so overwrite=True does not remove it"
-        assert stays in str(caught.value)
-    else:
-        assert caught.value.message == f"{out}: exists"
-        assert "overwrite=True replaces it" in caught.value.hint
+    stays = "is not a converted folder that lists its files, so overwrite=True does not remove it"
+    assert stays in caught.value.message
     assert _state(out) == before
     assert _names(tmp_path) == ["out"]
 
@@ -146,6 +150,45 @@ def test_a_converted_folder_is_replaced_on_demand(
     ckptconv.convert(small, out, overwrite=True)
     assert raw_folder(out) == raw_folder(folder("small"))
     assert _names(tmp_path) == ["out"]
+
+
+STRANGERS = ["notes.txt", "samples/1.png", "lora/my.safetensors", "unet/mine.json", "unet/link"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_converted_folder_with_files_of_the_user_stays(
+    overwrite: bool, small: Path, folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(folder("small"), out)
+    for name in STRANGERS[:-1]:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("precious")
+    (out / STRANGERS[-1]).symlink_to(tmp_path)
+    (out / ".DS_Store").touch()
+    with pytest.raises(OutputError, match="holds what ckptconv did not write") as caught:
+        ckptconv.convert(small, out, overwrite=overwrite)
+    assert list(caught.value.problems) == sorted(STRANGERS)
+    assert caught.value.hint == "move these files elsewhere, or choose another name"
+    assert all((out / name).exists() for name in STRANGERS)
+    for name in STRANGERS:
+        (out / name).unlink()
+    ckptconv.convert(small, out, overwrite=True)
+    assert raw_folder(out) == raw_folder(folder("small"))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"max_shard_size": 50_000, "variant": "fp16"}, {"only": ["vae"]}]
+)
+def test_the_record_lists_every_file(options: dict[str, Any], small: Path, tmp_path: Path) -> None:
+    report = ckptconv.convert(small, tmp_path / "out", **options)
+    listed = json.loads((tmp_path / "out" / "ckptconv" / "source.json").read_text())["files"]
+    assert listed == sorted(report.files)
+    assert listed == sorted(
+        str(path.relative_to(tmp_path / "out"))
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    )
 
 
 def test_an_empty_folder_is_replaced_on_demand(small: Path, tmp_path: Path) -> None:

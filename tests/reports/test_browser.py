@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 
 from ckptconv import inspect
+from ckptconv.destination import Destination
 from ckptconv.detection.detect import detect
-from ckptconv.reports.html import page, write_page
+from ckptconv.reports.html import page
 from ckptconv.verification.result import Check, Problem
 from tests.conftest import published
 from tests.support.pages import HOSTILE, hostile_file, page_of, verification
@@ -162,7 +163,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "alone": page(None, None, verification(checks)),
     }
     for name, content in contents.items():
-        write_page(folder / f"{name}.html", content)
+        Destination(folder / f"{name}.html").write(content.encode())
     return {name: folder / f"{name}.html" for name in contents}
 
 

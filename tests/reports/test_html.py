@@ -19,11 +19,12 @@ from jinja2 import UndefinedError
 
 from ckptconv import inspect, plan
 from ckptconv.cli import main
+from ckptconv.destination import Destination
 from ckptconv.detection.detect import detect
 from ckptconv.errors import OutputError
 from ckptconv.planning.plan import Plan, build_plan
 from ckptconv.reading.tensor import Header, Tensor
-from ckptconv.reports.html import fragment, page, write_page
+from ckptconv.reports.html import PAGE, fragment, page
 from ckptconv.reports.html.render import environment, ours, rendered
 from ckptconv.reports.network import blocks
 from ckptconv.verification.result import Check, Problem
@@ -309,12 +310,12 @@ def test_text_has_the_contrast_that_wcag_asks_for(theme: str) -> None:
 def test_a_page_is_not_replaced_unless_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     first = page(None, None, verification(()))
-    write_page(path, first)
+    Destination(path, kind=PAGE).write(first.encode())
     with pytest.raises(OutputError, match=r"page\.html: exists") as refused:
-        write_page(path, "<!doctype html>\nsecond")
+        Destination(path, kind=PAGE).write(b"<!doctype html>\nsecond")
     assert "overwrite=True" in refused.value.hint
     assert path.read_text() == first
-    write_page(path, "<!doctype html>\nsecond", overwrite=True)
+    Destination(path, True, PAGE).write(b"<!doctype html>\nsecond")
     assert path.read_text() == "<!doctype html>\nsecond"
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
 
@@ -326,7 +327,7 @@ def test_nothing_but_a_page_is_ever_replaced(tmp_path: Path) -> None:
     inside.mkdir()
     for place in (path, link, inside):
         with pytest.raises(OutputError, match="is not a page"):
-            write_page(place, "<!doctype html>\n", overwrite=True)
+            Destination(place, True, PAGE).write(b"<!doctype html>\n")
     assert path.read_bytes() == b"weights"
 
 
@@ -339,19 +340,7 @@ def test_nothing_but_a_page_is_ever_replaced(tmp_path: Path) -> None:
 )
 def test_a_place_that_cannot_be_written_is_an_error(name: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=said):
-        write_page(tmp_path / name, "<!doctype html>\n")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_write_that_fails_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(_self: Path, _target: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OutputError, match="cannot be written: the disk is full"):
-        write_page(tmp_path / "page.html", "<!doctype html>\n")
+        Destination(tmp_path / name, kind=PAGE).write(b"<!doctype html>\n")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -124,16 +124,42 @@ def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_junit_report_replaces_the_last_one(checked: Path) -> None:
-    report = checked / "report.xml"
-    report.write_text("of the last run")
+XML = '<?xml version="1.0"?>\n'
+THERE: dict[str, tuple[str, str]] = {
+    "another tool's report": (XML + '<!-- by another tool -->\n<testsuite name="x"/>', ""),
+    "nothing but a root": ("<testsuites>", ""),
+    "text": ("of the last run", "is not a JUnit report"),
+    "other XML": (XML + "<project><testsuite/></project>", "is not a JUnit report"),
+    "an empty file": ("", "is not a JUnit report"),
+}
+
+
+@pytest.mark.parametrize("what", THERE)
+def test_a_junit_report_replaces_the_last_one_and_nothing_else_unasked(
+    what: str, checked: Path
+) -> None:
+    (text, said), report = THERE[what], checked / "report.xml"
+    report.write_text(text)
     names = sorted(checked.iterdir())
-    assert run("verify", checked / "out", "--junit", report).exit_code == 0
+    done = run("verify", checked / "out", "--junit", report)
+    assert (done.exit_code, said in done.stderr) == (3 if said else 0, True)
+    if said:
+        assert "--overwrite replaces it" in done.stderr
+        assert report.read_text() == text
+        assert run("verify", checked / "out", "--junit", report, "--overwrite").exit_code == 0
     assert ET.parse(report).getroot().tag == "testsuites"  # noqa: S314  (ours)
     assert sorted(checked.iterdir()) == names
 
 
-@pytest.mark.parametrize("option", ["--junit", "--markdown"])
+def test_two_reports_do_not_share_a_file(checked: Path) -> None:
+    (checked / "link").symlink_to(checked / "report")
+    given = ("--junit", checked / "report", "--markdown", checked / "link")
+    done = run("verify", checked / "out", *given)
+    assert (done.exit_code, "two reports have the same name" in done.stderr) == (2, True)
+    assert not (checked / "report").exists()
+
+
+@pytest.mark.parametrize("option", ["--junit", "--markdown", "--html"])
 def test_no_report_is_written_to_what_is_verified(
     option: str, checked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,11 +170,10 @@ def test_no_report_is_written_to_what_is_verified(
     for file in files:
         done = run(
             *("verify", checked / "x.safetensors", checked / "out", "--vae", checked / "vae.pt"),
-            *(option, file),
+            *(option, file, "--overwrite"),
         )
         assert done.exit_code == 3
-        said = "exists and is a link" if file.is_symlink() and option == "--junit" else "to read"
-        assert said in done.stderr
+        assert "is one of the files to read" in done.stderr
         assert file.read_text() == "precious"
 
 

@@ -5,4 +5,3 @@ from __future__ import annotations
 from .page import PAGE as PAGE
 from .page import fragment as fragment
 from .page import page as page
-from .page import write_page as write_page

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...destination import Kind, check_destination, new_file
+from ...destination import Kind
 from ...detection.detect import Detection
 from ...errors import SHOWN, CkptconvError, NotACheckpoint
 from ...planning.plan import Plan, build_plan
@@ -120,12 +120,5 @@ def _is_page(path: Path) -> bool:
         return file.read(len(DOCTYPE)) == DOCTYPE.encode()
 
 
-PAGE: Kind = ("a page", _is_page)
+PAGE = Kind("a page", _is_page)
 """What a page may replace."""
-
-
-def write_page(path: Path, content: str, *, overwrite: bool = False) -> None:
-    """Writes a page, whole or not at all."""
-    check_destination(path, overwrite=overwrite, kind=PAGE)
-    with new_file(path) as hidden:
-        hidden.write_text(content, encoding="utf-8")
