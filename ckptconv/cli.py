@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from typing import Any
 import click
 
 from .commands.shared import JSON, echo_json, quiet_option
-from .errors import CkptconvError, on_the_command_line
-from .libraries import quieten
+from .errors import CkptconvError, on_the_command_line, printable, reason
+from .libraries import is_out_of_memory, quieten
 from .version import __version__
 
 COMMANDS = (
@@ -64,6 +65,39 @@ class _Group(click.Group):
                     echo_json({}, error)
                 click.echo(f"error: {error}", err=True)
                 ctx.exit(error.exit_code)
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Says what no command foresaw in one line: a full disk behind stdout, too little memory.
+
+        With the environment variable CKPTCONV_DEBUG it raises it instead.
+        """
+        sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115  (it was closed)
+        try:
+            try:
+                return super().main(*args, **extra)
+            finally:
+                sys.stdout.flush()  # not at exit, where it is too late to say so
+        except Exception as error:
+            if os.environ.get("CKPTCONV_DEBUG"):
+                raise
+            if sys.stdout is sys.__stdout__:  # what it still holds would be written at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            if not isinstance(error, BrokenPipeError):  # whoever reads has seen enough
+                click.echo(f"error: {printable(_unforeseen(error))}", err=True)
+            known = isinstance(error, OSError) or is_out_of_memory(error)
+            sys.exit(CkptconvError.exit_code if known else 70)
+
+
+def _unforeseen(error: Exception) -> str:
+    if is_out_of_memory(error):
+        return "there is not enough memory"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the output'}: {reason(error)}"
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return (
+        f"{what}: this is a bug of ckptconv: please report it, with what CKPTCONV_DEBUG=1 in the "
+        "environment adds"
+    )
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 MOST_JSON = 10**8
 """Bytes of a JSON file: it may repeat the header of a checkpoint, which safetensors limits so."""
+MOST_CONFIG = 10**6
+"""Bytes of a configuration; the published ones have a few thousand."""
+MOST_TOKENS = 32 * 10**6
+"""Bytes of a file of a tokenizer; that of CLIP has 4 million."""
 MOST_YAML = 10**6
 """Bytes of a YAML file; the published ones have a few thousand."""
 ONE_FILE = "give one .safetensors file"
@@ -109,6 +113,21 @@ def read_small(path: Path, most: int) -> bytes:
         f"{path}: has {size:,} bytes; a file of this kind has at most {most:,}",
         hint="check the file",
     )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Returns the content of a configuration file; raises as `read_json` does."""
+    return read_json(path, MOST_CONFIG)
+
+
+@contextlib.contextmanager
+def looking_into(folder: Path) -> Iterator[None]:
+    """Turns what the system says of a folder into FileRefused."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename or folder}: cannot be read: {reason(error)}"
+        raise FileRefused(what, hint="check that you may read the folder and its files") from error
 
 
 def read_at(file: BinaryIO, start: int, nbytes: int) -> bytes:
@@ -202,7 +221,10 @@ class Files(contextlib.ExitStack):
 def read_json(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
     """Returns the object that a JSON file holds; FileRefused if it cannot be read or has none."""
     try:
-        values = json.loads(read_small(path, most))
+        text = read_small(path, most)
+        values = json.loads(text)
+        if rb"\ud" in text.lower():
+            json.dumps(values, ensure_ascii=False).encode()  # refuses half of a surrogate pair
     except (ValueError, RecursionError) as error:
         what = f"{path}: cannot be read as JSON: {error}"
         raise FileRefused(what, hint="check the file") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
 import logging
@@ -14,14 +13,25 @@ LOCK = threading.RLock()
 """Held while a library imports or builds something. The libraries import their modules on first
 use, and threads that enter a ring of imports at different points see unfinished modules."""
 
+LACK = (
+    "out of memory",
+    "allocate memory",
+    "failed to map segment",
+    "bad_alloc",
+    "start new thread",
+)
+"""What the messages of errors say of too little memory."""
+
 LIBRARIES = ("diffusers", "transformers")
 """Classes come from nowhere else."""
 
 RENAMED = {
     "CLIPFeatureExtractor": "CLIPImageProcessor",
+    "CLIPTokenizerFast": "CLIPTokenizer",
     "DPTFeatureExtractor": "DPTImageProcessor",
 }
-"""The present names of classes that release 5 of transformers dropped."""
+"""Classes of transformers under another name: of an older release, or of a twin that does the same.
+"""
 
 CHATTER = {
     "transformers.utils.import_utils": ("requires torchvision",),  # image processors do without
@@ -44,19 +54,25 @@ WARNINGS = (
 
 
 def find_class(library: str, name: str) -> Any:
-    """Returns a class of diffusers or transformers, or None; imports the library.
+    """Returns a class of diffusers or transformers, or None; imports the library, nothing else.
 
     Args:
         library: `diffusers`, `transformers`, or a package of `diffusers.pipelines`, as
-            `model_index.json` names it. Nothing else is imported.
+            `model_index.json` names it.
         name: of the class.
     """
     name = RENAMED.get(name, name)
     home = library if library in LIBRARIES else f"diffusers.pipelines.{library}"
-    with LOCK, contextlib.suppress(ImportError):
-        found = getattr(importlib.import_module(home), name, None)
-        return found if isinstance(found, type) else None
-    return None
+    if not library.isidentifier():
+        return None
+    with LOCK:
+        try:
+            found = getattr(importlib.import_module(home), name, None)
+        except ImportError as error:
+            if is_out_of_memory(error):
+                raise
+            return None
+    return found if isinstance(found, type) else None
 
 
 def library_version(library: str) -> str:
@@ -64,6 +80,15 @@ def library_version(library: str) -> str:
     import importlib.metadata  # slow, and not needed to inspect a file
 
     return importlib.metadata.version(library)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Tells whether an error, or what led to it, says that memory ran out: many only have words."""
+    while error:
+        if isinstance(error, MemoryError) or any(text in str(error) for text in LACK):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def quieten() -> None:

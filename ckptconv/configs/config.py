@@ -18,7 +18,7 @@ from typing import Any
 from ..detection.detect import Detection
 from ..detection.facts import hold, values_of
 from ..errors import FileRefused, MapError
-from ..files import read_json
+from ..files import read_config
 from ..libraries import library_version
 from ..maps.architecture import CLASS_ENTRIES, Component, Entry
 from ..maps.holes import (
@@ -36,6 +36,7 @@ from ..maps.holes import (
 from ..planning.components import Donor
 from ..planning.plan import Plan
 from ..planning.step import Target
+from .allowed import Unbuildable, code_asked_for, kept, own_name
 
 DTYPES = ("torch_dtype", "dtype")
 """Entries of a configuration that tell transformers in which dtype to load the weights."""
@@ -81,6 +82,12 @@ def configs(
         donor = plan.donors.get(name)
         theirs = _of_donor(plan, component, donor) if donor else {}
         notes = tuple(_differing(plan, component, theirs))
+        if (
+            donor
+            and donor.config
+            and (asked := ", ".join(code_asked_for(read_config(donor.config))))
+        ):
+            notes += (f"{donor.config} asks for code from elsewhere, which was left out: {asked}",)
         if donor and donor.config:
             result[name] = Config(component, theirs, dict.fromkeys(theirs, "donor"), notes)
             continue
@@ -103,7 +110,14 @@ def configs(
 def _of_donor(plan: Plan, component: Component, donor: Donor) -> dict[str, Any]:
     """Returns the configuration of a donor folder, or what is known of that of a donor file."""
     if donor.config:
-        return read_json(donor.config)
+        said = read_config(donor.config)
+        name = _class_said(said)
+        try:
+            values = kept(component.home, name, said)
+        except Unbuildable as error:
+            what, hint = f"{donor.config}: {error}", "give the folder of another component"
+            raise FileRefused(what, hint=hint) from error
+        return values | own_name(component.home, name)
     found = donor.detection
     whole = found.architecture.components if found and found.architecture else {}
     if not found or component.name not in whole:
@@ -147,8 +161,12 @@ def model_index(plan: Plan, built: Mapping[str, Config]) -> dict[str, Any]:
 
 def class_of(config: Config) -> str:
     """Returns the name of the class that a configuration is for, as it says itself."""
-    said = next(config.values[name] for name in CLASS_ENTRIES if name in config.values)
-    return str(said[0] if isinstance(said, list) else said)
+    return _class_said(config.values)
+
+
+def _class_said(values: Mapping[str, Any]) -> str:
+    said = next((values[name] for name in CLASS_ENTRIES if name in values), None)
+    return str(said[0] if isinstance(said, list) and said else said)
 
 
 def versioned(config: Config) -> dict[str, Any]:

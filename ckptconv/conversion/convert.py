@@ -13,7 +13,8 @@ from ..destination import Destination, without_suffix
 from ..detection.detect import detect, option_fact, with_config_beside
 from ..detection.facts import Fact
 from ..errors import FileRefused, option
-from ..files import noting_files, read_json
+from ..files import looking_into, noting_files, read_config
+from ..folder.names import CONFIG_FILES
 from ..folder.weights import component_headers
 from ..maps.architecture import Architecture
 from ..options import Choices, Options, checked
@@ -146,13 +147,17 @@ def _donor(
     if not is_folder:
         detection = detect(open_header(place), maps=architecture.maps, decided=decided)
         return Donor((detection.header,), detection=detection)
-    folder = place / name if (place / name).is_dir() else place
-    config = folder / "config.json"
+    with looking_into(place):
+        return _donor_folder(architecture, name, place / name if (place / name).is_dir() else place)
+
+
+def _donor_folder(architecture: Architecture, name: str, folder: Path) -> Donor:
+    config = folder / CONFIG_FILES["model"]
     if not config.is_file():
         raise FileRefused(
-            f"{folder}: holds no config.json", hint="give the folder of one diffusers component"
+            f"{folder}: holds no {config.name}", hint="give the folder of one diffusers component"
         )
-    values = read_json(config)
+    values = read_config(config)
     found = values.get("_class_name") or values.get("architectures")
     component = architecture.components.get(name)  # where there is none, the plan says so
     classes = (*architecture.maps.classes(component), *component.donors) if component else ()

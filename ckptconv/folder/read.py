@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from ..detection.spellings import present_name
 from ..errors import FileRefused
-from ..files import read_json
+from ..files import looking_into, read_config
 from ..maps.architecture import KeyMaps
 from ..planning.step import ASIDE
 from ..reading.header import header_from_json, read_header
@@ -82,7 +82,11 @@ def read_folder(path: str | Path, maps: KeyMaps) -> ModelFolder:
 
     Only a folder without any component is refused; lesser faults become its `problems`.
     """
-    path = Path(path)
+    with looking_into(Path(path)):
+        return _read_folder(Path(path), maps)
+
+
+def _read_folder(path: Path, maps: KeyMaps) -> ModelFolder:
     if not path.is_dir():
         what = "a file" if path.exists() else "missing"
         raise FileRefused(
@@ -111,7 +115,7 @@ def read_folder(path: str | Path, maps: KeyMaps) -> ModelFolder:
     aside = _read_if_there(read_header, path / ASIDE / DROPPED, problems)
     return ModelFolder(
         path,
-        _read_if_there(read_json, path / INDEX, problems),
+        _read_if_there(read_config, path / INDEX, problems),
         parts,
         _read_if_there(read_record, path / ASIDE / RECORD, problems),
         _read_if_there(header_from_json, path / ASIDE / LAYOUT, problems),
@@ -123,7 +127,7 @@ def read_folder(path: str | Path, maps: KeyMaps) -> ModelFolder:
 
 def _single(path: Path, maps: KeyMaps) -> str:
     """Returns the name of the component that a folder is; empty if it is none that is known."""
-    config = _read_if_there(read_json, path / CONFIG_FILES["model"], []) or {}
+    config = _read_if_there(read_config, path / CONFIG_FILES["model"], []) or {}
     said = config.get("_class_name") or config.get("architectures")
     return maps.singles.get(str(said[0] if isinstance(said, list) and said else said), "")
 
@@ -131,7 +135,7 @@ def _single(path: Path, maps: KeyMaps) -> str:
 def _component(folder: Path, config: str, *, weights: bool) -> ComponentFolder:
     """Reads a component, and the headers of its weights if they are of interest."""
     problems: list[str] = []
-    values = _read_if_there(read_json, folder / config, problems) if config else None
+    values = _read_if_there(read_config, folder / config, problems) if config else None
     if not config:
         problems.append(f"{folder}: holds no {CONFIG_FILES['model']}")
     headers = (_read(component_headers, folder, problems) or ()) if weights else ()

@@ -7,6 +7,7 @@ import inspect as python_inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..configs.allowed import scheduler_class
 from ..errors import FileRefused, UsageError
 from ..options import AdapterFile, adapter_file
 from ..reading.header import read_header
@@ -72,21 +73,15 @@ def find_scheduler(name: str) -> tuple[Any, dict[str, Any]]:
         UsageError: diffusers has no such scheduler, it lacks a library, or does not take the
             settings.
     """
-    import diffusers
-
     known = {sampler.lower(): sampler for sampler in NAMED}
     sampler = known.get(" ".join(name.lower().split()), "")
     cls, settings = NAMED.get(sampler, (name, {}))
-    found: Any = getattr(diffusers, cls, None)
-    if backends := [b for b in getattr(found, "_backends", ()) if b != "torch"]:
-        missing = " ".join(backends)
-        raise UsageError(f"{name} needs {missing}", hint=f"pip install {missing}")
-    is_one = isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)
-    takes = _takes(found) if is_one else set()
-    if "prediction_type" not in takes or takes.isdisjoint({"beta_schedule", EDM}):
+    found = scheduler_class(cls)
+    if not found:
         near = [known[each] for each in difflib.get_close_matches(name.lower(), known, 3, 0.5)]
         hint = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(SAMPLERS)}"
         raise UsageError(f"diffusers has no scheduler {name} for these models", hint=hint)
+    takes = _takes(found)
     if unfit := ", ".join(sorted(settings.keys() - takes)):
         hint = "give the sampler without the schedule that follows its name"
         raise UsageError(f"{sampler}: {cls} does not take {unfit}", hint=hint)

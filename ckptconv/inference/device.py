@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import DeviceError, UsageError, option
+from ..libraries import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -181,14 +182,4 @@ def _title(device: torch.device) -> str:
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"the {device.type.upper()}"
-    )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: some devices have a class for it, some a text."""
-    import torch
-
-    texts = ("out of memory", "can't allocate memory", "Cannot allocate memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        text in str(error) for text in texts
     )

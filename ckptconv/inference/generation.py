@@ -7,6 +7,7 @@ not fit is found before the weights are loaded.
 from __future__ import annotations
 
 import inspect as python_inspect
+import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..destination import Destination
-from ..errors import DeviceError, FileRefused, UsageError, option
+from ..errors import CkptconvError, DeviceError, FileRefused, UsageError, option
+from ..files import read_small
 from ..libraries import library_version
 from ..maps.architecture import bundled
 from ..version import __version__
 from .device import less_memory, memory_errors
+from .model import VERIFY
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -60,6 +63,11 @@ KEYWORDS = {
 
 NEEDED = ("image", "mask")
 """Settings that a task needs if it takes them."""
+
+MOST_IMAGE = 256 << 20
+"""Bytes of an image file."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+"""Of the image files that are read: for others, Pillow calls programs such as Ghostscript."""
 
 RESCALE = 0.7
 """Guidance rescale for a model of zero terminal SNR: https://arxiv.org/abs/2305.08891, 3.4."""
@@ -250,6 +258,7 @@ def generate(pipe: Pipeline, arguments: Mapping[str, Any], seed: int) -> Image.I
 
     Raises:
         DeviceError: the memory ran out, or the dtype overflowed.
+        FileRefused: the components of the folder that it comes from do not fit each other.
         UsageError: the pipeline refuses its arguments.
     """
     import numpy as np
@@ -260,8 +269,15 @@ def generate(pipe: Pipeline, arguments: Mapping[str, Any], seed: int) -> Image.I
         with memory_errors("generating", f"take a smaller {option('size')}, or {less_memory()}"):
             # As an array: a PIL image would turn what is not a number into black.
             made = pipe(**arguments, generator=generator, output_type="np")
+    except CkptconvError:
+        raise
     except ValueError as error:  # from the checks of its own
         raise UsageError(f"diffusers refuses these options: {error}") from error
+    except Exception as error:  # the components of a folder need not fit each other
+        if not (folder := getattr(pipe.config, "_name_or_path", None)):
+            raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise FileRefused(f"{folder}: its pipeline cannot run: {why}", hint=VERIFY) from error
     (array,) = made.images
     if not np.isfinite(array).all():
         raise DeviceError(
@@ -317,10 +333,11 @@ def _opened(path: Path, mode: str) -> Image.Image:
     """Reads an image, turned as its camera says."""
     from PIL import Image, ImageOps
 
+    data = io.BytesIO(read_small(path, MOST_IMAGE))
     try:
-        with Image.open(path) as file:
+        with Image.open(data, formats=FORMATS) as file:
             return ImageOps.exif_transpose(file).convert(mode)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises whatever a damaged file leads to
         raise FileRefused(
             f"{path}: cannot be read as an image: {error}", hint="give a PNG or a JPEG"
         ) from error

@@ -8,11 +8,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..configs.allowed import Unbuildable, code_asked_for, kept, own_name, require_class, roles
 from ..configs.config import model_index
 from ..conversion.convert import configured, option_for, plan_file
 from ..dtypes import CASTS, FLOATS
 from ..errors import FileRefused, Incomplete, UsageError, option
-from ..files import read_json
+from ..files import looking_into, read_config
 from ..folder.names import CONFIG_FILES, INDEX
 from ..folder.weights import component_headers
 from ..maps.architecture import Architecture
@@ -28,6 +29,10 @@ EXACT_IN_FP16 = {"F16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 
 FOR_FOLDERS = ("dtype", "ignore_zeros", "maps")
 """The options that make sense for a diffusers folder."""
+
+ABSENT = [None, None]
+"""What `model_index.json` says of a component that is not there."""
+VERIFY = "`ckptconv verify` shows what is wrong with a folder"
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +101,9 @@ def open_model(
         UsageError: the options contradict each other or the file.
     """
     path = Path(path)
-    read = _from_folder if path.is_dir() else _from_file
-    model = read(path, options, given)
+    with looking_into(path):
+        read = _from_folder if path.is_dir() else _from_file
+        model = read(path, options, given)
     if not options.ignore_zeros:
         require_filled(path, model.steps)
     return model
@@ -188,11 +194,11 @@ def _from_folder(path: Path, options: Options, given: Collection[str]) -> Model:
         raise FileRefused(
             f"{path}: holds no {INDEX}", hint="give a checkpoint, or a whole diffusers folder"
         )
-    index = read_json(path / INDEX)
+    index, known = read_config(path / INDEX), roles(options.maps)
     entries = {
-        name: (str(entry[0]), str(entry[1]))
+        name: entry
         for name, entry in index.items()
-        if name not in given and isinstance(entry, list) and len(entry) == 2 and None not in entry
+        if name in known and name not in given and entry not in (None, ABSENT)
     }
     if missing := [name for name in entries if not (path / name).is_dir()]:
         raise FileRefused(
@@ -201,17 +207,31 @@ def _from_folder(path: Path, options: Options, given: Collection[str]) -> Model:
         )
     blueprints: dict[str, Blueprint] = {}
     tensors: dict[tuple[str, str], Tensor] = {}
-    for name, (library, cls) in entries.items():
-        folder, config, kind = path / name, {}, "other"
-        if (folder / CONFIG_FILES["model"]).is_file():
-            config, kind = read_json(folder / CONFIG_FILES["model"]), "model"
-            for header in component_headers(folder):
-                tensors |= {(name, key): tensor for key, tensor in header.tensors.items()}
-        blueprints[name] = Blueprint(library, cls, kind, config, folder)
+    notes: list[str] = []
+    for name, entry in entries.items():
+        role, file = known[name], path / name / CONFIG_FILES[known[name].kind]
+        library, cls = require_class(path / INDEX, name, entry, role)
+        values = read_config(file)
+        if asked := ", ".join(code_asked_for(values)):
+            notes.append(f"{file} asks for code from elsewhere, which was left out: {asked}")
+        try:
+            config = kept(library, cls, values)
+            config |= own_name(library, cls) if role.kind in ("model", "scheduler") else {}
+        except Unbuildable as error:
+            raise FileRefused(f"{file}: {error}", hint=VERIFY) from error
+        blueprints[name] = Blueprint(library, cls, role.kind, config, file.parent)
+        for header in component_headers(file.parent) if role.kind == "model" else ():
+            tensors |= {(name, key): tensor for key, tensor in header.tensors.items()}
+    # What else the index names is given to nobody; a pipeline that needs it says so.
+    index = {
+        name: value
+        for name, value in index.items()
+        if name in entries or value == ABSENT or not isinstance(value, list | dict)
+    }
     stored = {tensor.dtype for tensor in tensors.values()} & FLOATS
     dtype = options.dtype or _common_dtype(stored) or _name_of(stored)
     steps = []
     for place, tensor in tensors.items():
-        kept = CASTS[dtype] if tensor.dtype in FLOATS else tensor.dtype
-        steps.append(Step(RENAME, (tensor,), (Target(*place, kept, tensor.shape),)))
-    return Model(path, index, blueprints, tuple(steps), dtype)
+        stored_as = CASTS[dtype] if tensor.dtype in FLOATS else tensor.dtype
+        steps.append(Step(RENAME, (tensor,), (Target(*place, stored_as, tensor.shape),)))
+    return Model(path, index, blueprints, tuple(steps), dtype, tuple(notes))

@@ -5,18 +5,23 @@ Nothing here changes the process: other threads may build modules of their own a
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
+import math
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..configs.tokenizer import tokenizer_files
+from ..configs.tokenizer import read_tokenizer, tokenizer_files
 from ..errors import FileRefused
+from ..folder.names import CONFIG_FILES
 from ..libraries import LIBRARIES, LOCK, find_class, library_version
 from ..planning.step import Target
-from .model import Blueprint
+from ..verification.classes import limited
+from .model import VERIFY, Blueprint
 from .weights import matched
 
 if TYPE_CHECKING:
@@ -59,28 +64,35 @@ def empty_module(
 
     Returns:
         The module, or None if it comes from a folder and needs what only its library does: other
-        classes and names of tensors, quantization, several dtypes.
+        classes and names of tensors, several dtypes.
+
+    Raises:
+        FileRefused: the weights are not those that the configuration of a folder describes.
     """
-    if blueprint.folder and not _is_plain(cls, blueprint):
-        return None
-    with LOCK, _meta_parameters()():
+    most = 2 * len(targets) + 100
+    limit = limited(most) if blueprint.folder else contextlib.nullcontext()
+    with LOCK, limit, _meta_parameters()():
         module: nn.Module = _from_config(cls, blueprint, dtype)
     if blueprint.folder:
         own = module.state_dict()
+        names, problems = matched(module, targets)
+        needs = sum(parameter.numel() for parameter in module.parameters())
+        held = sum(math.prod(target.shape) for target in targets.values())
+        of_others = hasattr(cls, "config_class") and blueprint.library != "transformers"
+        lost = own.keys() - set(names.values())  # a library would fill them with noise
+        if needs > 2 * held or (lost and not of_others):
+            raise FileRefused(
+                f"{blueprint.folder}: the weights are not those that {CONFIG_FILES['model']} "
+                f"describes: they hold {held:,} numbers, and it needs {needs:,}",
+                problems=problems,
+                hint=VERIFY,
+            )
         # Such a buffer has the dtype that was the process's default when a library built it.
         computed = (b for name, b in module.named_buffers() if name not in own)
-        if matched(module, targets)[1] or any(b.is_floating_point() for b in computed):
+        mixed = getattr(cls, "_keep_in_fp32_modules", None)
+        if problems or mixed or of_others or any(b.is_floating_point() for b in computed):
             return None
     return module
-
-
-def _is_plain(cls: Any, blueprint: Blueprint) -> bool:
-    """Whether building from the configuration and copying the tensors is all that it takes."""
-    known = issubclass(cls, find_class("diffusers", "ModelMixin")) or (
-        blueprint.library == "transformers" and hasattr(cls, "config_class")
-    )
-    mixed = getattr(cls, "_keep_in_fp32_modules", None)
-    return known and not mixed and not blueprint.config.get("quantization_config")
 
 
 def _from_config(cls: Any, blueprint: Blueprint, dtype: torch.dtype) -> Any:
@@ -88,7 +100,7 @@ def _from_config(cls: Any, blueprint: Blueprint, dtype: torch.dtype) -> Any:
     if not hasattr(cls, "config_class"):
         made = cls.from_config(values)
         if origin:
-            made.register_to_config(_name_or_path=origin)
+            _set_origin(made, origin)
         return made
     config = cls.config_class.from_dict(values)
     config.name_or_path = origin
@@ -101,40 +113,62 @@ def _from_config(cls: Any, blueprint: Blueprint, dtype: torch.dtype) -> Any:
 
 
 def from_library(cls: Any, blueprint: Blueprint, dtype: torch.dtype, files: Iterable[Path]) -> Any:
-    """Lets its library load a component from its folder; that may change the process meanwhile."""
-    weights = {file.name for file in files if file.parent == blueprint.folder}
-    variants = {found[1] for name in weights if (found := VARIANT.search(name))}
+    """Lets its library load a component; that may change the process meanwhile.
+
+    The library sees the weights, and a configuration of what was kept: nothing else of the folder.
+    """
+    folder = blueprint.folder or Path()
+    weights = {file for file in files if file.parent == folder}
+    variants = {found[1] for file in weights if (found := VARIANT.search(file.name))}
     options: dict[str, Any] = {"use_safetensors": True}
     if len(variants) == 1:
         options["variant"] = variants.pop()
-    with LOCK:
+    with LOCK, tempfile.TemporaryDirectory(prefix="ckptconv-") as place:
         name = _dtype_entry(cls.config_class()) if hasattr(cls, "config_class") else "torch_dtype"
         options[name] = dtype
-        return cls.from_pretrained(blueprint.folder, local_files_only=True, **options)
+        Path(place, CONFIG_FILES["model"]).write_text(json.dumps(dict(blueprint.config)))
+        for file in [*weights, *folder.glob("*.safetensors.index*.json")]:
+            Path(place, file.name).symlink_to(file.resolve())
+        made = cls.from_pretrained(place, local_files_only=True, **options)
+    _set_origin(made, str(folder))
+    return made
 
 
 def without_weights(cls: Any, blueprint: Blueprint) -> Any:
     """Makes a scheduler, an image processor or a tokenizer."""
     values = dict(blueprint.config)
     with LOCK:
-        if blueprint.folder:
-            return cls.from_pretrained(blueprint.folder, local_files_only=True)
         if blueprint.kind == "scheduler":
             return cls.from_config(values)
         if blueprint.kind == "processor":
             return cls.from_dict(values)
         # The constructor of a tokenizer takes paths before release 5 of transformers, and tables
-        # since: only files do for both. They are what `convert` writes.
-        with tempfile.TemporaryDirectory(prefix="ckptconv-") as folder:
-            for file, text in tokenizer_files(values).items():
-                Path(folder, file).write_text(text, encoding="utf-8")
-            tokenizer = cls.from_pretrained(folder, local_files_only=True)
-        tokenizer.name_or_path = ""
+        # since: only files do for both. They are what `convert` writes, or what a folder holds.
+        folder = blueprint.folder
+        files: Mapping[str, str | Path] = (
+            read_tokenizer(folder, values) if folder else tokenizer_files(values)
+        )
+        with tempfile.TemporaryDirectory(prefix="ckptconv-") as place:
+            for file, held in files.items():
+                if isinstance(held, Path):
+                    Path(place, file).symlink_to(held)
+                else:
+                    Path(place, file).write_text(held, encoding="utf-8")
+            tokenizer = cls.from_pretrained(place, local_files_only=True)
+        tokenizer.name_or_path = str(folder or "")
         return tokenizer
 
 
 def _dtype_entry(config: Any) -> str:
     return "dtype" if hasattr(config, "dtype") else "torch_dtype"  # before release 4.56
+
+
+def _set_origin(module: Any, origin: str) -> None:
+    """Notes where a module comes from, as its library does."""
+    if hasattr(module, "register_to_config"):
+        module.register_to_config(_name_or_path=origin)
+    else:
+        module.config.name_or_path = module.name_or_path = origin
 
 
 def _set_dtype(config: Any, dtype: torch.dtype | None) -> None:

@@ -14,21 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from ..dtypes import CASTS, torch_dtype
-from ..errors import DeviceError, FileRefused, UsageError
-from ..libraries import find_class, library_version
+from ..errors import CkptconvError, DeviceError, FileRefused, UsageError
+from ..libraries import find_class, is_out_of_memory, library_version
 from ..maps.architecture import Task, bundled
 from ..options import Choices, Options, checked
 from ..planning.step import targets_of
 from .device import (
     check_dtype,
     free_memory,
-    is_out_of_memory,
     less_memory,
     memory_errors,
     pick_device,
     spread,
 )
-from .model import Model, open_model
+from .model import VERIFY, Model, open_model
 from .modules import component_class, empty_module, from_library, without_weights
 from .weights import Devices, fill
 
@@ -189,7 +188,7 @@ def _built(
     dtype, targets = torch_dtype(CASTS[model.dtype]), targets_of(model.steps)
     parts: dict[str, Any] = {}
     modules: dict[str, torch.nn.Module] = {}
-    with _refusals(model):
+    with _refusals(model.path):
         for name, blueprint in model.blueprints.items():
             if name not in parameters:
                 continue
@@ -212,23 +211,26 @@ def _built(
     for note in [*model.notes, *fill(modules, model.steps, devices, progress)]:
         log.warning("%s", note)
     arguments |= {name: _connected(module, devices[name]) for name, module in modules.items()}
-    pipe: Any = cls(**{name: arguments[name] for name in parameters if name in arguments})
+    with _refusals(model.path):
+        pipe: Any = cls(**{name: arguments[name] for name in parameters if name in arguments})
     if model.path.is_dir():
         pipe.register_to_config(_name_or_path=str(model.path))
     return pipe
 
 
 @contextlib.contextmanager
-def _refusals(model: Model) -> Iterator[None]:
+def _refusals(path: Path) -> Iterator[None]:
     """Turns what a library says of a folder into an error of ours."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        if not model.path.is_dir() or is_out_of_memory(error):
+    except CkptconvError:
+        raise
+    except Exception as error:  # whatever the class says of a bad configuration
+        if not path.is_dir() or is_out_of_memory(error):
             raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise FileRefused(
-            f"{model.path}: diffusers cannot load the folder: {error}",
-            hint="`ckptconv verify` shows what is wrong with a converted folder",
+            f"{path}: diffusers cannot load the folder: {why}", hint=VERIFY
         ) from error
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from typing import Any
 
+from ..configs.allowed import Unbuildable, defaults
 from ..configs.config import Config, class_of, configs, model_index
 from ..configs.original_config import OriginalConfigFile
 from ..detection.detect import ForeignFormat, detect
@@ -28,7 +29,7 @@ from ..planning.plan import Plan, build_plan
 from ..planning.step import Step
 from ..reading.tensor import Header, Tensor
 from ..sample import Sample, layout_of
-from .classes import Unbuildable, defaults, expected, has_class
+from .classes import expected, has_class
 from .result import Check, Problem
 
 FILES: dict[str, Any] = {

@@ -18,6 +18,7 @@ CHECKS = {
     "source": "every key of the file is accounted for",
     "architecture": "the folder is a model of a known architecture",
     "index": "model_index.json names the components and their classes",
+    "code": "nothing asks whoever loads the folder to run code",
     "weights": "names, shapes and dtypes are those that the class expects",
     "config": "the configuration agrees with the weights and with the architecture",
     "data": "the values are those of the file",

@@ -29,6 +29,7 @@ from ..options import Choices, Options, checked
 from ..planning.plan import Plan
 from ..planning.step import ASIDE
 from ..planning.zeros import zero_weights
+from .checks.code import check_code
 from .checks.config import check_config, check_index, class_said, same
 from .checks.data import Bytes, check_data, check_finite
 from .checks.tokenizer import check_tokenizer
@@ -160,7 +161,7 @@ def _verified(
             if plan and only is None and not model.single:
                 index = model_index(plan, configs) | _own_schedulers(model, configs)
                 checks.append(check_index(index, model.index, model.parts.keys()))
-            checks += _check_components(model, configs)
+            checks += [*check_code(model), *_check_components(model, configs)]
             if only is None:
                 checks += _check_unexpected(model, plan, configs, options.maps)
             running.result()

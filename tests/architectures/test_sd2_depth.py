@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import ckptconv
 from ckptconv import load_pipeline
+from ckptconv.configs.allowed import Unbuildable
 from ckptconv.configs.config import configs, model_index
 from ckptconv.detection.detect import detect
 from ckptconv.errors import Incomplete
@@ -21,7 +22,7 @@ from ckptconv.folder.read import ComponentFolder
 from ckptconv.maps.architecture import bundled
 from ckptconv.planning.plan import build_plan
 from ckptconv.verification.checks.config import check_config
-from ckptconv.verification.classes import Unbuildable, expected
+from ckptconv.verification.classes import expected
 from tests.conftest import made, shapes
 from tests.support.properties import Convert, PipelineProperties
 from tests.support.reference import dpt, unet

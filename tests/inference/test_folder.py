@@ -139,7 +139,9 @@ def test_a_class_of_others_is_loaded_by_its_library(copy: Copy) -> None:
 def test_a_class_of_no_known_library_is_refused(copy: Copy) -> None:
     folder = copy("sd1")
     edit(folder / "model_index.json", unet=["os", "PathLike"])
-    with pytest.raises(FileRefused, match="names the class PathLike, which os does not have") as e:
+    with pytest.raises(
+        FileRefused, match=r"unet is \['os', 'PathLike'\], expected UNet2DCond"
+    ) as e:
         load_pipeline(folder, device="cpu")
     assert "components={'unet': ...}" in e.value.hint
 
@@ -147,9 +149,13 @@ def test_a_class_of_no_known_library_is_refused(copy: Copy) -> None:
 @pytest.mark.parametrize(
     ("file", "values", "message"),
     [
-        ("unet/config.json", {"cross_attention_dim": 32}, "attn2"),
+        (
+            "unet/config.json",
+            {"cross_attention_dim": 32},
+            r"attn2\.to_k\.weight: has shape \[32, 64\], needed",
+        ),
         ("unet/config.json", {"block_out_channels": "wide"}, "cannot load the folder"),
-        ("text_encoder/config.json", {"hidden_size": 33}, "cannot load the folder"),
+        ("text_encoder/config.json", {"hidden_size": 33}, "needed .49408, 33."),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": "all"}, "cannot load"),
     ],
 )
@@ -158,9 +164,8 @@ def test_a_configuration_that_does_not_fit_is_no_traceback(
 ) -> None:
     folder = copy("sd1")
     edit(folder / file, **values)
-    with pytest.raises(FileRefused, match=message) as caught:
+    with pytest.raises(FileRefused, match=message):
         load_pipeline(folder, device="cpu")
-    assert "diffusers cannot load the folder" in str(caught.value)
 
 
 def test_a_component_whose_folder_is_missing(copy: Copy) -> None:

@@ -381,7 +381,7 @@ def test_outputs_that_cannot_be(sample: Sample, run: Run, tmp_path: Path) -> Non
 
 def test_inputs_that_cannot_be(sample: Sample, run: Run, tmp_path: Path) -> None:
     nowhere = ("--task", "image-to-image", "--image", tmp_path / "no.png")
-    assert "cannot be read as an image" in run(sample("sd1"), *nowhere, code=3).stderr
+    assert "the file cannot be read" in run(sample("sd1"), *nowhere, code=3).stderr
     text = tmp_path / "text.png"
     text.write_text("no image")
     assert "give a PNG or a JPEG" in run(sample("sd1"), *nowhere[:3], text, code=3).stderr

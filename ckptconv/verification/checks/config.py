@@ -10,23 +10,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from ...configs.allowed import Unbuildable, defaults
 from ...configs.config import DTYPES, Config, class_of
 from ...dtypes import FLOATS, LIBRARY_NAMES
 from ...errors import option
 from ...folder.names import CONFIG_FILES, INDEX
 from ...folder.read import ComponentFolder
-from ...libraries import LIBRARIES, find_class
-from ..classes import Unbuildable, defaults
+from ...libraries import LIBRARIES, RENAMED, find_class
 from ..result import Check, Problem
 
 NAMES = ("_class_name", "architectures", "image_processor_type", "feature_extractor_type")
 """Entries that name the class."""
-RENAMED = {
-    "CLIPFeatureExtractor": "CLIPImageProcessor",
-    "CLIPTokenizerFast": "CLIPTokenizer",
-    "DPTFeatureExtractor": "DPTImageProcessor",
-}
-"""Classes under another name of theirs: of an older release, or of a twin that does the same."""
 SCHEDULE = {
     "beta_end",
     "beta_schedule",

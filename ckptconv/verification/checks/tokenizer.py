@@ -14,7 +14,7 @@ from typing import Any
 from ...configs.config import Config
 from ...configs.tokenizer import merges_text, vocabulary
 from ...errors import FileRefused
-from ...files import read_json
+from ...files import MOST_TOKENS, read_json, read_small
 from ...folder.names import CONFIG_FILES
 from ...folder.read import ComponentFolder
 from ..result import Check, Problem
@@ -27,6 +27,9 @@ PROBE = "A  Photo of\nthe cat's 42."
 """Upper case, white space, a contraction and digits, in words that are one token each. (Not "!",
 which some tokenizers pad with and then take for a special token.)"""
 PROBE_TOKENS = ("a", "photo", "of", "the", "cat", "'s", "4", "2", ".")
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+PATTERNS = (r"\s+", WORDS, rf"<\|startoftext\|>|<\|endoftext\|>|{WORDS}")
+"""The patterns by which every CLIP tokenizer splits a text."""
 UNSET = "<|endoftext|>"
 """The class's default for special tokens."""
 
@@ -51,10 +54,10 @@ def _findings(config: Config, part: ComponentFolder, ours: bool) -> Iterator[Pro
         yield from _entries(expected, part.config)
     checks: dict[str, Callable[[Path], Iterable[object]]] = {
         "vocab.json": _vocabulary,
-        "merges.txt": lambda path: _unlike_merges(_lines(path.read_text(encoding="utf-8"))),
+        "merges.txt": lambda path: _unlike_merges(_lines(read_small(path, MOST_TOKENS).decode())),
         "tokenizer.json": _tokenizer_json,
-        SPECIALS: lambda path: _specials(SPECIALS, expected, read_json(path), whole=False),
-        "added_tokens.json": lambda path: _unlike(read_json(path)),
+        SPECIALS: lambda path: _specials(SPECIALS, expected, _table(path), whole=False),
+        "added_tokens.json": lambda path: _unlike(_table(path)),
     }
     for file, check in checks.items():
         if (folder / file).exists():
@@ -106,7 +109,7 @@ def _content(token: Any) -> Any:
 
 
 def _vocabulary(path: Path) -> Iterator[str]:
-    have, known = read_json(path), _known()
+    have, known = _table(path), _known()
     yield from _unlike(have)
     if lost := [token for token in known if token not in have]:
         yield f"lacks {len(lost):,} tokens, such as {lost[0]!r}"
@@ -115,7 +118,8 @@ def _vocabulary(path: Path) -> Iterator[str]:
 def _tokenizer_json(path: Path) -> Iterator[str]:
     from tokenizers import Tokenizer
 
-    model = read_json(path).get("model")
+    data = _table(path)
+    model = data.pop("model", None)
     have, merges = (model.get(k) if isinstance(model, dict) else None for k in ("vocab", "merges"))
     if not isinstance(have, dict) or not isinstance(merges, list):
         yield "holds no BPE model with a vocabulary and merges"
@@ -124,18 +128,39 @@ def _tokenizer_json(path: Path) -> Iterator[str]:
     yield from _unlike_merges(
         [" ".join(map(str, m)) if isinstance(m, list) else str(m) for m in merges]
     )
+    if strange := list(_strange(data)):  # it may take forever
+        yield f"changes or splits text by {strange[0][:80]!r}, which CLIP's does not"
+        return
     try:
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_padding()
         tokenizer.no_truncation()
         ids = tokenizer.encode(PROBE).ids
-    except Exception as error:  # noqa: BLE001  (the library raises nothing more special)
+    except BaseException as error:  # the library raises nothing more special, or panics
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         yield f"cannot be loaded: {error}"
         return
     tokens = ["<|startoftext|>", *(token + "</w>" for token in PROBE_TOKENS), "<|endoftext|>"]
     wanted = [_known()[token] for token in tokens]
     if ids != wanted:
         yield f"turns {PROBE!r} into {ids}, expected {wanted}"
+
+
+def _strange(part: object) -> Iterator[str]:
+    """Yields patterns and replacements that are not those of CLIP, at any depth."""
+    if isinstance(part, dict):
+        pattern = part.get("Regex", PATTERNS[0])
+        if pattern not in PATTERNS:
+            yield str(pattern)
+        if part.get("type") == "Replace" and part.get("content") != " ":
+            yield str(part.get("content"))
+    for item in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        yield from _strange(item)
+
+
+def _table(path: Path) -> dict[str, Any]:
+    return read_json(path, MOST_TOKENS)
 
 
 def _unlike(have: Mapping[str, Any]) -> Iterator[str]:

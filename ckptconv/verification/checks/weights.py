@@ -5,12 +5,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
+from ...configs.allowed import Unbuildable
 from ...dtypes import FLOATS
 from ...files import read_range
 from ...folder.names import CONFIG_FILES
 from ...folder.read import ComponentFolder
 from ...reading.tensor import Tensor
-from ..classes import Expected, Unbuildable, expected
+from ..classes import Expected, expected
 from ..result import Check, Problem
 
 POSITION_IDS = ".embeddings.position_ids"
