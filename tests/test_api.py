@@ -204,3 +204,10 @@ def test_a_file_is_read_once_and_judged_once(
         call()
         assert set(counted.values()) == {1}, (name, counted)
         assert "judged" in counted, name
+
+
+@pytest.mark.parametrize("name", sorted({*ckptconv.__all__} - {"__version__"}))
+def test_every_public_name_is_ours(name: str) -> None:
+    assert getattr(ckptconv, name).__module__.startswith("ckptconv.")
+    with pytest.raises(AttributeError, match=f"has no attribute '{name}s'"):
+        getattr(ckptconv, f"{name}s")

@@ -265,8 +265,14 @@ def _stopped(number: int, small: Path, out: Path, times: int = 1) -> tuple[int, 
     return run.returncode, said
 
 
-@pytest.mark.parametrize("times", [1, 3])
-@pytest.mark.parametrize("number", ENDING)
+@pytest.mark.parametrize(
+    ("number", "times"),
+    [
+        (signal.SIGINT, 3),
+        (signal.SIGHUP, 1),
+        *(pytest.param(number, 1, marks=pytest.mark.slow) for number in ENDING),
+    ],
+)
 def test_a_conversion_that_is_stopped_leaves_nothing(
     number: int, times: int, small: Path, tmp_path: Path
 ) -> None:
@@ -319,12 +325,17 @@ def killer(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> Killer:
 @pytest.mark.parametrize(
     "kill",
     [
-        Kill("convert", at="calls", call=60),
-        Kill("convert --overwrite", at="renames", call=5),  # after the exchange
-        Kill("convert --overwrite", at="renames", call=5, user=4),
+        Kill("convert --overwrite", at="renames", call=5, user=4),  # after the exchange
         Kill("convert --overwrite", at="renames", call=11, exchanges=False),  # no folder is there
-        Kill("export", at="renames", call=1, user=1),
-        Kill("export --overwrite", at="renames", call=6),
+        *(
+            pytest.param(kill, marks=pytest.mark.slow)
+            for kill in (
+                Kill("convert", at="calls", call=60),
+                Kill("convert --overwrite", at="renames", call=5),
+                Kill("export", at="renames", call=1, user=1),
+                Kill("export --overwrite", at="renames", call=6),
+            )
+        ),
     ],
 )
 def test_a_kill_loses_nothing_and_the_next_run_leaves_nothing(kill: Kill, killer: Killer) -> None:
@@ -334,7 +345,7 @@ def test_a_kill_loses_nothing_and_the_next_run_leaves_nothing(kill: Kill, killer
     assert (killer.tally.losses, killer.tally.litter) == ([], [])
 
 
-@pytest.mark.parametrize("job", ["convert", "export"])
+@pytest.mark.parametrize("job", ["convert", pytest.param("export", marks=pytest.mark.slow)])
 def test_of_two_runs_to_one_place_one_reports_success(job: str, killer: Killer) -> None:
     killer.tally = Tally()
     killer.two_at_once(job)
