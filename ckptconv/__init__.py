@@ -1,4 +1,4 @@
-"""Turn a lone Stable Diffusion checkpoint into a diffusers folder, offline.
+"""Turn a lone Stable Diffusion or FLUX.1 checkpoint into a diffusers folder, offline.
 
     import ckptconv
 

@@ -112,7 +112,7 @@ def _unforeseen(error: Exception) -> str:
 @quiet_option
 @click.pass_context
 def main(ctx: click.Context, /, key_maps: Path | None) -> None:
-    """Turn a lone Stable Diffusion checkpoint into a diffusers folder, offline.
+    """Turn a lone Stable Diffusion or FLUX.1 checkpoint into a diffusers folder, offline.
 
     Exit codes: 0 done, 1 a check failed, 2 wrong usage, 3 refused (an input, the place to write to,
     or the device), 130 stopped by Ctrl-C.

@@ -112,7 +112,7 @@ class Options:
         image_normalizer: likewise unCLIP's image statistics; a file of mean and deviation will do.
         prediction_type: what the UNet predicts, `epsilon` or `v_prediction`; detected by default.
         zero_terminal_snr: whether the noise schedule ends in pure noise; detected by default.
-        family: what a lone VAE is for, `sd1`, `sd2` or `sdxl`; detected by default.
+        family: what a lone VAE is for, such as `sd1`, `sdxl` or `flux`; detected by default.
         original_config: the LDM or SGM yaml of the model, which wins over what is measured.
         lora: a LoRA, DoRA, LoHa or LoKr to add to the weights, as FILE or FILE:SCALE; or several.
         ignore_zeros: accept large weights that are all zero, as an unfinished download has them.

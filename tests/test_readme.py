@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -14,6 +15,9 @@ from ckptconv.cli import main
 from ckptconv.maps.architecture import bundled
 from ckptconv.reading.header import header_from_json, read_header
 from ckptconv.sample import layout_of, write_sample
+from tests.conftest import Sample
+from tests.support.checkpoints import rewritten
+from tests.support.reference.files import FLUX_FILES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,10 +33,17 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def below(prefix: str, key: str) -> str | None:
+    """Returns what stands behind a prefix; None for other keys."""
+    return key.removeprefix(prefix) if key.startswith(prefix) else None
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("workplace")
-def test_every_command_runs() -> None:
-    assert len(COMMANDS) >= 7
+def test_every_command_runs(sample: Sample) -> None:
+    for name, prefix in FLUX_FILES.items():
+        rewritten(sample("flux"), Path(f"{name}.safetensors"), functools.partial(below, prefix))
+    assert len(COMMANDS) >= 8
     for line in COMMANDS:
         result = CliRunner().invoke(main, shlex.split(line))
         assert result.exit_code == 0, (line, result.output)

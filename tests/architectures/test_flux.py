@@ -18,13 +18,12 @@ from ckptconv.inference.model import open_model
 from ckptconv.options import Options
 from tests.support.properties import Convert, PipelineProperties, PublishedConfigurations
 from tests.support.reference import flux, t5
-from tests.support.reference.files import all_in_one, transformer_alone
+from tests.support.reference.files import FLUX_FILES, all_in_one, transformer_alone
 from tests.support.relatives import Relative, assert_equal, exported, run, verified
 
 DEV = all_in_one(flux.TINY_DEV)
-TRANSFORMER, VAE = "model.diffusion_model.", "vae."
-CLIP, T5 = "text_encoders.clip_l.transformer.", "text_encoders.t5xxl.transformer."
-PROJECTION = f"{CLIP}text_projection.weight"
+TRANSFORMER, T5 = FLUX_FILES["flux1-dev"], FLUX_FILES["t5xxl_fp16"]
+PROJECTION = f"{FLUX_FILES['clip_l']}text_projection.weight"
 GUIDED = {"transformer.guidance_embeds": True, "scheduler.use_dynamic_shifting": True}
 UNGUIDED = {"transformer.guidance_embeds": False, "scheduler.shift": 1.0}
 HEADS = {"transformer.num_attention_heads": 3, "text_encoder_2.num_heads": 2}
@@ -69,9 +68,6 @@ class TestConfigurations(PublishedConfigurations):
     published = ("flux-dev", "flux-schnell")
 
 
-PARTS = {"flux1-dev": TRANSFORMER, "ae": VAE, "clip_l": CLIP, "t5xxl_fp16": T5}
-"""The files that people hold, and what stands before their keys where all are in one."""
-
 DONORS = {"vae": "ae", "text_encoder": "clip_l", "text_encoder_2": "t5xxl_fp16"}
 
 
@@ -80,7 +76,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The four files of a small FLUX.1; that of T5 holds its embedding twice, as the published."""
     folder, tensors = tmp_path_factory.mktemp("parts"), FIRST.tensors()
     files = {}
-    for name, prefix in PARTS.items():
+    for name, prefix in FLUX_FILES.items():
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if name == "t5xxl_fp16":
             own["encoder.embed_tokens.weight"] = own["shared.weight"].clone()
@@ -89,6 +85,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return files
 
 
+@pytest.mark.slow
 def test_four_files_make_the_folder_that_one_does(
     parts: Mapping[str, Path], converted: Convert, tmp_path: Path
 ) -> None:

@@ -150,6 +150,15 @@ def sd3(config: mmdit.MmDitConfig, *names: str) -> Parts:
     }
 
 
+FLUX_FILES = {
+    "flux1-dev": "model.diffusion_model.",
+    "ae": "vae.",
+    "clip_l": "text_encoders.clip_l.transformer.",
+    "t5xxl_fp16": "text_encoders.t5xxl.transformer.",
+}
+"""The files that people hold, and what stands before their keys where all are in one."""
+
+
 def layout(parts: Parts) -> dict[str, tuple[int, ...]]:
     """Return every key of a file with its shape; nothing is allocated.
 
