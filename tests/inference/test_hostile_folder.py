@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 import ckptconv
 from ckptconv import load_pipeline, verify
+from ckptconv.configs.allowed import Unbuildable
 from ckptconv.errors import FileRefused
 from ckptconv.files import MOST_CONFIG, read_json
 from ckptconv.inference.generation import Settings, open_images
-from ckptconv.inference.model import open_model
+from ckptconv.inference.model import Blueprint, open_model
+from ckptconv.inference.modules import empty_module
 from ckptconv.options import Options
 from tests.conftest import Copy, Folder
 from tests.scramble import CODE, attack
@@ -244,6 +247,15 @@ def test_a_scheduler_keeps_what_another_would_take(copy: Copy) -> None:
     config = load_pipeline(folder, device="cpu").scheduler.config
     assert config["clip_sample"] is False
     assert "someone" not in config
+
+
+def test_positions_that_fill_the_memory_are_not_computed() -> None:
+    import diffusers
+
+    values = {"sample_size": 1 << 16, "patch_size": 1, "pos_embed_max_size": 1 << 16}
+    blueprint = Blueprint("diffusers", "SD3Transformer2DModel", "model", values, Path("x"))
+    with pytest.raises(Unbuildable, match="it computes a tensor of"):
+        empty_module(diffusers.SD3Transformer2DModel, blueprint, {}, torch.float16)
 
 
 @pytest.mark.slow
