@@ -115,7 +115,7 @@ def code(folder: Path, rng: random.Random) -> str:
         data[key] = CODE[key]
     replace(path, json.dumps(data))
     text = f"from pathlib import Path\nPath({str(folder / 'RAN')!r}).touch()\nclass Evil: pass\n"
-    for place in (folder, path.parent, folder / "unet"):
+    for place in (folder, path.parent):
         (place / "evil.py").write_text(text)
     return f"{path.relative_to(folder)}: {key}"
 
