@@ -47,6 +47,9 @@ def test_every_command_runs(sample: Sample) -> None:
     for line in COMMANDS:
         result = CliRunner().invoke(main, shlex.split(line))
         assert result.exit_code == 0, (line, result.output)
+        if "flux1-dev" in line:  # T5 alone is no model, and `convert *.safetensors` is to pass
+            for name in FLUX_FILES:
+                Path(f"{name}.safetensors").unlink()
 
 
 @pytest.mark.usefixtures("workplace")
