@@ -53,9 +53,10 @@ def all_the_way(tensors: Mapping[str, Tensor], want: Path, folder: Path) -> None
             assert here.read_bytes() == path.read_bytes(), path
     round_trip(file, out)
     plan = ckptconv.plan(file)
-    if not plan.detection.require()[0].single:
+    architecture, _ = plan.detection.require()
+    if not architecture.single:
         loaded = ckptconv.load_pipeline(file, device="cpu", components=dict.fromkeys(plan.absent))
-        for name in {"unet", "vae"} - {*plan.absent}:
+        for name in {architecture.main, "vae"} - {*plan.absent}:
             weights = load_file(out / name / "diffusion_pytorch_model.safetensors")
             assert_equal(dict(getattr(loaded, name).state_dict()), weights)
 

@@ -93,7 +93,10 @@ DTYPE_ON_CPU = "fp32"
     "--device-map", type=click.Choice(["balanced"]), help="Spread a model over several GPUs."
 )
 @click.option(
-    "--compile", "compiled", is_flag=True, help="Compile the UNet: slow start, fast steps."
+    "--compile",
+    "compiled",
+    is_flag=True,
+    help="Compile the UNet or transformer: slow start, fast steps.",
 )
 @plan_options
 @click.option("--overwrite", is_flag=True, help="Replace images that are there.")
@@ -164,7 +167,7 @@ def command(
         note(f"warning: {printable(warning)}")
     add_loras(pipe, adapters)
     if compiled:
-        pipe.unet.compile()
+        (getattr(pipe, "unet", None) or pipe.transformer).compile()
     pipe.set_progress_bar_config(disable=not is_animated())
     arguments = call_arguments(pipe, settings, images)
     first = secrets.randbelow(2**32) if seed is None else seed

@@ -126,7 +126,7 @@ def test_parts_of_one_projection_must_share_a_dtype(copy: Copy, tmp_path: Path) 
 def test_a_folder_without_unet_is_refused(copy: Copy, tmp_path: Path) -> None:
     altered = copy("sd1")
     shutil.rmtree(altered / "unet")
-    with pytest.raises(NotACheckpoint, match="it holds no UNet"):
+    with pytest.raises(NotACheckpoint, match="it holds no transformer or unet"):
         ckptconv.export(altered, tmp_path / "x.safetensors")
 
 

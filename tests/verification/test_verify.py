@@ -349,7 +349,7 @@ def test_a_folder_without_unet_is_not_told_alone(copy: Copy) -> None:
     folder = copy("sd1")
     shutil.rmtree(folder / "unet")
     found = kinds(ckptconv.verify(None, folder))
-    assert "holds no UNet" in found["model", "architecture"][0].what
+    assert "holds no transformer or unet" in found["model", "architecture"][0].what
 
 
 @pytest.mark.parametrize("what", ["missing", "file", "empty"])
