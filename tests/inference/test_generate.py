@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
@@ -16,6 +17,7 @@ import click
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -235,6 +237,7 @@ def test_zero_terminal_snr_rescales_the_guidance(sample: Sample, run: Run, tmp_p
 def test_what_diffusers_refuses_is_no_traceback(
     sample: Sample, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    @functools.wraps(StableDiffusionPipeline.__call__)
     def refusing(*_: object, **__: object) -> None:
         raise ValueError("`callback_steps` has to be a positive integer")
 
@@ -405,6 +408,7 @@ def test_numbers_that_overflow_are_no_image(sample: Sample, run: Run, tmp_path: 
 def test_a_lack_of_memory_while_generating(
     sample: Sample, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    @functools.wraps(StableDiffusionPipeline.__call__)
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
