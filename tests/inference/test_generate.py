@@ -235,7 +235,7 @@ def test_zero_terminal_snr_rescales_the_guidance(sample: Sample, run: Run, tmp_p
 def test_what_diffusers_refuses_is_no_traceback(
     sample: Sample, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refusing(*_: object, **__: object) -> None:
+    def refusing(*_: object, num_inference_steps: int, **__: object) -> None:
         raise ValueError("`callback_steps` has to be a positive integer")
 
     monkeypatch.setattr("diffusers.StableDiffusionPipeline.__call__", refusing)
@@ -405,7 +405,7 @@ def test_numbers_that_overflow_are_no_image(sample: Sample, run: Run, tmp_path: 
 def test_a_lack_of_memory_while_generating(
     sample: Sample, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object, **__: object) -> None:
+    def full(*_: object, num_inference_steps: int, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr("diffusers.StableDiffusionPipeline.__call__", full)
