@@ -43,7 +43,7 @@ def all_the_way(tensors: Mapping[str, Tensor], want: Path, folder: Path) -> None
         folder: for the file, and what becomes of it.
     """
     file, out = folder / "it.safetensors", folder / "out"
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+    save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, file)
     ckptconv.convert(file, out, overwrite=True)
     for path in want.rglob("*"):
         here = out / path.relative_to(want)

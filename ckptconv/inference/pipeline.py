@@ -10,6 +10,7 @@ import contextlib
 import inspect as python_inspect
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -18,7 +19,7 @@ from ..errors import CkptconvError, DeviceError, FileRefused, UsageError
 from ..libraries import find_class, is_out_of_memory, library_version
 from ..maps.architecture import Task, bundled
 from ..options import Choices, Options, checked
-from ..planning.step import targets_of
+from ..planning.step import Step, targets_of
 from .device import (
     check_dtype,
     free_memory,
@@ -185,7 +186,11 @@ def _built(
             hint=f"its components are {', '.join(parameters)}",
         )
     check_dtype(device, model.dtype)
-    dtype, targets = torch_dtype(CASTS[model.dtype]), targets_of(model.steps, model.identities)
+    dtype = torch_dtype(CASTS[model.dtype])
+    steps = (
+        [_in_fp32(step, model) for step in model.steps] if model.dtype == "fp16" else model.steps
+    )
+    targets = targets_of(steps, model.identities)
     parts: dict[str, Any] = {}
     modules: dict[str, torch.nn.Module] = {}
     with _refusals(model.path):
@@ -208,7 +213,7 @@ def _built(
             name: {part: torch.device("cuda", gpu) for part, gpu in gpus.items()}
             for name, gpus in spread(modules, dtype, free_memory()).items()
         }
-    for note in [*model.notes, *fill(modules, model.steps, devices, progress, model.identities)]:
+    for note in [*model.notes, *fill(modules, steps, devices, progress, model.identities)]:
         log.warning("%s", note)
     arguments |= {name: _connected(module, devices[name]) for name, module in modules.items()}
     with _refusals(model.path):
@@ -216,6 +221,21 @@ def _built(
     if model.path.is_dir():
         pipe.register_to_config(_name_or_path=str(model.path))
     return pipe
+
+
+def _in_fp32(step: Step, model: Model) -> Step:
+    """Returns a step with those targets in fp32 that their class keeps so in an fp16 model.
+
+    Such as the last layer of T5's feed-forward, whose results are too large for fp16.
+    """
+    targets = []
+    for target in step.targets:
+        blueprint = model.blueprints.get(target.component)
+        cls = find_class(blueprint.library, blueprint.name) if blueprint else None
+        kept = getattr(cls, "_keep_in_fp32_modules", None) or ()
+        wide = target.dtype == CASTS["fp16"] and not {*kept}.isdisjoint(target.key.split("."))
+        targets.append(replace(target, dtype=CASTS["fp32"]) if wide else target)
+    return replace(step, targets=tuple(targets))
 
 
 @contextlib.contextmanager

@@ -110,7 +110,7 @@ def assert_same_tokenizer(mine: Any, their: Any) -> None:
         for tokenizer in (mine, their)
     ]
     assert said[0] == said[1]
-    assert [len(ids) for ids in said[0]] == [77, 77]
+    assert {len(ids) for ids in said[0]} == {77 if "CLIP" in type(mine).__name__ else 512}
 
 
 def asked(cls: Any, image: Image.Image, **settings: Any) -> dict[str, Any]:
