@@ -295,10 +295,9 @@ def _check_names(
         )
     models = [c.name for c in architecture.models]
     if unknown := [name for name in donors if name not in models or name not in wanted]:
-        raise UsageError(
-            f"{', '.join(unknown)} is given, but it is not a component to write",
-            hint=f"the components of {architecture.name} with weights are {', '.join(models)}",
-        )
+        what = f"{', '.join(unknown)} is given, but it is not a component to write"
+        known_here = f"the components of {architecture.name} with weights are {', '.join(models)}"
+        raise UsageError(what, hint=known_here)
 
 
 def _rest(
