@@ -16,6 +16,7 @@ import io
 import itertools
 import json
 import multiprocessing as mp
+import os
 import random
 import re
 import resource
@@ -202,6 +203,7 @@ def run(*arguments: str) -> tuple[bool, str, str]:
     for stream in STREAMS:
         stream.seek(0)
         stream.truncate()
+    os.environ["CKPTCONV_DEBUG"] = "1"  # or what nobody foresaw would be a line and an exit code
     with contextlib.redirect_stdout(STREAMS[0]), contextlib.redirect_stderr(STREAMS[1]):
         try:
             command_line(arguments)

@@ -91,8 +91,7 @@ def empty_module(
             )
         # Such a buffer has the dtype that was the process's default when a library built it.
         computed = (b for name, b in module.named_buffers() if name not in own)
-        mixed = getattr(cls, "_keep_in_fp32_modules", None)
-        if problems or mixed or of_others or any(b.is_floating_point() for b in computed):
+        if problems or of_others or any(b.is_floating_point() for b in computed):
             return None
     return module
 
