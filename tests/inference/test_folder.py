@@ -49,7 +49,10 @@ def edit(file: Path, **values: Any) -> None:
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "task"), [(name, task.name) for name, task in TASKS])
+@pytest.mark.parametrize(
+    ("architecture", "task"),  # Chroma computes a float buffer, so that its library builds it
+    [(name, task.name) for name, task in TASKS if name != "chroma"],
+)
 def test_every_task_is_what_stock_diffusers_loads(
     architecture: str, task: str, sample: Sample, tmp_path: Path
 ) -> None:
