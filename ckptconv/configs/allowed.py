@@ -145,6 +145,12 @@ def code_asked_for(values: object, at: str = "") -> Iterator[str]:
             yield from code_asked_for(value, f"{at}{n}.")
 
 
+def notes_on_code(path: Path, values: object) -> list[str]:
+    """Returns a sentence on what the configuration in a file asks for in vain, if it does."""
+    asked = ", ".join(code_asked_for(values))
+    return [f"{path} asks for code from elsewhere, which was left out: {asked}"] if asked else []
+
+
 def kept(library: str, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the entries of a configuration that the constructor of a class takes.
 

@@ -38,7 +38,7 @@ from ..maps.holes import (
 from ..planning.components import Donor
 from ..planning.plan import Plan
 from ..planning.step import Target
-from .allowed import Unbuildable, code_asked_for, kept, own_name
+from .allowed import Unbuildable, kept, notes_on_code, own_name
 
 DTYPES = ("torch_dtype", "dtype")
 """Entries of a configuration that tell transformers in which dtype to load the weights."""
@@ -82,14 +82,8 @@ def configs(
         if component.kind == "model" and not plan.tensors(name):
             continue
         donor = plan.donors.get(name)
-        theirs = _of_donor(plan, component, donor) if donor else {}
-        notes = tuple(_differing(plan, component, theirs))
-        if (
-            donor
-            and donor.config
-            and (asked := ", ".join(code_asked_for(read_config(donor.config))))
-        ):
-            notes += (f"{donor.config} asks for code from elsewhere, which was left out: {asked}",)
+        theirs, left_out = _of_donor(plan, component, donor) if donor else ({}, [])
+        notes = (*_differing(plan, component, theirs), *left_out)
         if donor and donor.config:
             result[name] = Config(component, theirs, dict.fromkeys(theirs, "donor"), notes)
             continue
@@ -109,8 +103,11 @@ def configs(
     return result
 
 
-def _of_donor(plan: Plan, component: Component, donor: Donor) -> dict[str, Any]:
-    """Returns the configuration of a donor folder, or what is known of that of a donor file."""
+def _of_donor(plan: Plan, component: Component, donor: Donor) -> tuple[dict[str, Any], list[str]]:
+    """Returns the configuration of a donor folder, with notes on what was left out of it.
+
+    Of a donor file, what is known of its configuration.
+    """
     if donor.config:
         said = read_config(donor.config)
         name = _class_said(said)
@@ -119,14 +116,14 @@ def _of_donor(plan: Plan, component: Component, donor: Donor) -> dict[str, Any]:
         except Unbuildable as error:
             what, hint = f"{donor.config}: {error}", "give the folder of another component"
             raise FileRefused(what, hint=hint) from error
-        return values | own_name(component.home, name)
+        return values | own_name(component.home, name), notes_on_code(donor.config, said)
     found = donor.detection
     whole = found.architecture.components if found and found.architecture else {}
     if not found or component.name not in whole:
-        return {}
+        return {}, []
     measure = _Measure(plan, whole[component.name], found)
     values, origins = measure.filled(component.brings)
-    return {name: value for name, value in values.items() if origins[name] != "assumed"}
+    return {name: v for name, v in values.items() if origins[name] != "assumed"}, []
 
 
 def _differing(plan: Plan, component: Component, theirs: Mapping[str, Any]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..configs.allowed import Unbuildable, code_asked_for, kept, own_name, require_class, roles
+from ..configs.allowed import Unbuildable, kept, notes_on_code, own_name, require_class, roles
 from ..configs.config import model_index
 from ..conversion.convert import configured, option_for, plan_file
 from ..dtypes import CASTS, FLOATS
@@ -246,8 +246,7 @@ def _from_folder(path: Path, options: Options, given: Collection[str]) -> Model:
         role, file = known[name], path / name / CONFIG_FILES[known[name].kind]
         library, cls = require_class(path / INDEX, name, role, index)
         values = read_config(file)
-        if asked := ", ".join(code_asked_for(values)):
-            notes.append(f"{file} asks for code from elsewhere, which was left out: {asked}")
+        notes += notes_on_code(file, values)
         try:
             config = kept(library, cls, values)
             config |= own_name(library, cls) if role.kind in ("model", "scheduler") else {}

@@ -19,7 +19,7 @@ from ..errors import CkptconvError, DeviceError, FileRefused, UsageError
 from ..libraries import find_class, is_out_of_memory, library_version
 from ..maps.architecture import Task, bundled
 from ..options import Choices, Options, checked
-from ..planning.step import Step, targets_of
+from ..planning.step import Step, Target, targets_of
 from .device import (
     check_dtype,
     free_memory,
@@ -187,9 +187,7 @@ def _built(
         )
     check_dtype(device, model.dtype)
     dtype = torch_dtype(CASTS[model.dtype])
-    steps = (
-        [_in_fp32(step, model) for step in model.steps] if model.dtype == "fp16" else model.steps
-    )
+    steps = _with_fp32(model) if model.dtype == "fp16" else model.steps
     targets = targets_of(steps, model.identities)
     parts: dict[str, Any] = {}
     modules: dict[str, torch.nn.Module] = {}
@@ -223,19 +221,20 @@ def _built(
     return pipe
 
 
-def _in_fp32(step: Step, model: Model) -> Step:
-    """Returns a step with those targets in fp32 that their class keeps so in an fp16 model.
+def _with_fp32(model: Model) -> tuple[Step, ...]:
+    """Returns the steps, with those targets in fp32 that their class keeps so in an fp16 model.
 
     Such as the last layer of T5's feed-forward, whose results are too large for fp16.
     """
-    targets = []
-    for target in step.targets:
-        blueprint = model.blueprints.get(target.component)
-        cls = find_class(blueprint.library, blueprint.name) if blueprint else None
-        kept = getattr(cls, "_keep_in_fp32_modules", None) or ()
-        wide = target.dtype == CASTS["fp16"] and not {*kept}.isdisjoint(target.key.split("."))
-        targets.append(replace(target, dtype=CASTS["fp32"]) if wide else target)
-    return replace(step, targets=tuple(targets))
+    classes = {name: find_class(b.library, b.name) for name, b in model.blueprints.items()}
+    kept = {n: {*(getattr(c, "_keep_in_fp32_modules", None) or ())} for n, c in classes.items()}
+
+    def widened(target: Target) -> Target:
+        named = kept.get(target.component, set()).intersection(target.key.split("."))
+        wide = named and target.dtype == CASTS["fp16"]
+        return replace(target, dtype=CASTS["fp32"]) if wide else target
+
+    return tuple(replace(s, targets=tuple(map(widened, s.targets))) for s in model.steps)
 
 
 @contextlib.contextmanager

@@ -173,11 +173,7 @@ def _layout(architecture: Architecture, component: Component) -> dict[str, int]:
 def _lacked_by_last(architecture: Architecture, component: Component) -> frozenset[str]:
     """Returns the templates of keys that the last entry of their container does not have."""
     keymap, shapes = _published(architecture, component)
-    entries: dict[str, set[int]] = {}
-    for key in shapes if keymap else ():
-        before, star, _ = keymap.template(key).partition("*") if keymap else ("", "", "")
-        if star:
-            entries.setdefault(before, set()).add(int(key[len(before) :].partition(".")[0]))
+    entries = _entries(shapes, keymap) if keymap else {}
     lacked = set()
     for template in _layout(architecture, component):
         before, star, after = template.partition("*")
@@ -186,6 +182,17 @@ def _lacked_by_last(architecture: Architecture, component: Component) -> frozens
     return frozenset(lacked)
 
 
+def _entries(keys: Iterable[str], keymap: KeyMap) -> dict[str, set[int]]:
+    """Returns the indices that keys have, by what stands before the first of each."""
+    entries: dict[str, set[int]] = {}
+    for key in keys:
+        before, star, _ = keymap.template(key).partition("*")
+        if star:
+            entries.setdefault(before, set()).add(int(key[len(before) :].partition(".")[0]))
+    return entries
+
+
+@functools.cache
 def _published(
     architecture: Architecture, component: Component
 ) -> tuple[KeyMap | None, dict[str, Shape]]:
@@ -209,11 +216,7 @@ def _missing(
 
     The last entry need not have keys of the templates `shorter`.
     """
-    entries: dict[str, set[int]] = {}
-    for key in found:
-        before, star, _ = keymap.template(key).partition("*")
-        if star:
-            entries.setdefault(before, set()).add(int(key[len(before) :].partition(".")[0]))
+    entries = _entries(found, keymap)
     for before, held in entries.items():
         if len(held) <= max(held):
             yield f"{before}* has only the entries {', '.join(map(str, sorted(held)))}"
@@ -266,3 +269,17 @@ def better_place(architecture: Architecture, component: Component, donor: Donor)
         if other is not component and match.known and most and not match.problems:
             return other.name
     return ""
+
+
+def identities(
+    written: Iterable[Component],
+    donors: Mapping[str, Donor],
+    targets: Mapping[str, Mapping[str, Target]],
+) -> Iterator[Target]:
+    """Yields the identity matrices that components get, as wide as one of their tensors."""
+    for component in written:
+        own, donor = targets.get(component.name, {}), donors.get(component.name)
+        for key, like in component.identity.items():
+            if like in own and not (donor and donor.config):  # a folder has its own
+                width = own[like].shape[0]
+                yield Target(component.name, key, own[like].dtype, (width, width))

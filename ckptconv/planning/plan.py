@@ -16,13 +16,13 @@ from ..detection.spellings import EMA_NAMES, EMA_OF, EMA_PREFIX
 from ..dtypes import CASTS, FLOATS
 from ..errors import FileRefused, Incomplete, UsageError, option
 from ..files import Files, read_range
-from ..maps.architecture import Architecture, Component
+from ..maps.architecture import Architecture
 from ..maps.ops import DROP
 from ..options import Options
 from ..reading.source import open_header
 from ..reading.tensor import Header, Tensor
 from .adapters import Adapter, with_adapters
-from .components import Donor, best_match, better_place, donor_match
+from .components import Donor, best_match, better_place, donor_match, identities
 from .joints import misfits
 from .scaled import read_scales, scaled
 from .step import Step, Target, dropped, targets_of
@@ -265,23 +265,9 @@ def build_plan(
         donors,
         adapters,
         (*notes, *passed_over),
-        tuple(_identities(written, donors, targets_of(changed))),
+        tuple(identities(written, donors, targets_of(changed))),
     )
     return plan if problems else replace(plan, problems=plan.misfits)
-
-
-def _identities(
-    written: Iterable[Component],
-    donors: Mapping[str, Donor],
-    targets: Mapping[str, Mapping[str, Target]],
-) -> Iterator[Target]:
-    """Yields the identity matrices that components get, as wide as one of their tensors."""
-    for component in written:
-        own, donor = targets.get(component.name, {}), donors.get(component.name)
-        for key, like in component.identity.items():
-            if like in own and not (donor and donor.config):  # a folder has its own
-                width = own[like].shape[0]
-                yield Target(component.name, key, own[like].dtype, (width, width))
 
 
 def _check_names(
@@ -295,9 +281,10 @@ def _check_names(
         )
     models = [c.name for c in architecture.models]
     if unknown := [name for name in donors if name not in models or name not in wanted]:
-        what = f"{', '.join(unknown)} is given, but it is not a component to write"
-        known_here = f"the components of {architecture.name} with weights are {', '.join(models)}"
-        raise UsageError(what, hint=known_here)
+        raise UsageError(
+            f"{', '.join(unknown)} is given, but it is not a component to write",
+            hint=f"the components of {architecture.name} with weights are {', '.join(models)}",
+        )
 
 
 def _rest(
