@@ -191,8 +191,9 @@ class _Mover:
 
         if transfer.changes:  # on the CPU, so that the bits are those of a conversion
             data, lost = converted(transfer, self.files)
+            at = transfer.target[1] // tensor.itemsize
             values = torch.frombuffer(data, dtype=tensor.dtype)
-            tensor.copy_(values.view(tensor.shape))
+            tensor.view(-1)[at : at + transfer.count].copy_(values)
         else:
             raw = self._buffer(nbytes(transfer.reads, transfer.dtypes[0]), tensor.device)
             self.files.read_into(*transfer.source, raw.numpy().data)

@@ -85,8 +85,8 @@ def transfers(steps: Iterable[Step], places: Places) -> Iterator[Transfer]:
     """Yields what to move for some steps, given the places of all their targets."""
     for step in steps:
         into = [places[target.component, target.key] for target in step.targets]
-        if into and step.op.order == "halves swapped" and not step.changes:
-            yield from _swapped(step.sources[0], into[0])
+        if into and step.op.order == "halves swapped":
+            yield from _swapped(step, into[0])
         elif step.changes or (into and _order(step)):
             yield from _whole(step, into)
         elif into:
@@ -109,13 +109,18 @@ def _whole(step: Step, into: Sequence[Tensor]) -> Iterator[Transfer]:
         start += place.numel
 
 
-def _swapped(source: Tensor, place: Tensor) -> Iterator[Transfer]:
-    """Yields the two halves of a tensor, each into the place of the other."""
-    half = source.numel // 2
+def _swapped(step: Step, place: Tensor) -> Iterator[Transfer]:
+    """Yields the two halves of a tensor, each into the place of the other.
+
+    A change of such a step is a scale for the whole tensor, which is the scale of each half.
+    """
+    (source,), half = step.sources, place.numel // 2
+    shape = (place.shape[0] // 2, *place.shape[1:]) if step.changes else ()
     for taken, done in ((half, 0), (0, half)):
         if half:
             part = _transfer(source, 0 if source.order else taken, place, done, half)
-            yield replace(part, order=source.order, first=taken if source.order else 0)
+            first = taken if source.order else 0
+            yield replace(part, order=source.order, first=first, shape=shape, changes=step.changes)
 
 
 def _order(step: Step) -> Order | None:

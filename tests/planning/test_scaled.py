@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import ckptconv
 from ckptconv import CkptconvError
+from tests.conftest import Sample
 
 UNET = "model.diffusion_model."
 
@@ -66,6 +67,17 @@ def test_scaled_fp8_becomes_the_product_of_values_and_scales(
     found = ckptconv.verify(source, tmp_path / "None", only=["unet"])
     data = [check for check in found.checks if check.kind == "data"]
     assert [check.problems for check in data] == [()]
+
+
+def test_a_scale_is_applied_to_halves_that_change_places(sample: Sample, tmp_path: Path) -> None:
+    key, source = f"{UNET}final_layer.adaLN_modulation.1.weight", tmp_path / "scaled.safetensors"
+    value = in_scaled_fp8(sample("flux", dtype="fp16"), source, LAYOUTS["older"])[key].half()
+    ckptconv.convert(source, tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    swapped = torch.cat(value.chunk(2)[::-1])
+    assert torch.equal(weights["norm_out.linear.weight"], swapped)
+    loaded = ckptconv.load_pipeline(source, device="cpu", dtype="fp16")
+    assert torch.equal(loaded.transformer.norm_out.linear.weight, swapped)
 
 
 def test_scales_that_cannot_be_used_are_named(small: Path, tmp_path: Path) -> None:
