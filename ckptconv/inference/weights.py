@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..dtypes import BITS, nbytes, torch_dtype
+from ..dtypes import BITS, BLOCKS, nbytes, torch_dtype
 from ..errors import MapError
 from ..files import ByteCounter, Files
 from ..folder.read import current_name
 from ..libraries import tied
 from ..planning.step import Step, Target, targets_of
 from ..reading.tensor import Tensor
-from ..streaming.stream import converted, in_threads
+from ..streaming.stream import CAST_CHUNK, converted, in_threads
 from ..streaming.transfers import Transfer, transfers
 
 if TYPE_CHECKING:
@@ -136,8 +136,9 @@ def fill(
             elif tensor is None:
                 tensor = torch.empty(place.shape, dtype=dtype, device=device)
                 for transfer in own:
-                    cut = transfer.cut(CHUNK * 8 // BITS[transfer.dtypes[0]])
-                    moves += [(part, tensor) for part in cut]
+                    stored = transfer.dtypes[0]
+                    count = CAST_CHUNK if stored in BLOCKS else CHUNK * 8 // BITS[stored]
+                    moves += [(part, tensor) for part in transfer.cut(count)]
             else:
                 done.add(tensor.nbytes)
             states[component][name] = tensor
@@ -189,7 +190,8 @@ class _Mover:
         """Fills the transfer's part of a tensor, and returns how many bytes that are."""
         import torch
 
-        if transfer.changes:  # on the CPU, so that the bits are those of a conversion
+        # On the CPU, so that the bits are those of a conversion.
+        if transfer.changes or transfer.dtypes[0] in BLOCKS:
             data, lost = converted(transfer, self.files)
             at = transfer.target[1] // tensor.itemsize
             values = torch.frombuffer(data, dtype=tensor.dtype)

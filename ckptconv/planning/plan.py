@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..detection.detect import Detection
 from ..detection.spellings import EMA_NAMES, EMA_OF, EMA_PREFIX
-from ..dtypes import CASTS, FLOATS
+from ..dtypes import BLOCKS, CASTS, FLOATS
 from ..errors import FileRefused, Incomplete, UsageError, option
 from ..files import Files, read_range
 from ..maps.architecture import Architecture
@@ -25,10 +25,13 @@ from .adapters import Adapter, with_adapters
 from .components import Donor, best_match, better_place, donor_match, identities
 from .joints import misfits
 from .scaled import read_scales, scaled
-from .step import Step, Target, dropped, targets_of
+from .step import ASIDE, Step, Target, dropped, targets_of
 
 SCALED_DTYPE = "fp16"
 """What scaled weights become by default: times their scale, they are no longer values of fp8."""
+
+QUANTIZED_DTYPE = "bf16"
+"""What a component with quantized weights becomes by default, as their users compute with them."""
 
 COMPARED = 1 << 20
 """Bytes of two tensors that are compared at a time."""
@@ -251,7 +254,17 @@ def build_plan(
             f"the file holds {len(scales):,} weights in fp8 with a scale: the folder is {dtype}; "
             f"{option('dtype')} decides otherwise"
         )
-    cast = [scaled(_cast(step, dtype), scales, problems) for step in ordered]
+    quantized = _quantized(ordered)
+    notes += [
+        f"the {name} is quantized ({kinds}): it is written, or computed with, in "
+        f"{dtype or QUANTIZED_DTYPE}; {option('dtype')} decides otherwise"
+        for name, kinds in quantized.items()
+        if options.dtype is None and name != ASIDE
+    ]
+    cast = [
+        scaled(_cast(step, dtype or _default(step, quantized)), scales, problems)
+        for step in ordered
+    ]
     adapters = tuple(Adapter(open_header(file.path), file.scale) for file in options.lora)
     left_out = [c.name for c in architecture.models if c.name not in wanted]
     changed, passed_over = with_adapters(architecture, cast, adapters, left_out)
@@ -382,7 +395,22 @@ def _from_ema(header: Header, steps: Mapping[str, Step]) -> dict[str, Step]:
     return turned
 
 
+def _quantized(steps: Iterable[Step]) -> dict[str, str]:
+    """Returns the components that hold quantized weights, and their dtypes as text."""
+    found: dict[str, set[str]] = {}
+    for step in steps:
+        for target in step.targets if step.sources[0].dtype in BLOCKS else ():
+            found.setdefault(target.component, set()).add(step.sources[0].dtype)
+    return {name: ", ".join(sorted(dtypes)) for name, dtypes in found.items()}
+
+
+def _default(step: Step, quantized: Collection[str]) -> str | None:
+    return QUANTIZED_DTYPE if any(t.component in quantized for t in step.targets) else None
+
+
 def _cast(step: Step, dtype: str | None) -> Step:
-    if dtype is None or step.op is DROP or step.sources[0].dtype not in FLOATS:
+    """Casts floats that are converted, and quantized ones that are only kept, too."""
+    kept = step.op is DROP and step.sources[0].dtype not in BLOCKS
+    if dtype is None or kept or step.sources[0].dtype not in FLOATS:
         return step
     return replace(step, targets=tuple(replace(t, dtype=CASTS[dtype]) for t in step.targets))
