@@ -27,8 +27,10 @@ MAGIC = b"GGUF"
 SHAPE_OF = "comfy.gguf.orig_shape."
 """The entry of the metadata that holds the true shape of a tensor, before its name."""
 
-MAX_HEADER = 16 << 20
+MAX_HEADER = 12 << 20
 """Bytes before the data: 70 kB for FLUX.1, 1 MB for T5 with its vocabulary, 6 MB for others."""
+MOST = 100_000
+"""Tensors, and entries of the metadata; FLUX.1 has 780 of the former."""
 PIECE = 1 << 20
 """Bytes of the header that are read at a time."""
 MAX_AXES = 4
@@ -36,9 +38,13 @@ MAX_ALIGNMENT = 1 << 20
 
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
-_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIifBQqd", strict=True))
-"""How `struct` reads the types of metadata that are one number."""
-_TYPES = {
+_NUMBERS = {
+    kind: struct.Struct(f"<{letter}")
+    for kind, letter in zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIifBQqd", strict=True)
+}
+"""The types of metadata that are one number."""
+_U32, _U64 = _NUMBERS[4], _NUMBERS[10]
+TYPES = {
     **{0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K"},
     **{11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 16: "IQ2_XXS", 17: "IQ2_XS"},
     **{18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS"},
@@ -100,23 +106,23 @@ class _Cursor:
         self.path, self.file, self.size = path, file, size
         self.at, self._read = 0, bytearray()
 
-    def take(self, nbytes: int) -> bytearray:
-        end = self.at + nbytes
-        if end > self.size:
-            raise self.truncated("its header needs more", end)
-        if end > MAX_HEADER:
+    def skip(self, nbytes: int) -> int:
+        """Goes on by a number of bytes, which are read; returns where they begin."""
+        start, self.at = self.at, self.at + nbytes
+        if self.at > self.size:
+            raise self.truncated("its header needs more", self.at)
+        if self.at > MAX_HEADER:
             raise ValueError(f"its header has more than {MAX_HEADER:,} bytes")
-        while end > (have := len(self._read)):
+        while self.at > (have := len(self._read)):
             self._read += read_at(self.file, have, min(PIECE, self.size - have))
-        found, self.at = self._read[self.at : end], end
-        return found
+        return start
 
-    def number(self, letter: str) -> Any:
-        layout = f"<{letter}"
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+    def number(self, layout: struct.Struct) -> Any:
+        return layout.unpack_from(self._read, self.skip(layout.size))[0]
 
     def text(self) -> str:
-        return self.take(self.number("Q")).decode()
+        start = self.skip(self.number(_U64))
+        return self._read[start : self.at].decode()
 
     def value(self, kind: int) -> Any:
         """Returns an entry of the metadata; of an array, its first numbers."""
@@ -126,16 +132,16 @@ class _Cursor:
             return self.text()
         if kind != _ARRAY:
             raise ValueError(f"its metadata have the unknown type {kind}")
-        inner, count = self.number("I"), self.number("Q")
+        inner, count = self.number(_U32), self.number(_U64)
         if inner == _STRING:
             for _ in range(count):
-                self.take(self.number("Q"))
+                self.skip(self.number(_U64))
             return ()
         if inner not in _NUMBERS:
             raise ValueError(f"its metadata have an array of the unknown type {inner}")
-        width = struct.calcsize(_NUMBERS[inner])
-        first = self.take(width * count)[: width * (MAX_AXES + 1)]
-        return struct.unpack(f"<{len(first) // width}{_NUMBERS[inner]}", first)
+        layout = _NUMBERS[inner]
+        start, few = self.skip(layout.size * count), min(count, MAX_AXES + 1)
+        return tuple(layout.unpack_from(self._read, start + n * layout.size)[0] for n in range(few))
 
     def truncated(self, why: str, end: int) -> HeaderError:
         return HeaderError(
@@ -148,26 +154,28 @@ class _Cursor:
 
 def _read(cursor: _Cursor, problems: list[str]) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
     """Returns the metadata, and the name, axes, type and offset of each tensor."""
-    cursor.take(len(MAGIC))
-    version = cursor.number("I")
+    cursor.skip(len(MAGIC))
+    version = cursor.number(_U32)
     if version not in _VERSIONS:
         big = version >> 24 in _VERSIONS and not version & 0xFFFFFF
         found = "its numbers are big-endian" if big else f"it has version {version}"
         raise ValueError(f"{found}, expected version 2 or 3, little-endian")
-    count, entries_left = cursor.number("Q"), cursor.number("Q")
+    tensors, lines = cursor.number(_U64), cursor.number(_U64)
+    if max(tensors, lines) > MOST:
+        raise ValueError(f"it has {tensors:,} tensors and {lines:,} entries, more than {MOST:,}")
     entries: dict[str, Any] = {}
-    for _ in range(entries_left):
+    for _ in range(lines):
         key = cursor.text()
         if key in entries:
             problems.append(f"the metadata repeat the key {show(key)}")
-        entries[key] = cursor.value(cursor.number("I"))
+        entries[key] = cursor.value(cursor.number(_U32))
     infos = []
-    for _ in range(count):
-        name, axes = cursor.text(), cursor.number("I")
+    for _ in range(tensors):
+        name, axes = cursor.text(), cursor.number(_U32)
         if axes > MAX_AXES:
             raise ValueError(f"tensor {show(name)} has {axes:,} axes, the format allows {MAX_AXES}")
-        shape = tuple(cursor.number("Q") for _ in range(axes))
-        infos.append((name, shape[::-1], cursor.number("I"), cursor.number("Q")))
+        shape = tuple(cursor.number(_U64) for _ in range(axes))
+        infos.append((name, shape[::-1], cursor.number(_U32), cursor.number(_U64)))
     return entries, infos
 
 
@@ -183,7 +191,7 @@ def _tensor(
 ) -> Tensor:
     """Returns a tensor; ValueError if it cannot be read as it is described."""
     shape, kind, offset = info
-    dtype = _TYPES.get(kind)
+    dtype = TYPES.get(kind)
     if dtype is None:
         raise ValueError(f"its type {kind} is unknown")
     nbytes = nbytes_of(dtype, shape, quantized=True)
