@@ -30,7 +30,7 @@ def plan(path: str | Path, **choices: Unpack[Choices]) -> Plan:
     """Accounts for every key of a checkpoint, and writes nothing.
 
     Args:
-        path: a safetensors file or a PyTorch checkpoint.
+        path: a safetensors, PyTorch or GGUF file.
         **choices: see `Options`.
 
     Raises:
@@ -57,7 +57,7 @@ def convert(
     """Converts a checkpoint into a diffusers folder.
 
     Args:
-        path: a safetensors file or a PyTorch checkpoint.
+        path: a safetensors, PyTorch or GGUF file.
         out: the folder to make; by default, it lies beside the file and has its name without the
             suffix.
         variant: a word, such as `fp16`, that goes into the names of the weight files.

@@ -131,7 +131,7 @@ def inspect(path: str | Path, *, maps: KeyMaps | None = None) -> Detection:
     """Says what a file is, from its header alone (and a look at a few values).
 
     Args:
-        path: a safetensors file or a PyTorch checkpoint.
+        path: a safetensors, PyTorch or GGUF file.
         maps: the key maps to use; those that come with ckptconv by default.
 
     Raises:
