@@ -1,9 +1,10 @@
-"""Walks a small file of every architecture and of every relative, in every spelling, all the way.
+"""Walks a small file of every architecture and relative, in every spelling and as GGUF.
 
     python -m tests.walk [NAME ...]
 
 converts each, compares the folder with that of the usual spelling, verifies it with the file and
-alone, turns it back, and loads the file. It prints what it did, and ends at the first difference.
+alone, turns it back, and loads the file; a GGUF file is converted, compared and verified. It prints
+what it did, and ends at the first difference.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import ckptconv
 from ckptconv.maps.architecture import Architecture, bundled
 from ckptconv.planning.step import ASIDE
 from ckptconv.sample import layout_of, write_sample
-from tests.support.relatives import Relative, assert_equal, round_trip
+from tests.support import gguf_files
+from tests.support.checkpoints import metadata
+from tests.support.relatives import Relative, assert_equal, round_trip, verified
 from tests.support.spellings import spelled
 
 MODULES = [
@@ -45,12 +48,7 @@ def all_the_way(tensors: Mapping[str, Tensor], want: Path, folder: Path) -> None
     file, out = folder / "it.safetensors", folder / "out"
     save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, file)
     ckptconv.convert(file, out, overwrite=True)
-    for path in want.rglob("*"):
-        here = out / path.relative_to(want)
-        if path.suffix == ".safetensors" and ASIDE not in path.parts:
-            assert_equal(load_file(here), load_file(path))
-        elif path.is_file() and ASIDE not in path.parts:
-            assert here.read_bytes() == path.read_bytes(), path
+    same_folder(out, want)
     round_trip(file, out)
     plan = ckptconv.plan(file)
     architecture, _ = plan.detection.require()
@@ -59,6 +57,27 @@ def all_the_way(tensors: Mapping[str, Tensor], want: Path, folder: Path) -> None
         for name in {architecture.main, "vae"} - {*plan.absent}:
             weights = load_file(out / name / "diffusion_pytorch_model.safetensors")
             assert_equal(dict(getattr(loaded, name).state_dict()), weights)
+
+
+def same_folder(out: Path, want: Path) -> None:
+    """Asserts that weights and configurations do not differ."""
+    for path in want.rglob("*"):
+        here = out / path.relative_to(want)
+        if path.suffix == ".safetensors" and ASIDE not in path.parts:
+            assert_equal(load_file(here), load_file(path))
+        elif path.is_file() and ASIDE not in path.parts:
+            assert here.read_bytes() == path.read_bytes(), path
+
+
+def as_gguf(file: Path, want: Path, folder: Path) -> None:
+    """Asserts that the tensors and the metadata become the same folder from a GGUF file."""
+    path, out = folder / "it.gguf", folder / "of GGUF"
+    entries = metadata(file)
+    stored = {key: gguf_files.plain(tensor.numpy()) for key, tensor in load_file(file).items()}
+    gguf_files.write(path, stored, entries=entries)
+    ckptconv.convert(path, out)
+    same_folder(out, want)
+    verified(path, out)
 
 
 def files() -> dict[str, Callable[[Path], None]]:
@@ -90,8 +109,9 @@ def main(names: list[str]) -> None:
                 sys.stdout.write(f"{name}: {spelling}\n")
                 sys.stdout.flush()
                 all_the_way(tensors, want, Path(scratch))
+            as_gguf(file, want, Path(scratch))
         seconds = time.monotonic() - started
-        sys.stdout.write(f"{name}: {len(others)} spellings, {seconds:.0f} s\n")
+        sys.stdout.write(f"{name}: {len(others)} spellings and GGUF, {seconds:.0f} s\n")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,12 @@ def written(values: Array, dtype: str) -> tuple[str, tuple[int, ...], Array]:
     return dtype, values.shape, gguf.quants.quantize(values.astype(np.float32), kind(dtype))
 
 
+def plain(values: Array) -> tuple[str, tuple[int, ...], Array]:
+    """Keeps a tensor as it is."""
+    dtype = {"f2": "F16", "f4": "F32", "f8": "F64", "i8": "I64", "i4": "I32"}[values.dtype.str[1:]]
+    return dtype, values.shape, values
+
+
 def random(dtype: str, shape: tuple[int, ...], seed: int = 0) -> tuple[str, tuple[int, ...], Array]:
     """Makes blocks of any dtype; whatever is read in them as a float of 16 bits is small."""
     values, size = BLOCKS[dtype]
@@ -70,6 +76,7 @@ def write(
     path: Path,
     stored: Stored,
     arch: str = "flux",
+    entries: Mapping[str, str] | None = None,
     more: Callable[[gguf.GGUFWriter], object] = lambda _: None,
 ) -> Path:
     """Writes a file.
@@ -78,10 +85,13 @@ def write(
         path: of the file.
         stored: its tensors.
         arch: entry of the metadata.
-        more: adds metadata.
+        entries: of the metadata.
+        more: adds others.
     """
     writer: Any = gguf.GGUFWriter(path, arch)
     more(writer)
+    for key, value in (entries or {}).items():
+        writer.add_string(key, value)
     for name, (dtype, shape, rows) in stored.items():
         if rows.shape[:-1] != shape[:-1]:  # as it was reshaped
             writer.add_array(f"comfy.gguf.orig_shape.{name}", shape)
