@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ..dtypes import FP8
 from ..errors import UsageError, printable
 from ..inference.adapt import add_loras, find_scheduler, read_loras, set_scheduler
 from ..inference.device import pick_device
@@ -28,7 +29,7 @@ from ..inference.generation import (
     with_defaults,
 )
 from ..inference.model import open_model
-from ..inference.pipeline import OFFLOADS, build_pipeline, pipeline_class
+from ..inference.pipeline import OFFLOADS, build_pipeline, pipeline_class, with_storage
 from ..libraries import hide_progress_bars
 from .shared import (
     FILE,
@@ -93,6 +94,12 @@ DTYPE_ON_CPU = "fp32"
     "--device-map", type=click.Choice(["balanced"]), help="Spread a model over several GPUs."
 )
 @click.option(
+    "--storage",
+    type=click.Choice([FP8]),
+    help="Keep the weights of the UNet or transformer (not of the text encoders) in fp8; compute "
+    "in --dtype, or bf16.",
+)
+@click.option(
     "--compile",
     "compiled",
     is_flag=True,
@@ -117,6 +124,7 @@ def command(
     device: str,
     offload: str | None,
     device_map: str | None,
+    storage: str | None,
     compiled: bool,
     overwrite: bool,
     as_json: bool,
@@ -139,15 +147,18 @@ def command(
     read = [path for path in (file, settings.image, settings.mask) if path]
     outputs = check_outputs(out, count, overwrite=overwrite, inputs=read)
     place, reason = pick_device(device)
-    decided = options_of(options)
+    decided = with_storage(options_of(options), storage)
     if place.type == "cpu" and decided.dtype is None:
         decided = replace(decided, dtype=DTYPE_ON_CPU)
+    adapters = read_loras(loras)
+    if storage:  # diffusers would round a LoRA beside such weights to fp8, and fail to compute
+        decided = replace(decided, lora=tuple(adapters))
     model = open_model(file, decided)
     hide_progress_bars()
     cls, task = pipeline_class(model, task)
     settings = with_defaults(model, settings)
     check(cls, task, settings)
-    images, adapters = open_images(settings), read_loras(loras)
+    images = open_images(settings)
     chosen = find_scheduler(scheduler) if scheduler else None
     for warning in prompt_warnings(settings):
         note(f"warning: {printable(warning)}")
@@ -160,12 +171,13 @@ def command(
             task=task,
             offload=offload,
             device_map=device_map,
+            storage=storage,
             progress=show,
         )
     loaded = time.monotonic()
     for warning in set_scheduler(pipe, *chosen) if chosen else ():
         note(f"warning: {printable(warning)}")
-    add_loras(pipe, adapters)
+    add_loras(pipe, [] if storage else adapters)
     if compiled:
         (getattr(pipe, "unet", None) or pipe.transformer).compile()
     pipe.set_progress_bar_config(disable=not is_animated())
@@ -183,6 +195,7 @@ def command(
             "model": file.name,
             "loras": [{"file": a.path.name, "scale": a.scale} for a in adapters],
             "device": str(place),
+            **({"storage": storage} if storage else {}),
         }
         save_png(image, output, values)
         made.append({"file": str(output.path), **values})
@@ -194,6 +207,5 @@ def command(
         echo_json({"images": made, "seconds": {k: round(v, 3) for k, v in seconds.items()}})
 
 
-# A pipeline needs all of its components, so there is no choice among them; and a LoRA is loaded
-# beside the weights, where `convert` adds it to them.
+# A pipeline needs all of its components, so there is no choice among them; and --lora is above.
 command.params = [option for option in command.params if option.name not in ("only", "lora")]

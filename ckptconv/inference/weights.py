@@ -189,7 +189,8 @@ class _Mover:
         """Fills the transfer's part of a tensor, and returns how many bytes that are."""
         import torch
 
-        if transfer.changes:  # on the CPU, so that the bits are those of a conversion
+        narrows = transfer.dtypes[0] != transfer.dtypes[1] and tensor.itemsize == 1
+        if transfer.changes or narrows:  # on the CPU, so that the bits are those of a conversion
             data, lost = converted(transfer, self.files)
             at = transfer.target[1] // tensor.itemsize
             values = torch.frombuffer(data, dtype=tensor.dtype)
