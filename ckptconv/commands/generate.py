@@ -10,10 +10,11 @@ from typing import Any
 
 import click
 
+from ..conversion.write import parse_size
 from ..dtypes import FP8
 from ..errors import UsageError, printable
 from ..inference.adapt import add_loras, find_scheduler, read_loras, set_scheduler
-from ..inference.device import pick_device
+from ..inference.device import limit_memory, pick_device
 from ..inference.generation import (
     TASKS,
     Settings,
@@ -26,8 +27,10 @@ from ..inference.generation import (
     parse_pixels,
     prompt_warnings,
     save_png,
+    size_of_result,
     with_defaults,
 )
+from ..inference.memory import Setting, choose, job_of, tile_vae
 from ..inference.model import open_model
 from ..inference.pipeline import OFFLOADS, build_pipeline, pipeline_class, with_storage
 from ..libraries import hide_progress_bars
@@ -100,6 +103,11 @@ DTYPE_ON_CPU = "fp32"
     "in --dtype, or bf16.",
 )
 @click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Choose dtype, storage, offload and VAE tiling to stay within it, such as 8GB, or refuse.",
+)
+@click.option(
     "--compile",
     "compiled",
     is_flag=True,
@@ -125,6 +133,7 @@ def command(
     offload: str | None,
     device_map: str | None,
     storage: str | None,
+    memory: str | None,
     compiled: bool,
     overwrite: bool,
     as_json: bool,
@@ -150,9 +159,9 @@ def command(
     decided = with_storage(options_of(options), storage)
     if place.type == "cpu" and decided.dtype is None:
         decided = replace(decided, dtype=DTYPE_ON_CPU)
-    adapters = read_loras(loras)
-    if storage:  # diffusers would round a LoRA beside such weights to fp8, and fail to compute
-        decided = replace(decided, lora=tuple(adapters))
+    adapters, room = read_loras(loras), parse_size(memory) if memory else 0
+    if room and device_map:
+        raise UsageError("--memory is for one device, and --device-map for several")
     model = open_model(file, decided)
     hide_progress_bars()
     cls, task = pipeline_class(model, task)
@@ -163,21 +172,34 @@ def command(
     for warning in prompt_warnings(settings):
         note(f"warning: {printable(warning)}")
     note(f"device {place}: {reason}")
+    setting = Setting(model.dtype, storage, offload)
+    if room:
+        job = job_of(model, size_of_result(model, settings, images), place.type)
+        asked = replace(setting, dtype=options["dtype"] or "")
+        setting, why = choose(job, room, asked)
+        note(f"memory: {setting}: {why}")
+        limit_memory(place, room)
+    if setting.storage:  # diffusers would round a LoRA beside such weights, and fail to compute
+        decided = replace(decided, lora=tuple(adapters))
+    if setting.dtype != model.dtype or decided.lora:
+        model = open_model(file, replace(decided, dtype=setting.dtype))
     started = time.monotonic()
     with progress("loading") as show:
         pipe = build_pipeline(
             model,
             device=str(place),
             task=task,
-            offload=offload,
+            offload=setting.offload,
             device_map=device_map,
-            storage=storage,
+            storage=setting.storage,
             progress=show,
         )
     loaded = time.monotonic()
     for warning in set_scheduler(pipe, *chosen) if chosen else ():
         note(f"warning: {printable(warning)}")
-    add_loras(pipe, [] if storage else adapters)
+    add_loras(pipe, [] if setting.storage else adapters)
+    if setting.tiling:
+        tile_vae(pipe)
     if compiled:
         (getattr(pipe, "unet", None) or pipe.transformer).compile()
     pipe.set_progress_bar_config(disable=not is_animated())
@@ -195,7 +217,7 @@ def command(
             "model": file.name,
             "loras": [{"file": a.path.name, "scale": a.scale} for a in adapters],
             "device": str(place),
-            **({"storage": storage} if storage else {}),
+            **({"storage": setting.storage} if setting.storage else {}),
         }
         save_png(image, output, values)
         made.append({"file": str(output.path), **values})

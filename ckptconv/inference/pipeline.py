@@ -212,7 +212,7 @@ def _built(
         )
     check_dtype(device, model.dtype)
     dtype = torch_dtype(CASTS[model.dtype])
-    steps = _with_fp32(model) if model.dtype == "fp16" else model.steps
+    steps = with_fp32(model) if model.dtype == "fp16" else model.steps
     targets = targets_of(steps, model.identities)
     parts: dict[str, Any] = {}
     modules: dict[str, torch.nn.Module] = {}
@@ -248,7 +248,7 @@ def _built(
     return pipe
 
 
-def _with_fp32(model: Model) -> tuple[Step, ...]:
+def with_fp32(model: Model) -> tuple[Step, ...]:
     """Returns the steps, with those targets in fp32 that their class keeps so in an fp16 model.
 
     Such as the last layer of T5's feed-forward, whose results are too large for fp16.
