@@ -179,7 +179,10 @@ def command(
         setting, why = choose(job, room, asked)
         note(f"memory: {setting}: {why}")
         limit_memory(place, room)
-    if setting.storage:  # diffusers would round a LoRA beside such weights, and fail to compute
+    # Beside weights in fp8, diffusers would round a LoRA and fail to compute; and of the names that
+    # the LoRAs of transformers have, it does not know all.
+    merged = setting.storage or ("transformer" in model.blueprints and not file.is_dir())
+    if merged:
         decided = replace(decided, lora=tuple(adapters))
     if setting.dtype != model.dtype or decided.lora:
         model = open_model(file, replace(decided, dtype=setting.dtype))
@@ -197,7 +200,7 @@ def command(
     loaded = time.monotonic()
     for warning in set_scheduler(pipe, *chosen) if chosen else ():
         note(f"warning: {printable(warning)}")
-    add_loras(pipe, [] if setting.storage else adapters)
+    add_loras(pipe, [] if merged else adapters)
     if setting.tiling:
         tile_vae(pipe)
     if compiled:

@@ -45,7 +45,7 @@ class Setting:
     tiling: bool = False
 
     def __str__(self) -> str:
-        parts = {
+        parts: dict[str, object] = {
             f"weights in {self.storage}": self.storage,
             f"{self.offload} offload": self.offload,
         }

@@ -26,6 +26,7 @@ from ckptconv.inference.memory import (
     choose,
     job_of,
     peak,
+    tile_vae,
 )
 from ckptconv.inference.model import open_model
 from ckptconv.inference.pipeline import load_pipeline

@@ -31,8 +31,9 @@ class Counter(TorchDispatchMode):
                 weakref.finalize(storage, self._freed, at, storage.nbytes())
         return made
 
-    def _at(self, tensor: torch.Tensor) -> int:
-        return int(tensor.untyped_storage()._cdata)
+    def _at(self, tensor: Any) -> int:
+        at: int = tensor.untyped_storage()._cdata
+        return at
 
     def _add(self, count: int) -> None:
         self.bytes += count
