@@ -204,7 +204,8 @@ def _candidates(job: Job, asked: Setting) -> Iterator[Setting]:
         for way in WAYS:
             wanted = replace(way, dtype=dtype, tiling=way.tiling or asked.tiling)
             costly = way.offload or way.storage
-            if (costly and dtype != dtypes[-1]) or (way.offload and job.device == "cpu"):
+            missing = {"cpu": way.offload, "mps": way.storage}.get(job.device)
+            if missing or (costly and dtype != dtypes[-1]):
                 continue
             if all(
                 not getattr(asked, name) or getattr(asked, name) == getattr(way, name)

@@ -136,6 +136,8 @@ def build_pipeline(
         place = _placed(device, offload, device_map)
         if storage and device_map:
             raise UsageError("storage and device map exclude each other", hint="leave one out")
+        if storage and place.type == "mps":
+            raise DeviceError("MPS has no fp8", hint=f"leave out {option('storage')}")
         cls, _ = pipeline_class(model, task)
         home = pick_device("cpu")[0] if offload else place
         given = dict(components or {})

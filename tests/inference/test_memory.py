@@ -81,6 +81,7 @@ SD1 = Job(
         (SD1, 8, "", "fp32"),
         (SD1, 4, "", "bf16"),
         (SD1, 2.7, "", "bf16, model offload"),
+        (replace(SDXL, device="mps"), 6.4, "", "fp16, sequential offload, VAE tiling"),
         (replace(SD1, device="cpu"), 3.3, "", "bf16, weights in fp8, VAE tiling"),
     ],
 )
