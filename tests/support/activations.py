@@ -56,7 +56,8 @@ class Fused(TorchFunctionMode):
 
 def allocated(run: Callable[[], object]) -> int:
     """Returns the most bytes that live at once beside the weights."""
-    with torch.no_grad(), torch.device("meta"), Fused(), Counter() as counter:
+    counter = Counter()
+    with torch.no_grad(), torch.device("meta"), Fused(), counter:
         run()
     return counter.most
 
