@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..detection.detect import Detection
 from ..detection.spellings import EMA_NAMES, EMA_OF, EMA_PREFIX
-from ..dtypes import CASTS, FLOATS
+from ..dtypes import CASTS, FP8
 from ..errors import FileRefused, Incomplete, UsageError, option
 from ..files import Files, read_range
 from ..maps.architecture import Architecture
@@ -24,6 +24,7 @@ from ..reading.tensor import Header, Tensor
 from .adapters import Adapter, with_adapters
 from .components import Donor, best_match, better_place, donor_match, identities
 from .joints import misfits
+from .precision import cast_step, kept_layers, network_of
 from .scaled import read_scales, scaled
 from .step import Step, Target, dropped, targets_of
 
@@ -101,9 +102,9 @@ class Plan:
         return misfits(self.detection.require()[0].joints, self._targets)
 
     def cast(self, dtype: str) -> Plan:
-        """Returns the plan with every float tensor cast to `fp16`, `bf16` or `fp32`."""
+        """Returns the plan with every float tensor cast to a key of `COMPUTED`."""
         identities = (replace(target, dtype=CASTS[dtype]) for target in self.identities)
-        steps = tuple(_cast(step, dtype) for step in self.steps)
+        steps = tuple(_cast(step, dtype, "") for step in self.steps)
         return replace(self, steps=steps, identities=tuple(identities))
 
     def lacking(self, components: Collection[str]) -> list[str]:
@@ -245,13 +246,19 @@ def build_plan(
     steps |= {key: dropped(header.tensors[key], "unknown", keep=keep) for key in unclaimed}
     ordered = [steps[key] for key in header.tensors] + from_donors
     notes = list(_oddities(architecture, unclaimed, inside, incomplete))
-    if scales and dtype is None:
-        dtype = SCALED_DTYPE
+    network = network_of(architecture)
+    if scales and dtype in (None, FP8):
+        ordered = [_cast(step, SCALED_DTYPE, network) for step in ordered]
         notes.append(
-            f"the file holds {len(scales):,} weights in fp8 with a scale: the folder is {dtype}; "
-            f"{option('dtype')} decides otherwise"
+            f"the file holds {len(scales):,} weights in fp8 with a scale: the folder is "
+            f"{SCALED_DTYPE}{' beside fp8' if dtype else ''}; {option('dtype')} decides otherwise"
         )
-    cast = [scaled(_cast(step, dtype), scales, problems) for step in ordered]
+    if dtype == FP8:
+        if network not in wanted:
+            what = f"{architecture.title} has no such network" if not network else "it is left out"
+            raise UsageError(f"fp8 is for a UNet or transformer, and {what}")
+        notes.append(kept_layers(targets_of(ordered)[network].values(), network))
+    cast = [scaled(_cast(step, dtype, network), scales, problems) for step in ordered]
     adapters = tuple(Adapter(open_header(file.path), file.scale) for file in options.lora)
     left_out = [c.name for c in architecture.models if c.name not in wanted]
     changed, passed_over = with_adapters(architecture, cast, adapters, left_out)
@@ -382,7 +389,5 @@ def _from_ema(header: Header, steps: Mapping[str, Step]) -> dict[str, Step]:
     return turned
 
 
-def _cast(step: Step, dtype: str | None) -> Step:
-    if dtype is None or step.op is DROP or step.sources[0].dtype not in FLOATS:
-        return step
-    return replace(step, targets=tuple(replace(t, dtype=CASTS[dtype]) for t in step.targets))
+def _cast(step: Step, dtype: str | None, network: str) -> Step:
+    return step if dtype is None or step.op is DROP else cast_step(step, dtype, network)
