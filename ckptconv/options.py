@@ -61,6 +61,7 @@ class Choices(TypedDict, total=False):
     family: str | None
     original_config: AnyPath | None
     lora: AnyPath | Iterable[AnyPath]
+    assemble: bool
     ignore_zeros: bool
     maps: KeyMaps | None
 
@@ -115,6 +116,7 @@ class Options:
         family: what a lone VAE is for, such as `sd1`, `sdxl` or `flux`; detected by default.
         original_config: the LDM or SGM yaml of the model, which wins over what is measured.
         lora: a LoRA, DoRA, LoHa or LoKr to add to the weights, as FILE or FILE:SCALE; or several.
+        assemble: put the model together from the files of a folder, which stands for the file.
         ignore_zeros: accept large weights that are all zero, as an unfinished download has them.
         maps: the key maps to use; by default those that come with ckptconv.
     """
@@ -133,6 +135,7 @@ class Options:
     family: str | None = None
     original_config: Path | None = None
     lora: tuple[AdapterFile, ...] = ()
+    assemble: bool = False
     ignore_zeros: bool = False
     maps: KeyMaps = dataclasses.field(default_factory=bundled)
 
@@ -194,6 +197,7 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys((*DONORS, "original_config"), Path),
     **{name: functools.partial(_fact, name) for name in FACTS},
     "lora": lambda value: tuple(map(adapter_file, _items(value))),
+    "assemble": bool,
     "ignore_zeros": bool,
     "maps": lambda value: value,
 }

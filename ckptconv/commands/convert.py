@@ -62,6 +62,9 @@ def command(
     as they are, bit for bit, unless --dtype is given. OUT appears when it is complete, or not at
     all. With --verify, the exit code is 1 if the verification fails.
 
+    With --assemble, FILE is a folder: the files in it that make a model together become OUT, by
+    default a folder beside them that has the name of the transformer's or UNet's file.
+
     If there are several files, or a quoted pattern of them, each becomes a folder in OUT with the
     name of the file; so does a single file if OUT ends in a slash. A file that fails does not stop
     the others and is reported at the end. FILE and OUT may be URLs, such as s3://BUCKET/FILE.
@@ -94,6 +97,8 @@ def command(
 
 
 def _print(report: Report, found: Verification | None, packaging: Packaging) -> None:
+    for line in report.plan.assembly.lines if report.plan.assembly else ():
+        note(printable(line))
     for warning in report.warnings:
         note(f"warning: {printable(warning)}")
     architecture, task = report.plan.detection.require()

@@ -116,7 +116,7 @@ def open_model(
     """
     path = Path(path)
     with looking_into(path):
-        read = _from_folder if path.is_dir() else _from_file
+        read = _from_folder if path.is_dir() and not options.assemble else _from_file
         model = read(path, options, given)
     if not options.ignore_zeros:
         require_filled(path, model.steps)
@@ -126,6 +126,7 @@ def open_model(
 def _from_file(path: Path, options: Options, given: Collection[str]) -> Model:
     """Plans the conversion of a checkpoint."""
     made, original = plan_file(path, options, without=given)
+    path = made.detection.header.path  # with `assemble`, of the folder's main file
     _refuse_single(path, made.detection.require()[0])
     if made.absent:
         supplies = ", ".join(option_for(made, name) for name in made.absent)
@@ -156,6 +157,8 @@ def _from_file(path: Path, options: Options, given: Collection[str]) -> Model:
             folder = donor.config.parent if donor and donor.config else None
             blueprints[name] = Blueprint(library, cls, config.component.kind, config.values, folder)
     notes += [] if options.dtype else _loading_note(stored, dtype)
+    if made.assembly:
+        notes.insert(0, f"put together from {'; '.join(made.assembly.lines)}")
     said = (*made.notes, *notes)
     return Model(path, index, blueprints, made.steps, dtype, said, made.identities)
 
