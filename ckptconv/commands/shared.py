@@ -91,7 +91,10 @@ _KINDS: dict[str, dict[str, Any]] = {
     "only": {"callback": _names, "metavar": "NAMES"},
     "lora": {"multiple": True, "metavar": "FILE[:SCALE]"},
     "zero_terminal_snr": {"default": None},
-    **{name: {"type": click.Choice(FACTS[name])} for name in ("prediction_type", "family")},
+    **{
+        name: {"type": click.Choice(FACTS[name])}
+        for name in ("prediction_type", "family", "release")
+    },
 }
 """By field of `Options`, what click needs to know; all others take a path."""
 

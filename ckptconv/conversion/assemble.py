@@ -106,19 +106,19 @@ def _assembled(main: Detection, others: Sequence[Detection], options: Options) -
     fitting: dict[tuple[str, ...], list[Detection]] = {}
     for each in others:
         names, reason = _places(plan, each)
-        if here := tuple(name for name in names if name in places):
+        if here := tuple(place for place in names if place in places):
             fitting.setdefault(here, []).append(each)
         else:
             left_out[each.header.path] = f"{names[0]} is not needed" if names else reason
     problems = []
     donors: dict[str, Path] = {}
-    for names, files in sorted(fitting.items(), key=lambda item: len(item[0])):
-        free = [name for name in names if name not in taken]
+    for fit, files in sorted(fitting.items(), key=lambda item: len(item[0])):
+        free = [name for name in fit if name not in taken]
         if len(files) > len(free):
-            rivals = [*(taken[name] for name in names if name in taken), *files]
+            rivals = [*(taken[name] for name in fit if name in taken), *files]
             found = dict.fromkeys(each.header.path.name for each in rivals)
-            problems.append(_several(" or ".join(names), found))
-            free, files = free or [*names], files[: len(free) or 1]
+            problems.append(_several(" or ".join(fit), found))
+            free, files = free or [*fit], files[: len(free) or 1]
         given = _nearest(architecture, free, files)
         taken |= given
         donors |= {name: each.header.path for name, each in given.items()}

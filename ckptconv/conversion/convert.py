@@ -116,7 +116,8 @@ def plan_file(
     """
     assembly = assemble(Path(path), options) if options.assemble else None
     if assembly:
-        path, options = assembly.main, replace(options, **assembly.donors)
+        path = assembly.main
+        options = Options.of({**options.as_words(), **assembly.donors})
     header = open_header(path)
     original = None
     if options.original_config:

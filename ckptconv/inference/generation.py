@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..destination import Destination
+from ..detection.facts import hold
 from ..errors import CkptconvError, DeviceError, FileRefused, UsageError, option
 from ..files import read_small
 from ..libraries import library_version
@@ -157,6 +158,7 @@ def with_defaults(model: Model, settings: Settings) -> Settings:
         defaults.values
         for defaults in (task.defaults if task else ())
         if all(model.entry(place) == value for place, value in defaults.config.items())
+        and hold(defaults.facts, model.facts)
     ]
     found: Mapping[str, Any] = {"steps": STEPS, **(fitting[0] if fitting else {})}
     return replace(settings, **{n: v for n, v in found.items() if getattr(settings, n) is None})
@@ -267,6 +269,9 @@ def call_arguments(
         arguments |= {_keywords(takes)[name]: image.resize(size) for name, image in images.items()}
     if size and "height" in takes:
         arguments["width"], arguments["height"] = size
+    if size and "max_area" in takes:  # it would bring both images to one million pixels
+        arguments |= {"max_area": size[0] * size[1], "_auto_resize": False}
+        arguments |= {name: image.resize(size) for name, image in images.items()}
     return arguments
 
 

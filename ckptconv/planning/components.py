@@ -240,6 +240,10 @@ def donor_match(architecture: Architecture, component: Component, donor: Donor) 
             for key, tensor in header.tensors.items()
         }
         return ComponentMatch(len(steps), steps)
+    refusal = donor.detection and donor.detection.refusal
+    if refusal and refusal.code == "quantized":  # its keys fit, its values do not
+        what = refusal.message.removeprefix(f"{donor.headers[0].path}: ")
+        return ComponentMatch(0, {}, (f"{component.name}: {what}; {refusal.hint}",))
     (header,) = donor.headers
     readable = {source.keymap for source in component.sources}
     elsewhere = [

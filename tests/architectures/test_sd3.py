@@ -47,4 +47,11 @@ class TestProperties(PipelineProperties):
         Relative(
             "Stable Diffusion 3.5 large", sd3(mmdit.TINY_LARGE, *ALL), configs=LARGE, slow=True
         ),
+        Relative(
+            "Stable Diffusion 3.5 large turbo",
+            sd3(mmdit.TINY_LARGE, *ALL),
+            configs=LARGE,
+            slow=True,
+            metadata={"modelspec.architecture": "stable-diffusion-3.5-large-turbo"},
+        ),
     )
