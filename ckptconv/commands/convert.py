@@ -119,7 +119,8 @@ def _print(report: Report, found: Verification | None, packaging: Packaging) -> 
 def loading_call(report: Report, variant: str = "") -> str:
     """Returns the Python call that loads a converted folder in the dtype of its weights.
 
-    Empty for a part of a model. Without a dtype, diffusers loads all weights in fp32.
+    Empty for a part of a model. Without a dtype, diffusers loads all weights in fp32. What is null
+    in `model_index.json` has to be None in the call.
     """
     single = report.plan.detection.require()[0].single
     if not single and INDEX not in report.files:
@@ -128,6 +129,7 @@ def loading_call(report: Report, variant: str = "") -> str:
     options = {"torch_dtype": f"torch.{dtype}"} if dtype != "float32" else {}
     if variant:
         options["variant"] = repr(variant)
+    options |= dict.fromkeys(report.plan.absent, "None")
     arguments = ", ".join([repr(str(report.out)), *(f"{k}={v}" for k, v in options.items())])
     cls = class_of(report.configs[single]) if single else "DiffusionPipeline"
     return f"{cls}.from_pretrained({arguments})"

@@ -21,6 +21,7 @@ from ..inference.generation import (
     check_outputs,
     described,
     generate,
+    negative_warnings,
     open_images,
     parse_pixels,
     prompt_warnings,
@@ -149,7 +150,7 @@ def command(
     check(cls, task, settings)
     images, adapters = open_images(settings), read_loras(loras)
     chosen = find_scheduler(scheduler) if scheduler else None
-    for warning in prompt_warnings(settings):
+    for warning in (*prompt_warnings(settings), *negative_warnings(cls, settings)):
         note(f"warning: {printable(warning)}")
     note(f"device {place}: {reason}")
     started = time.monotonic()

@@ -49,7 +49,7 @@ WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 """A word of a name, such as each of those in `dreamshaperXL_v21TurboDPMSDE`."""
 
 
-OPTION = re.compile(r"\{(?P<name>\w+)=(?P<value>\w+)\}")
+OPTION = re.compile(r"\{(?P<name>\w+)=(?P<value>[\w-]+)\}")
 """An option in the text of a hint."""
 
 

@@ -146,6 +146,26 @@ def prompt_warnings(settings: Settings) -> list[str]:
     return warnings
 
 
+def negative_warnings(cls: type[DiffusionPipeline], settings: Settings) -> list[str]:
+    """Returns what to say of a negative prompt that has no effect.
+
+    Args:
+        cls: the class of the pipeline.
+        settings: with the defaults of the model.
+    """
+    takes = python_inspect.signature(cls.__call__).parameters
+    if not settings.negative or "negative_prompt" not in takes:
+        return []
+    word = option("negative")
+    if "true_cfg_scale" in takes:
+        return [f"{word} has no effect: the guidance of {cls.__name__} knows no negative prompt"]
+    guidance = settings.guidance
+    guidance = takes["guidance_scale"].default if guidance is None else guidance
+    if guidance > 1:
+        return []
+    return [f"{word} has no effect with {option('guidance', guidance)}: it takes more than 1"]
+
+
 def with_defaults(model: Model, settings: Settings) -> Settings:
     """Returns settings with what a model was made for in the place of what is not given.
 
