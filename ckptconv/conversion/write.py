@@ -96,6 +96,7 @@ class Report:
             "architecture": architecture.name,
             "task": task.name,
             "pipeline": task.pipeline,
+            "assembly": self.plan.assembly and self.plan.assembly.as_data(),
             "lossless": self.plan.lossless,
             "facts": {
                 name: {"value": f.value, "source": f.source} for name, f in detection.facts.items()

@@ -22,7 +22,8 @@ from ..options import Options
 from ..reading.source import open_header
 from ..reading.tensor import Header, Tensor
 from .adapters import Adapter, with_adapters
-from .components import Donor, best_match, better_place, donor_match, identities
+from .assembly import Assembly
+from .components import Donor, best_match, donor_match, fitting_places, identities
 from .joints import misfits
 from .precision import cast_step, kept_layers, network_of
 from .scaled import read_scales, scaled
@@ -56,6 +57,7 @@ class Plan:
         adapters: what is added to the weights, in this order.
         notes: what the user should know.
         identities: identity matrices that the classes need and no checkpoint holds.
+        assembly: what the files of a folder were taken for, if the model is put together from it.
     """
 
     detection: Detection
@@ -68,6 +70,7 @@ class Plan:
     adapters: tuple[Adapter, ...] = ()
     notes: tuple[str, ...] = ()
     identities: tuple[Target, ...] = ()
+    assembly: Assembly | None = None
 
     def __repr__(self) -> str:
         state = "lossless" if self.lossless else "not lossless"
@@ -197,12 +200,13 @@ def build_plan(
         match = best_match(architecture, component, own.header, component.sources)
         if donor := donors.get(name):
             headers = (theirs[name].header,) if name in theirs else donor.headers
-            donated = donor_match(architecture, component, replace(donor, headers=headers))
+            bare = replace(donor, headers=headers)
+            donated = donor_match(architecture, component, bare)
             from_donors += donated.steps.values()
             if donated.problems:
                 path, lines = donor.headers[0].path, list(donated.problems)
-                if other := better_place(architecture, component, donor):
-                    lines = [f"{name}: the file fits {option(other, str(path))}"]
+                if others := fitting_places(architecture, bare):
+                    lines = [f"{name}: the file fits {option(next(iter(others)), str(path))}"]
                 unfit.setdefault(path, []).extend(lines)
             steps |= {key: dropped(s.sources[0], "replaced") for key, s in match.steps.items()}
         elif not match.known:
