@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from ..detection.detect import Keys, detect, judge
 from ..detection.spellings import respelled, unwrapped
 from ..errors import NotACheckpoint
+from ..folder.names import CONFIG_FILES
 from ..folder.read import ComponentFolder, ModelFolder
 from ..maps.architecture import Architecture, Component, Source
 from ..maps.ops import RENAME, Op
 from ..options import Options
+from ..planning.components import Donor
 from ..planning.plan import Plan, build_plan
 from ..planning.step import Step, Target
 from ..reading.tensor import Header, Tensor
@@ -76,10 +78,16 @@ def restore(model: ModelFolder, options: Options) -> Restoration:
     size = sum(tensor.nbytes for step in best.steps for tensor in step.sources)
     header = Header(model.path, best.tensors, metadata, 0, size)
     decided = model.record.facts if model.record else {}
-    plan = build_plan(
-        detect(header, maps=options.maps, decided=decided),
-        Options(only=options.only, maps=options.maps),
-    )
+    detection = detect(header, maps=options.maps, decided=decided)
+    own = {}  # tokenizers that only the folder itself can be compared with
+    for name, component in detection.require()[0].components.items():
+        if (
+            not component.bundled
+            and name in model.parts
+            and (options.only is None or name in options.only)
+        ):
+            own[name] = Donor((), model.parts[name].folder / CONFIG_FILES["tokenizer"])
+    plan = build_plan(detection, Options(only=options.only, maps=options.maps), donors=own)
     return Restoration(plan, best.steps, best.problems, best.names)
 
 

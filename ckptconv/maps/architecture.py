@@ -98,6 +98,7 @@ class Component:
     brings: Mapping[str, Any] = field(default_factory=dict)
     aliases: Many[str] = ()
     identity: Mapping[str, str] = field(default_factory=dict)
+    bundled: bool = True
 
     def __post_init__(self) -> None:
         if bool(self.sources) != (self.kind == "model"):
