@@ -20,7 +20,7 @@ from ..detection.detect import Detection
 from ..detection.facts import hold, values_of
 from ..errors import FileRefused, MapError
 from ..files import read_config
-from ..libraries import library_version
+from ..libraries import RENAMED, library_version
 from ..maps.architecture import CLASS_ENTRIES, Component, Entry
 from ..maps.holes import (
     Count,
@@ -143,7 +143,7 @@ def _of_donor(plan: Plan, component: Component, donor: Donor) -> tuple[dict[str,
     """
     if donor.config:
         said = read_config(donor.config)
-        name = _class_said(said)
+        name = class_said(said)
         try:
             values = kept(component.home, name, said)
         except Unbuildable as error:
@@ -193,12 +193,14 @@ def model_index(plan: Plan, built: Mapping[str, Config]) -> dict[str, Any]:
 
 def class_of(config: Config) -> str:
     """Returns the name of the class that a configuration is for, as it says itself."""
-    return _class_said(config.values)
+    return class_said(config.values)
 
 
-def _class_said(values: Mapping[str, Any]) -> str:
+def class_said(values: Mapping[str, Any]) -> str:
+    """Returns the class that a configuration names, by its usual name."""
     said = next((values[name] for name in CLASS_ENTRIES if name in values), None)
-    return str(said[0] if isinstance(said, list) and said else said)
+    name = str(said[0] if isinstance(said, list) and said else said)
+    return RENAMED.get(name, name)
 
 
 def versioned(config: Config) -> dict[str, Any]:

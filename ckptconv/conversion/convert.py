@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
-from ..configs.config import Config, configs
+from ..configs.config import Config, class_said, configs
 from ..configs.original_config import OriginalConfig, read_original_config
 from ..configs.tokenizer import tokenizer_of
 from ..destination import Destination, without_suffix
@@ -193,7 +193,7 @@ def _donor_folder(architecture: Architecture, name: str, folder: Path) -> Donor:
     found = values.get("_class_name") or values.get("architectures")
     component = architecture.components.get(name)  # where there is none, the plan says so
     classes = (*architecture.maps.classes(component), *component.donors) if component else ()
-    if component and not any(found in (known, [known]) for known in classes):
+    if component and class_said(values) not in classes:
         raise FileRefused(
             f"{config}: is that of {found}, but a {name} is of {' or '.join(classes)}",
             hint="give the folder of that component",

@@ -30,8 +30,8 @@ from ckptconv.configs.config import class_of, configs, model_index
 from ckptconv.detection.detect import detect
 from ckptconv.planning.plan import build_plan
 from tests.support import stock
-from tests.support.qwen import tokenizers
 from tests.support.published_relatives import PUBLISHED, header, understood
+from tests.support.qwen import tokenizers
 from tests.support.reference.files import TINY_FILES
 from tests.support.relatives import Converted, Relative, assert_equal, exported, run, verified
 from tests.support.spellings import assert_same_in_every_spelling

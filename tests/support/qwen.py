@@ -50,9 +50,8 @@ def write_tokenizer(folder: Path) -> Path:
     folder.mkdir(parents=True)
     symbols = [*vocabulary()][:256]  # of the bytes; CLIP's are the same
     tokens = [*symbols, *("".join(merge.split()) for merge in MERGES)]
-    vocabulary = {token: n for n, token in enumerate(tokens)}
     texts = {
-        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+        "vocab.json": json.dumps({token: n for n, token in enumerate(tokens)}, ensure_ascii=False),
         "merges.txt": "\n".join(["#version: 0.2", *MERGES]) + "\n",
         "tokenizer_config.json": json.dumps(config(), indent=2),
     }

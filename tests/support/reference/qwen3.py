@@ -1,7 +1,8 @@
 """Qwen3 in its original layout, in plain torch.
 
-``Qwen3(config).state_dict()`` has exactly the keys that follow ``text_encoders.qwen3_4b.transformer.``,
-the names that transformers uses. Several heads of queries share one of keys and values.
+``Qwen3(config).state_dict()`` has exactly the keys that follow
+``text_encoders.qwen3_4b.transformer.``, the names that transformers uses. Several heads of queries
+share one of keys and values.
 """
 
 from dataclasses import dataclass, replace

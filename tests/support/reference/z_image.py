@@ -1,8 +1,8 @@
 """The transformer of Z-Image in its original layout, in plain torch.
 
 ``ZImage(config).state_dict()`` has exactly the keys of the published files, which have no prefix.
-Image and text are refined apart, and then are one sequence. Each is padded to a multiple of 32 with a
-token of its own that is learned, and which takes part in everything. Source: arXiv:2511.22699.
+Image and text are refined apart, and then are one sequence. Each is padded to a multiple of 32 with
+a token of its own that is learned and takes part in everything. Source: arXiv:2511.22699.
 """
 
 from dataclasses import dataclass, replace
@@ -185,7 +185,9 @@ class ZImage(nn.Module):
         spoken[:, 0] = torch.arange(words.shape[1]) + 1
         seen = torch.zeros(x.shape[1], 3, dtype=torch.float64)
         seen[: rows * columns] = torch.cartesian_prod(
-            torch.tensor([words.shape[1] + 1.0]), torch.arange(float(rows)), torch.arange(float(columns))
+            torch.tensor([words.shape[1] + 1.0]),
+            torch.arange(float(rows)),
+            torch.arange(float(columns)),
         )
         vector = self.t_embedder(time)
         for block in self.noise_refiner:
