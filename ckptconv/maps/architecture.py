@@ -98,11 +98,15 @@ class Component:
     brings: Mapping[str, Any] = field(default_factory=dict)
     aliases: Many[str] = ()
     identity: Mapping[str, str] = field(default_factory=dict)
-    bundled: bool = True
 
     def __post_init__(self) -> None:
         if bool(self.sources) != (self.kind == "model"):
             raise ValueError("a model needs 'sources', and nothing else has them")
+
+    @property
+    def bundled(self) -> bool:
+        """Whether it needs no supply; a tokenizer with a hint does."""
+        return self.kind != "tokenizer" or not self.supply
 
     @property
     def home(self) -> str:

@@ -18,7 +18,7 @@ from ..errors import FileRefused, Incomplete, UsageError, option
 from ..files import Files, read_range
 from ..maps.architecture import Architecture
 from ..maps.ops import DROP
-from ..options import DONORS, TOKENIZERS, Options
+from ..options import Options
 from ..reading.source import open_header
 from ..reading.tensor import Header, Tensor
 from .adapters import Adapter, with_adapters
@@ -226,8 +226,8 @@ def build_plan(
             problems=[line for lines in unfit.values() for line in lines],
             hint="give a file or folder that holds this component of such a model whole",
         )
-    unbundled = (c.name for c in architecture.components.values() if not c.bundled)
-    absent += [name for name in unbundled if name not in donors]
+    supplied = (name for name, c in architecture.components.items() if not c.bundled)
+    absent += [name for name in supplied if name not in donors]
     steps |= _rest(architecture, own.header, steps, keep=keep)
     steps |= own.steps
     if options.ema:
@@ -283,11 +283,13 @@ def _check_names(
             f"{architecture.name} has no component {', '.join(unknown)}",
             hint=f"its components are {', '.join(known)}",
         )
-    possible = [name for name in known if name in (*DONORS, *TOKENIZERS)]
+    components = architecture.components.values()
+    possible = [c.name for c in components if c.kind in ("model", "tokenizer")]
     if unknown := [name for name in donors if name not in possible or name not in wanted]:
         raise UsageError(
             f"{', '.join(unknown)} is given, but it is not a component to write",
-            hint=f"what {architecture.name} can take from elsewhere: {', '.join(possible)}",
+            hint=f"the components of {architecture.name} that can be given are "
+            f"{', '.join(possible)}",
         )
 
 

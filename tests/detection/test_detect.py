@@ -297,7 +297,7 @@ FAMILIES = {  # keys of published files, by a word of the sentence that names th
     "Stable Diffusion 3": ["pos_embed.pos_embed", "transformer_blocks.0.attn.to_q.weight"],
     "Wan 2.1 or 2.2": [DIT + "blocks.0.cross_attn.k.weight", DIT + "head.modulation"],
     "VAE of Wan": ["decoder.middle.0.residual.0.gamma", "encoder.conv1.weight"],
-    "Z-Image": ["cap_pad_token", "noise_refiner.0.attention.qkv.weight", "layers.0.w.weight"],
+    "Z-Image": ["all_x_embedder.2-1.weight", "cap_pad_token", "layers.0.attention.to_q.weight"],
     "Z-Image Omni": ["cap_pad_token", "siglip_embedder.0.weight", "x_embedder.weight"],
     "Qwen3": ["model.embed_tokens.weight", "model.layers.0.self_attn.q_norm.weight"],
     "Lumina 2": ["cap_embedder.0.weight", "noise_refiner.0.attention.qkv.weight"],
