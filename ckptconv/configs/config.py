@@ -40,7 +40,7 @@ from ..planning.components import Donor
 from ..planning.plan import Plan
 from ..planning.step import Target
 from .allowed import TOKENIZER, Unbuildable, kept, notes_on_code, own_name, without_code
-from .tokenizer import T5, tokenizer_of
+from .tokenizer import QWEN, T5, TEMPLATE, tokenizer_of
 
 DTYPES = ("torch_dtype", "dtype")
 """Entries of a configuration that tell transformers in which dtype to load the weights."""
@@ -123,6 +123,11 @@ def _tokenizer(plan: Plan, component: Component, donor: Donor) -> Config:
     values = {n: v for n, v in without_code(said).items() if n in TOKENIZER} | {
         "tokenizer_class": cls
     }
+    if cls == QWEN and not (values.get("chat_template") or (path.parent / TEMPLATE).exists()):
+        raise FileRefused(
+            f"{path.parent}: has no chat template, into which the pipeline puts every prompt",
+            hint=f"give {component.supply}",
+        )
     _, last = tokenizer_of(path.parent, values)
     encoder = component.name.replace("tokenizer", "text_encoder")
     for key, target in plan.tensors(encoder).items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import lzma
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from .allowed import LARGEST, TOKENIZER
 T5 = "T5TokenizerFast"
 """The class of T5's tokenizer, in its configuration."""
 T5_TOKENS = 32100
+NUMBER = re.compile(r"[0-9]{1,9}")
 CLIP, QWEN = "CLIPTokenizer", "Qwen2Tokenizer"
 UNKNOWN = "tokenizer of no known kind"
 END_OF_WORD = "</w>"
@@ -105,7 +107,7 @@ class _Tables:
     def decoder(self) -> dict[str, int]:
         """The ids of the tokens that the configuration adds."""
         added = self.config.get("added_tokens_decoder") or {}
-        return {str(content(t)): int(n) for n, t in added.items() if n.isdigit()}
+        return {str(content(t)): int(n) for n, t in added.items() if NUMBER.fullmatch(n)}
 
 
 def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> dict[str, str | Path]:
@@ -158,7 +160,8 @@ def tokenizer_of(folder: Path, config: Mapping[str, Any]) -> tuple[str, int]:
         FileRefused: a file is missing or makes no sense.
     """
     if _is_t5(folder):
-        count = len(_model(folder).get("vocab") or range(T5_TOKENS))
+        pieces = _model(folder).get("vocab")
+        count = len(pieces) if isinstance(pieces, list) else T5_TOKENS
         return T5 if count == T5_TOKENS else UNKNOWN, count - 1
     tables = _read_tables(folder, config)
     if any(token.endswith(END_OF_WORD) for token in tables.vocabulary):
@@ -202,13 +205,12 @@ def _read_tables(folder: Path, config: Mapping[str, Any]) -> _Tables:
         table: Any = read_json(vocab, MOST_TOKENS)
         text = read_small(merges, MOST_TOKENS).decode(errors="replace").strip()
     elif whole.exists():
-        data = read_json(whole, MOST_TOKENS)
-        model, added = data.get("model"), data.get("added_tokens")
-        model = model if isinstance(model, dict) else {}
-        table, pairs = model.get("vocab"), model.get("merges")
-        lines = (" ".join(map(str, p)) if isinstance(p, list) else str(p) for p in pairs or ())
+        data, model = read_json(whole, MOST_TOKENS), _model(folder)
+        table, pairs, added = model.get("vocab"), model.get("merges"), data.get("added_tokens")
+        pairs, added = (each if isinstance(each, list) else [] for each in (pairs, added))
+        lines = (" ".join(map(str, p)) if isinstance(p, list) else str(p) for p in pairs)
         text = "\n".join(["#version: 0.2", *lines])
-        tokens = [token for token in added or () if isinstance(token, dict)]
+        tokens = [token for token in added if isinstance(token, dict)]
         more = {str(t.get("id")): {k: v for k, v in t.items() if k != "id"} for t in tokens}
         config["added_tokens_decoder"] = more | (config.get("added_tokens_decoder") or {})
     else:

@@ -79,14 +79,11 @@ def restore(model: ModelFolder, options: Options) -> Restoration:
     header = Header(model.path, best.tensors, metadata, 0, size)
     decided = model.record.facts if model.record else {}
     detection = detect(header, maps=options.maps, decided=decided)
-    own = {}  # tokenizers that only the folder itself can be compared with
-    for name, component in detection.require()[0].components.items():
-        if (
-            not component.bundled
-            and name in model.parts
-            and (options.only is None or name in options.only)
-        ):
-            own[name] = Donor((), model.parts[name].folder / CONFIG_FILES["tokenizer"])
+    own = {  # the tokenizers that are in the folder alone
+        name: Donor((), model.parts[name].folder / CONFIG_FILES["tokenizer"])
+        for name, component in detection.require()[0].components.items()
+        if not component.bundled and name in model.parts and name in (options.only or [name])
+    }
     plan = build_plan(detection, Options(only=options.only, maps=options.maps), donors=own)
     return Restoration(plan, best.steps, best.problems, best.names)
 

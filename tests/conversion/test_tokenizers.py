@@ -146,6 +146,12 @@ def _large(path: Path) -> None:
     os.truncate(path, MOST_TOKENS + 1)
 
 
+def _no_template(path: Path) -> None:
+    values = read_json(path)
+    del values["chat_template"]
+    path.write_text(json.dumps(values))
+
+
 def _ids(path: Path) -> None:
     path.write_text(json.dumps({"Ġ": 0, "a": 151936}))
 
@@ -154,6 +160,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("tokenizer_config.json", Path.unlink, "holds no tokenizer_config.json"),
     ("tokenizer_config.json", _pipe, "holds no tokenizer_config.json"),
     ("tokenizer_config.json", lambda path: path.write_text("[1]"), "holds no JSON object"),
+    ("tokenizer_config.json", _no_template, "has no chat template"),
     ("vocab.json", Path.unlink, "holds no vocab.json with a merges.txt, and no tokenizer.json"),
     ("vocab.json", _pipe, "this is not a regular file"),
     ("vocab.json", _large, "a file of this kind has at most 32,000,000"),

@@ -176,7 +176,7 @@ class ZImage(nn.Module):
         """
         rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
         # A patch lists its 2 x 2 places, and for each of them the channels.
-        patches = latents.unflatten(2, (rows, 2)).unflatten(4, (columns, 2))
+        patches = latents.reshape(*latents.shape[:2], rows, 2, columns, 2)
         x = patches.permute(0, 2, 4, 3, 5, 1).reshape(len(latents), rows * columns, -1)
         x = padded(self.x_embedder(x), self.x_pad_token)
         words = padded(self.cap_embedder(text), self.cap_pad_token)
