@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..detection.spellings import current_name
 from ..dtypes import BITS, BLOCKS, nbytes, torch_dtype
 from ..errors import MapError
 from ..files import ByteCounter, Files
-from ..folder.read import current_name
 from ..libraries import tied
 from ..planning.step import Step, Target, targets_of
 from ..reading.tensor import Tensor
-from ..streaming.stream import CAST_CHUNK, converted, in_threads
+from ..streaming.stream import converted, in_threads
 from ..streaming.transfers import Transfer, transfers
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ Devices = Mapping[str, "torch.device"]
 THREADS = 4
 CHUNK = 16 << 20
 """Bytes that one thread moves at a time."""
+NARROW = 1 << 20
+"""Elements that one thread rounds to fp8 at a time."""
 
 
 def matched(module: nn.Module, targets: Mapping[str, Target]) -> tuple[dict[str, str], list[str]]:
@@ -136,8 +138,9 @@ def fill(
             elif tensor is None:
                 tensor = torch.empty(place.shape, dtype=dtype, device=device)
                 for transfer in own:
-                    stored = transfer.dtypes[0]
-                    count = CAST_CHUNK if stored in BLOCKS else CHUNK * 8 // BITS[stored]
+                    count = NARROW
+                    if not _narrows(transfer):
+                        count = CHUNK * 8 // BITS[transfer.dtypes[0]]
                     moves += [(part, tensor) for part in transfer.cut(count)]
             else:
                 done.add(tensor.nbytes)
@@ -190,8 +193,7 @@ class _Mover:
         """Fills the transfer's part of a tensor, and returns how many bytes that are."""
         import torch
 
-        # On the CPU, so that the bits are those of a conversion.
-        if transfer.changes or transfer.dtypes[0] in BLOCKS:
+        if transfer.changes or _narrows(transfer):  # on the CPU, for the bits of a conversion
             data, lost = converted(transfer, self.files)
             at = transfer.target[1] // tensor.itemsize
             values = torch.frombuffer(data, dtype=tensor.dtype)
@@ -232,6 +234,12 @@ class _Mover:
         with torch.cuda.stream(streams[device]):
             yield
         streams[device].synchronize()
+
+
+def _narrows(transfer: Transfer) -> bool:
+    """Whether a cast takes small parts, on the CPU: to 8 bits, or of blocks."""
+    source, target = transfer.dtypes
+    return source != target and (source in BLOCKS or BITS[target] == 8)
 
 
 def _put(values: torch.Tensor, transfer: Transfer, tensor: torch.Tensor) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..detection.detect import Detection
 from ..detection.spellings import EMA_NAMES, EMA_OF, EMA_PREFIX
-from ..dtypes import BLOCKS, CASTS, FLOATS
+from ..dtypes import CASTS, FP8
 from ..errors import FileRefused, Incomplete, UsageError, option
 from ..files import Files, read_range
 from ..maps.architecture import Architecture
@@ -22,16 +22,15 @@ from ..options import Options
 from ..reading.source import open_header
 from ..reading.tensor import Header, Tensor
 from .adapters import Adapter, with_adapters
-from .components import Donor, best_match, better_place, donor_match, identities
+from .assembly import Assembly
+from .components import Donor, best_match, donor_match, fitting_places, identities
 from .joints import misfits
+from .precision import cast_step, kept_layers, network_of, unquantized
 from .scaled import read_scales, scaled
-from .step import ASIDE, Step, Target, dropped, targets_of
+from .step import Step, Target, dropped, targets_of
 
 SCALED_DTYPE = "fp16"
 """What scaled weights become by default: times their scale, they are no longer values of fp8."""
-
-QUANTIZED_DTYPE = "bf16"
-"""What a component with quantized weights becomes by default, as their users compute with them."""
 
 COMPARED = 1 << 20
 """Bytes of two tensors that are compared at a time."""
@@ -52,12 +51,13 @@ class Plan:
         unclaimed: keys that no map knows; they are kept aside.
         problems: keys that are missing, or of a wrong shape; if there are none, components that do
             not fit together.
-        absent: model components that neither the file nor a donor has.
+        absent: components that neither the file nor a donor has.
         incomplete: by component that is absent for that reason, what the file lacks of it.
         donors: by component, what comes from elsewhere.
         adapters: what is added to the weights, in this order.
         notes: what the user should know.
         identities: identity matrices that the classes need and no checkpoint holds.
+        assembly: what the files of a folder were taken for, if the model is put together from it.
     """
 
     detection: Detection
@@ -70,6 +70,7 @@ class Plan:
     adapters: tuple[Adapter, ...] = ()
     notes: tuple[str, ...] = ()
     identities: tuple[Target, ...] = ()
+    assembly: Assembly | None = None
 
     def __repr__(self) -> str:
         state = "lossless" if self.lossless else "not lossless"
@@ -88,7 +89,9 @@ class Plan:
         headers = [self.detection.header]
         headers += [header for donor in self.donors.values() for header in donor.headers]
         headers += [adapter.header for adapter in self.adapters]
-        return tuple(dict.fromkeys(file for header in headers for file in header.files))
+        files = [file for header in headers for file in header.files]
+        files += [donor.config for donor in self.donors.values() if donor.config]
+        return tuple(dict.fromkeys(files))
 
     def tensors(self, component: str) -> dict[str, Target]:
         """Returns the tensors to write into a component's folder, by key, in source order."""
@@ -104,9 +107,9 @@ class Plan:
         return misfits(self.detection.require()[0].joints, self._targets)
 
     def cast(self, dtype: str) -> Plan:
-        """Returns the plan with every float tensor cast to `fp16`, `bf16` or `fp32`."""
+        """Returns the plan with every float tensor cast to a key of `COMPUTED`."""
         identities = (replace(target, dtype=CASTS[dtype]) for target in self.identities)
-        steps = tuple(_cast(step, dtype) for step in self.steps)
+        steps = tuple(cast_step(step, dtype, "") for step in self.steps)
         return replace(self, steps=steps, identities=tuple(identities))
 
     def lacking(self, components: Collection[str]) -> list[str]:
@@ -199,12 +202,13 @@ def build_plan(
         match = best_match(architecture, component, own.header, component.sources)
         if donor := donors.get(name):
             headers = (theirs[name].header,) if name in theirs else donor.headers
-            donated = donor_match(architecture, component, replace(donor, headers=headers))
+            bare = replace(donor, headers=headers)
+            donated = donor_match(architecture, component, bare)
             from_donors += donated.steps.values()
             if donated.problems:
                 path, lines = donor.headers[0].path, list(donated.problems)
-                if other := better_place(architecture, component, donor):
-                    lines = [f"{name}: the file fits {option(other, str(path))}"]
+                if others := fitting_places(architecture, bare):
+                    lines = [f"{name}: the file fits {option(next(iter(others)), str(path))}"]
                 unfit.setdefault(path, []).extend(lines)
             steps |= {key: dropped(s.sources[0], "replaced") for key, s in match.steps.items()}
         elif not match.known:
@@ -227,6 +231,8 @@ def build_plan(
             problems=[line for lines in unfit.values() for line in lines],
             hint="give a file or folder that holds this component of such a model whole",
         )
+    supplied = (name for name, c in architecture.components.items() if not c.bundled)
+    absent += [name for name in supplied if name not in donors]
     steps |= _rest(architecture, own.header, steps, keep=keep)
     steps |= own.steps
     if options.ema:
@@ -248,23 +254,21 @@ def build_plan(
     steps |= {key: dropped(header.tensors[key], "unknown", keep=keep) for key in unclaimed}
     ordered = [steps[key] for key in header.tensors] + from_donors
     notes = list(_oddities(architecture, unclaimed, inside, incomplete))
-    if scales and dtype is None:
-        dtype = SCALED_DTYPE
+    network = network_of(architecture)
+    if scales and dtype in (None, FP8):
+        ordered = [cast_step(step, SCALED_DTYPE, network) for step in ordered]
         notes.append(
-            f"the file holds {len(scales):,} weights in fp8 with a scale: the folder is {dtype}; "
-            f"{option('dtype')} decides otherwise"
+            f"the file holds {len(scales):,} weights in fp8 with a scale: the folder is "
+            f"{SCALED_DTYPE}{' beside fp8' if dtype else ''}; {option('dtype')} decides otherwise"
         )
-    quantized = _quantized(ordered)
-    notes += [
-        f"the {name} is quantized ({kinds}): it is written, or computed with, in "
-        f"{dtype or QUANTIZED_DTYPE}; {option('dtype')} decides otherwise"
-        for name, kinds in quantized.items()
-        if options.dtype is None and name != ASIDE
-    ]
-    cast = [
-        scaled(_cast(step, dtype or _default(step, quantized)), scales, problems)
-        for step in ordered
-    ]
+    ordered, quantized = unquantized(ordered, dtype, network)
+    notes += quantized
+    if dtype == FP8:
+        if network not in wanted:
+            what = f"{architecture.title} has no such network" if not network else "it is left out"
+            raise UsageError(f"fp8 is for a UNet or transformer, and {what}")
+        notes.append(kept_layers(targets_of(ordered)[network].values(), network))
+    cast = [scaled(cast_step(step, dtype, network), scales, problems) for step in ordered]
     adapters = tuple(Adapter(open_header(file.path), file.scale) for file in options.lora)
     left_out = [c.name for c in architecture.models if c.name not in wanted]
     changed, passed_over = with_adapters(architecture, cast, adapters, left_out)
@@ -292,11 +296,13 @@ def _check_names(
             f"{architecture.name} has no component {', '.join(unknown)}",
             hint=f"its components are {', '.join(known)}",
         )
-    models = [c.name for c in architecture.models]
-    if unknown := [name for name in donors if name not in models or name not in wanted]:
+    components = architecture.components.values()
+    possible = [c.name for c in components if c.kind in ("model", "tokenizer")]
+    if unknown := [name for name in donors if name not in possible or name not in wanted]:
         raise UsageError(
             f"{', '.join(unknown)} is given, but it is not a component to write",
-            hint=f"the components of {architecture.name} with weights are {', '.join(models)}",
+            hint=f"the components of {architecture.name} that can be given are "
+            f"{', '.join(possible)}",
         )
 
 
@@ -393,24 +399,3 @@ def _from_ema(header: Header, steps: Mapping[str, Step]) -> dict[str, Step]:
             hint=f"leave out {option('ema')} to take the weights that it has",
         )
     return turned
-
-
-def _quantized(steps: Iterable[Step]) -> dict[str, str]:
-    """Returns the components that hold quantized weights, and their dtypes as text."""
-    found: dict[str, set[str]] = {}
-    for step in steps:
-        for target in step.targets if step.sources[0].dtype in BLOCKS else ():
-            found.setdefault(target.component, set()).add(step.sources[0].dtype)
-    return {name: ", ".join(sorted(dtypes)) for name, dtypes in found.items()}
-
-
-def _default(step: Step, quantized: Collection[str]) -> str | None:
-    return QUANTIZED_DTYPE if any(t.component in quantized for t in step.targets) else None
-
-
-def _cast(step: Step, dtype: str | None) -> Step:
-    """Casts floats that are converted, and quantized ones that are only kept, too."""
-    kept = step.op is DROP and step.sources[0].dtype not in BLOCKS
-    if dtype is None or kept or step.sources[0].dtype not in FLOATS:
-        return step
-    return replace(step, targets=tuple(replace(t, dtype=CASTS[dtype]) for t in step.targets))
