@@ -137,6 +137,18 @@ def test_without_a_dtype_it_is_bf16_and_a_note_says_so(tmp_path: Path) -> None:
     assert {t.dtype for t in asked.tensors("transformer").values()} == {"F16"}
 
 
+def test_fp8_rounds_the_values(tmp_path: Path) -> None:
+    file, same, _ = files("flux", tmp_path, **Q8)
+    report = ckptconv.convert(file, tmp_path / "ours", dtype="fp8")
+    assert "in bf16 beside fp8" in report.warnings[0]
+    ckptconv.convert(same, tmp_path / "theirs", dtype="fp8")
+    ours, theirs = weights(tmp_path / "ours"), weights(tmp_path / "theirs")
+    assert {dtype for dtype, _, _ in ours.values()} == {"F8_E4M3", "BF16"}
+    rounded = {key: value for key, value in theirs.items() if value[0] == "F8_E4M3"}
+    assert {key: ours[key] for key in rounded} == rounded
+    verified(file, tmp_path / "ours", dtype="fp8")
+
+
 def test_a_file_of_plain_floats_stays_as_it_is(tmp_path: Path) -> None:
     file, same, _ = files("flux", tmp_path, dtypes=["F32"])
     ckptconv.convert(file, tmp_path / "ours")

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import ckptconv
 from ckptconv import load_pipeline
+from ckptconv.inference.memory import job_of
 from ckptconv.inference.model import open_model
 from ckptconv.options import Options
 from tests.conftest import Sample
@@ -131,3 +132,23 @@ def test_a_quantized_unet_decides_the_dtype(sample: Sample, tmp_path: Path) -> N
     model = open_model(file, Options.of({"vae": whole, "text_encoder": whole}))
     assert model.dtype == "bf16"
     assert any("the unet decides that all weights are loaded as bf16" in n for n in model.notes)
+
+
+@pytest.mark.slow
+def test_storage_in_fp8_takes_the_values(
+    original: Path, donors: Mapping[str, Any], tmp_path: Path
+) -> None:
+    file, _ = quantized(original, tmp_path / "model.gguf", "Q4_0")
+    pipe = load_pipeline(file, device="cpu", storage="fp8", **donors)
+    layer = pipe.transformer.transformer_blocks[0].attn.to_q
+    assert (type(layer), layer.weight.dtype) == (torch.nn.Linear, torch.float8_e4m3fn)
+
+
+def test_the_memory_of_what_is_kept_is_that_of_its_blocks(
+    original: Path, donors: Mapping[str, Any], tmp_path: Path
+) -> None:
+    file, _ = quantized(original, tmp_path / "model.gguf", "Q4_0")
+    job = job_of(open_model(file, Options.of(donors)), (512, 512), "cuda")
+    size = job.sizes["transformer"]
+    assert size.loaded < 0.8 * size.numbers
+    assert job.sizes["text_encoder_2"].loaded >= 2 * job.sizes["text_encoder_2"].numbers
