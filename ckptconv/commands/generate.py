@@ -23,6 +23,7 @@ from ..inference.generation import (
     check_outputs,
     described,
     generate,
+    negative_warnings,
     open_images,
     parse_pixels,
     prompt_warnings,
@@ -169,7 +170,7 @@ def command(
     check(cls, task, settings)
     images = open_images(settings)
     chosen = find_scheduler(scheduler) if scheduler else None
-    for warning in prompt_warnings(settings):
+    for warning in (*prompt_warnings(settings), *negative_warnings(cls, settings)):
         note(f"warning: {printable(warning)}")
     note(f"device {place}: {reason}")
     setting = Setting(model.dtype, storage, offload)

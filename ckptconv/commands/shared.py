@@ -87,11 +87,11 @@ def dtype_name(_ctx: click.Context, _option: click.Parameter, value: str | None)
 
 _KINDS: dict[str, dict[str, Any]] = {
     "dtype": {"callback": dtype_name, "metavar": "DTYPE"},
-    **{name: {"is_flag": True} for name in ("ema", "ignore_zeros")},
+    **{name: {"is_flag": True} for name in ("ema", "assemble", "ignore_zeros")},
     "only": {"callback": _names, "metavar": "NAMES"},
     "lora": {"multiple": True, "metavar": "FILE[:SCALE]"},
     "zero_terminal_snr": {"default": None},
-    **{name: {"type": click.Choice(FACTS[name])} for name in ("prediction_type", "family")},
+    **{name: {"type": click.Choice(of)} for name, of in FACTS.items() if False not in of},
 }
 """By field of `Options`, what click needs to know; all others take a path."""
 

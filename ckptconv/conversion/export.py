@@ -194,7 +194,8 @@ def _require_whole(restoration: Restoration, model: ModelFolder) -> list[str]:
             problems=problems,
             hint="`ckptconv verify DIR` lists all that is wrong with the folder",
         )
-    notes = [f"{model.path} holds no {name}, so the file has none" for name in plan.absent]
+    absent = [c.name for c in architecture.models if c.name in plan.absent]
+    notes = [f"{model.path} holds no {name}, so the file has none" for name in absent]
     for name, part in sorted(model.parts.items()):
         if name in models and part.unread:
             notes.append(f"{name}: {', '.join(part.unread)} is left out: another variant is read")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..configs.config import Config, model_index, versioned
-from ..configs.tokenizer import tokenizer_files
+from ..configs.tokenizer import copied_tokenizer, tokenizer_files
 from ..destination import Destination, Kind, check_room
 from ..dtypes import nbytes
 from ..errors import FileRefused, UsageError
@@ -96,6 +96,7 @@ class Report:
             "architecture": architecture.name,
             "task": task.name,
             "pipeline": task.pipeline,
+            "assembly": self.plan.assembly and self.plan.assembly.as_data(),
             "lossless": self.plan.lossless,
             "facts": {
                 name: {"value": f.value, "source": f.source} for name, f in detection.facts.items()
@@ -264,6 +265,8 @@ def _weight_files(
 def _config_files(config: Config) -> dict[str, str]:
     kind = config.component.kind
     if kind == "tokenizer":
+        if config.folder:
+            return copied_tokenizer(config.folder, config.values)
         return tokenizer_files(config.values)
     return {CONFIG_FILES[kind]: _json(versioned(config))}
 

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..detection.spellings import current_name
 from ..dtypes import BITS, nbytes, torch_dtype
 from ..errors import MapError
 from ..files import ByteCounter, Files
-from ..folder.read import current_name
 from ..libraries import tied
 from ..planning.step import Step, Target, targets_of
 from ..reading.tensor import Tensor

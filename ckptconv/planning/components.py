@@ -7,11 +7,13 @@ or holds one too many is found before anything is written.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..detection.detect import Detection
+from ..detection.spellings import current_name
 from ..maps.architecture import Architecture, Component, Source
 from ..maps.keymap import KeyMap, MapFile, Match
 from ..maps.ops import DROP, RENAME
@@ -31,14 +33,20 @@ class Donor:
     """A component that comes from elsewhere.
 
     Attributes:
-        headers: of its weight files.
-        config: its own config.json, if it is a folder in the diffusers layout.
+        headers: of its weight files; a tokenizer has none.
+        config: its own configuration file, if it is a folder in the diffusers layout.
         detection: what the file is, if it is one.
     """
 
     headers: tuple[Header, ...]
     config: Path | None = None
     detection: Detection | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its first weight file, or of a tokenizer's folder."""
+        (path,) = [header.path for header in self.headers[:1]] or [(self.config or Path()).parent]
+        return path.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,12 +241,18 @@ def _missing(
 def donor_match(architecture: Architecture, component: Component, donor: Donor) -> ComponentMatch:
     """Matches a component that comes from elsewhere, in any layout that a map of it can read."""
     if donor.config:  # a folder in the diffusers layout: its own configuration describes it
-        steps = {
-            key: Step(RENAME, (tensor,), (Target(component.name, key, tensor.dtype, tensor.shape),))
-            for header in donor.headers
-            for key, tensor in header.tensors.items()
-        }
+        stored = {key: t for header in donor.headers for key, t in header.tensors.items()}
+        steps = {}
+        for key, tensor in stored.items():
+            name = current_name(key, stored)
+            name = key if name in stored else name
+            target = Target(component.name, name, tensor.dtype, tensor.shape)
+            steps[key] = Step(RENAME, (tensor,), (target,))
         return ComponentMatch(len(steps), steps)
+    refusal = donor.detection and donor.detection.refusal
+    if refusal and refusal.code == "quantized":  # its keys fit, its values do not
+        what = refusal.message.removeprefix(f"{donor.headers[0].path}: ")
+        return ComponentMatch(0, {}, (f"{component.name}: {what}; {refusal.hint}",))
     (header,) = donor.headers
     readable = {source.keymap for source in component.sources}
     elsewhere = [
@@ -261,14 +275,21 @@ def donor_match(architecture: Architecture, component: Component, donor: Donor) 
     return replace(match, steps=steps, problems=match.problems + match.missing)
 
 
-def better_place(architecture: Architecture, component: Component, donor: Donor) -> str:
-    """Returns the other component that most of a file is, if it can be one; empty otherwise."""
-    for other in (c for c in architecture.models if c.name in DONORS and not donor.config):
-        match = donor_match(architecture, other, donor)
-        most = 2 * len(match.steps) > len(donor.headers[0].tensors)
-        if other is not component and match.known and most and not match.problems:
-            return other.name
-    return ""
+def fitting_places(architecture: Architecture, donor: Donor) -> dict[str, ComponentMatch]:
+    """Returns the components that most of a file can be, of those that a donor may give."""
+    found = {}
+    for component in architecture.models:
+        if component.name in DONORS and not donor.config:
+            match = donor_match(architecture, component, donor)
+            most = 2 * len(match.steps) > len(donor.headers[0].tensors)
+            if match.known and most and not match.problems:
+                found[component.name] = match
+    return found
+
+
+def published_elements(architecture: Architecture, component: Component) -> int:
+    """Returns how many elements a component of the published file has."""
+    return sum(map(math.prod, _published(architecture, component)[1].values()))
 
 
 def identities(

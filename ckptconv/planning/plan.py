@@ -22,7 +22,8 @@ from ..options import Options
 from ..reading.source import open_header
 from ..reading.tensor import Header, Tensor
 from .adapters import Adapter, with_adapters
-from .components import Donor, best_match, better_place, donor_match, identities
+from .assembly import Assembly
+from .components import Donor, best_match, donor_match, fitting_places, identities
 from .joints import misfits
 from .precision import cast_step, kept_layers, network_of
 from .scaled import read_scales, scaled
@@ -50,12 +51,13 @@ class Plan:
         unclaimed: keys that no map knows; they are kept aside.
         problems: keys that are missing, or of a wrong shape; if there are none, components that do
             not fit together.
-        absent: model components that neither the file nor a donor has.
+        absent: components that neither the file nor a donor has.
         incomplete: by component that is absent for that reason, what the file lacks of it.
         donors: by component, what comes from elsewhere.
         adapters: what is added to the weights, in this order.
         notes: what the user should know.
         identities: identity matrices that the classes need and no checkpoint holds.
+        assembly: what the files of a folder were taken for, if the model is put together from it.
     """
 
     detection: Detection
@@ -68,6 +70,7 @@ class Plan:
     adapters: tuple[Adapter, ...] = ()
     notes: tuple[str, ...] = ()
     identities: tuple[Target, ...] = ()
+    assembly: Assembly | None = None
 
     def __repr__(self) -> str:
         state = "lossless" if self.lossless else "not lossless"
@@ -86,7 +89,9 @@ class Plan:
         headers = [self.detection.header]
         headers += [header for donor in self.donors.values() for header in donor.headers]
         headers += [adapter.header for adapter in self.adapters]
-        return tuple(dict.fromkeys(file for header in headers for file in header.files))
+        files = [file for header in headers for file in header.files]
+        files += [donor.config for donor in self.donors.values() if donor.config]
+        return tuple(dict.fromkeys(files))
 
     def tensors(self, component: str) -> dict[str, Target]:
         """Returns the tensors to write into a component's folder, by key, in source order."""
@@ -197,12 +202,13 @@ def build_plan(
         match = best_match(architecture, component, own.header, component.sources)
         if donor := donors.get(name):
             headers = (theirs[name].header,) if name in theirs else donor.headers
-            donated = donor_match(architecture, component, replace(donor, headers=headers))
+            bare = replace(donor, headers=headers)
+            donated = donor_match(architecture, component, bare)
             from_donors += donated.steps.values()
             if donated.problems:
                 path, lines = donor.headers[0].path, list(donated.problems)
-                if other := better_place(architecture, component, donor):
-                    lines = [f"{name}: the file fits {option(other, str(path))}"]
+                if others := fitting_places(architecture, bare):
+                    lines = [f"{name}: the file fits {option(next(iter(others)), str(path))}"]
                 unfit.setdefault(path, []).extend(lines)
             steps |= {key: dropped(s.sources[0], "replaced") for key, s in match.steps.items()}
         elif not match.known:
@@ -225,6 +231,8 @@ def build_plan(
             problems=[line for lines in unfit.values() for line in lines],
             hint="give a file or folder that holds this component of such a model whole",
         )
+    supplied = (name for name, c in architecture.components.items() if not c.bundled)
+    absent += [name for name in supplied if name not in donors]
     steps |= _rest(architecture, own.header, steps, keep=keep)
     steps |= own.steps
     if options.ema:
@@ -286,11 +294,13 @@ def _check_names(
             f"{architecture.name} has no component {', '.join(unknown)}",
             hint=f"its components are {', '.join(known)}",
         )
-    models = [c.name for c in architecture.models]
-    if unknown := [name for name in donors if name not in models or name not in wanted]:
+    components = architecture.components.values()
+    possible = [c.name for c in components if c.kind in ("model", "tokenizer")]
+    if unknown := [name for name in donors if name not in possible or name not in wanted]:
         raise UsageError(
             f"{', '.join(unknown)} is given, but it is not a component to write",
-            hint=f"the components of {architecture.name} with weights are {', '.join(models)}",
+            hint=f"the components of {architecture.name} that can be given are "
+            f"{', '.join(possible)}",
         )
 
 

@@ -7,7 +7,6 @@ order of the elements and a change of the values hold a whole tensor, one for ea
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -131,7 +130,7 @@ def _overflowed(
 
 def _reserve(descriptor: int, size: int) -> None:
     """Takes the room on the disk, so that a full disk shows before the first byte is copied."""
-    if sys.platform == "linux" and size:
+    if hasattr(os, "posix_fallocate") and size:
         os.posix_fallocate(descriptor, 0, size)
     else:
         os.ftruncate(descriptor, size)

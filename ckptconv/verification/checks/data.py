@@ -45,6 +45,11 @@ class Bytes:
         return cls(list(transfers(steps, tensors)), tensors, finite)
 
     @property
+    def looked_at(self) -> Places:
+        """The tensors that a model computes with, as those that are kept aside are not."""
+        return {place: tensor for place, tensor in self.tensors.items() if place[0] != ASIDE}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the folder's tensors that are compared."""
         return sum(each.nbytes for each in self.todo)
@@ -57,12 +62,12 @@ class Bytes:
                 raise CancelledError
             progress(done, total)
 
-        floats = self.tensors.values() if self.finite else ()
+        floats = self.looked_at.values() if self.finite else ()
         looked = sum(t.nbytes for t in floats if t.dtype in FLOATS)
         counter = ByteCounter(self.nbytes + looked, report)
         self.different = compare(self.todo, self.tensors, counter.add)
         if self.finite:
-            self.nonfinite = look_for_nonfinite(self.tensors, counter.add)
+            self.nonfinite = look_for_nonfinite(self.looked_at, counter.add)
 
 
 def check_data(
@@ -104,7 +109,7 @@ def check_data(
 
 def check_finite(read: Bytes) -> Iterator[Check]:
     """Yields a check for every component that was looked at."""
-    for name in dict.fromkeys(owner for owner, _ in read.tensors):
+    for name in dict.fromkeys(owner for owner, _ in read.looked_at):
         problems = tuple(
             Problem(key, f"{found.count:,} of {found.of:,} values are NaN or infinite")
             for key, found in _of(name, read.nonfinite).items()
