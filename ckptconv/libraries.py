@@ -29,9 +29,11 @@ RENAMED = {
     "CLIPFeatureExtractor": "CLIPImageProcessor",
     "CLIPTokenizerFast": "CLIPTokenizer",
     "DPTFeatureExtractor": "DPTImageProcessor",
+    "Qwen2TokenizerFast": "Qwen2Tokenizer",
+    "Qwen3ForCausalLM": "Qwen3Model",
 }
-"""Classes of transformers under another name: of an older release, or of a twin that does the same.
-"""
+"""Classes of transformers under another name: of an older release, or of a twin that does the same
+here. A pipeline reads the hidden states of a language model, which has no need of its head."""
 
 CHATTER = {
     "transformers.utils.import_utils": ("requires torchvision",),  # image processors do without

@@ -26,7 +26,10 @@ FACTS: Mapping[str, tuple[Any, ...]] = {
     "prediction_type": ("epsilon", "v_prediction"),
     "zero_terminal_snr": (False, True),
     "family": ("sd1", "sd2", "sdxl", "flux", "sd3"),
-    "release": ("dev", "krea", "kontext", "depth", "canny", "large", "large-turbo"),
+    "release": (
+        *("dev", "krea", "kontext", "depth", "canny", "large", "large-turbo"),
+        *("turbo", "base"),
+    ),
 }
 """The facts that an option can decide, and their values."""
 
@@ -35,6 +38,9 @@ DONORS = (
     *("depth_estimator", "image_normalizer"),
 )
 """The components that can come from another file; each has an option of its name."""
+
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+"""The components that can come from a folder of a tokenizer; likewise."""
 
 SYNONYMS = {"torch_dtype": "dtype"}
 """Keywords as diffusers spells them."""
@@ -57,6 +63,9 @@ class Choices(TypedDict, total=False):
     text_encoder_3: AnyPath | None
     depth_estimator: AnyPath | None
     image_normalizer: AnyPath | None
+    tokenizer: AnyPath | None
+    tokenizer_2: AnyPath | None
+    tokenizer_3: AnyPath | None
     prediction_type: str | None
     zero_terminal_snr: bool | None
     family: str | None
@@ -104,7 +113,7 @@ class Options:
     """What a caller decides; whatever is left out is found out, or stays as it is in the file.
 
     Attributes:
-        dtype: cast the weights to `fp16`, `bf16` or `fp32`; by default they stay as stored.
+        dtype: cast the weights to `fp16`, `bf16` or `fp32`, or a UNet or transformer to `fp8`.
         ema: take the EMA copy of the UNet.
         only: the components to write, such as unet and vae; all by default.
         vae: take the VAE from another checkpoint, a lone component file or a diffusers folder.
@@ -113,6 +122,9 @@ class Options:
         text_encoder_3: likewise the third.
         depth_estimator: likewise the depth estimator of SD2 depth-to-image.
         image_normalizer: likewise unCLIP's image statistics; a file of mean and deviation will do.
+        tokenizer: the folder of a tokenizer, or a diffusers folder, to take the tokenizer from.
+        tokenizer_2: likewise the second tokenizer.
+        tokenizer_3: likewise the third.
         prediction_type: what the UNet predicts, `epsilon` or `v_prediction`; detected by default.
         zero_terminal_snr: whether the noise schedule ends in pure noise; detected by default.
         family: what a lone VAE is for, such as `sd1`, `sdxl` or `flux`; detected by default.
@@ -133,6 +145,9 @@ class Options:
     text_encoder_3: Path | None = None
     depth_estimator: Path | None = None
     image_normalizer: Path | None = None
+    tokenizer: Path | None = None
+    tokenizer_2: Path | None = None
+    tokenizer_3: Path | None = None
     prediction_type: str | None = None
     zero_terminal_snr: bool | None = None
     family: str | None = None
@@ -169,7 +184,8 @@ class Options:
     @property
     def donors(self) -> dict[str, Path]:
         """The files or folders to take components from, by component."""
-        return {name: place for name in DONORS if (place := getattr(self, name)) is not None}
+        given = {name: getattr(self, name) for name in (*DONORS, *TOKENIZERS)}
+        return {name: place for name, place in given.items() if place is not None}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -198,7 +214,7 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "dtype": cast_name,
     "ema": bool,
     "only": lambda value: frozenset(_items(value)),
-    **dict.fromkeys((*DONORS, "original_config"), Path),
+    **dict.fromkeys((*DONORS, *TOKENIZERS, "original_config"), Path),
     **{name: functools.partial(_fact, name) for name in FACTS},
     "lora": lambda value: tuple(map(adapter_file, _items(value))),
     "assemble": bool,

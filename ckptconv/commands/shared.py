@@ -91,10 +91,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "only": {"callback": _names, "metavar": "NAMES"},
     "lora": {"multiple": True, "metavar": "FILE[:SCALE]"},
     "zero_terminal_snr": {"default": None},
-    **{
-        name: {"type": click.Choice(FACTS[name])}
-        for name in ("prediction_type", "family", "release")
-    },
+    **{name: {"type": click.Choice(of)} for name, of in FACTS.items() if False not in of},
 }
 """By field of `Options`, what click needs to know; all others take a path."""
 

@@ -47,7 +47,8 @@ NOT_ASKED = {
 """What transformers' configurations take and models are not made of."""
 TOKENIZER = {
     *("add_prefix_space", "added_tokens_decoder", "additional_special_tokens"),
-    *("clean_up_tokenization_spaces", "do_lower_case", "errors", "extra_special_tokens"),
+    *("chat_template", "clean_up_tokenization_spaces", "do_lower_case", "errors"),
+    "extra_special_tokens",
     *("model_max_length", "padding_side", "truncation_side"),
     *("bos_token", "eos_token", "pad_token", "unk_token"),
 }
@@ -159,7 +160,7 @@ def kept(library: str, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
             inside it, or a number is larger than that of any model.
     """
     owner = _class(library, name)
-    taken = _kept(getattr(owner, "config_class", None) or owner, values)
+    taken = _kept(getattr(owner, "config_class", None) or owner, as_published(values))
     check_sizes(name, taken)
     return taken
 
@@ -227,14 +228,30 @@ def _kept(owner: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         elif key in inside and isinstance(value, Mapping):
             taken[key] = _kept(inside[key], value)
         else:
-            taken[key] = _without_code(value)
+            taken[key] = without_code(value)
     return taken
 
 
-def _without_code(value: Any) -> Any:
+def as_published(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a configuration without what release 5 of transformers writes for plain RoPE.
+
+    >>> as_published({"rope_parameters": {"rope_theta": 10000, "rope_type": "default"}})
+    {'rope_theta': 10000}
+    """
+    plain = dict(values)
+    rope = plain.get("rope_parameters")
+    if isinstance(rope, Mapping) and rope.get("rope_type", "default") == "default":
+        plain["rope_theta"] = plain.pop("rope_parameters").get("rope_theta")
+    if isinstance(kinds := plain.get("layer_types"), list) and set(kinds) == {"full_attention"}:
+        del plain["layer_types"]
+    return plain
+
+
+def without_code(value: Any) -> Any:
+    """Returns a value without the entries that may ask for code, at any depth."""
     if isinstance(value, Mapping):
-        return {key: _without_code(item) for key, item in value.items() if key not in CODE}
-    return [_without_code(item) for item in value] if isinstance(value, list) else value
+        return {key: without_code(item) for key, item in value.items() if key not in CODE}
+    return [without_code(item) for item in value] if isinstance(value, list) else value
 
 
 @functools.cache
@@ -256,7 +273,9 @@ def _parameters(owner: Any) -> dict[str, Any]:
         return {key: getattr(owner, key, None) for key in kinds.__annotations__}
     parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]
     named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    return {
+    # Release 5 of transformers takes it as another word.
+    rope = {"rope_theta": owner.default_theta} if hasattr(owner, "default_theta") else {}
+    return rope | {
         p.name: list(p.default) if isinstance(p.default, tuple) else p.default
         for p in named
         if p.name not in NOT_ASKED

@@ -13,13 +13,14 @@ import math
 import re
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..detection.detect import Detection
 from ..detection.facts import hold, values_of
 from ..errors import FileRefused, MapError
 from ..files import read_config
-from ..libraries import library_version
+from ..libraries import RENAMED, library_version
 from ..maps.architecture import CLASS_ENTRIES, Component, Entry
 from ..maps.holes import (
     Count,
@@ -38,10 +39,14 @@ from ..maps.holes import (
 from ..planning.components import Donor
 from ..planning.plan import Plan
 from ..planning.step import Target
-from .allowed import Unbuildable, kept, notes_on_code, own_name
+from .allowed import TOKENIZER, Unbuildable, kept, notes_on_code, own_name, without_code
+from .tokenizer import QWEN, T5, TEMPLATE, tokenizer_of
 
 DTYPES = ("torch_dtype", "dtype")
 """Entries of a configuration that tell transformers in which dtype to load the weights."""
+
+EMBEDDINGS = ("embed_tokens.weight", "token_embedding.weight", "shared.weight")
+"""How the names of tensors end that have a row for each token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +59,14 @@ class Config:
         origins: by name of the value, where it comes from: `constant`, `measured`, or the source
             of the fact that decided it (`assumed`, `metadata`, ...).
         notes: what the user should know of it.
+        folder: of the donor that a tokenizer comes from; None for one that is bundled.
     """
 
     component: Component
     values: Mapping[str, Any]
     origins: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    folder: Path | None = None
 
 
 def configs(
@@ -79,9 +86,14 @@ def configs(
     architecture, _ = plan.detection.require()
     result = {}
     for name, component in architecture.components.items():
-        if component.kind == "model" and not plan.tensors(name):
-            continue
         donor = plan.donors.get(name)
+        if not (plan.tensors(name) if component.kind == "model" else donor or component.bundled):
+            continue
+        if donor and component.kind == "tokenizer":
+            if T5 not in architecture.maps.classes(component):
+                result[name] = _tokenizer(plan, component, donor)
+                continue
+            donor = None  # there is one T5 tokenizer, and it is bundled
         theirs, left_out = _of_donor(plan, component, donor) if donor else ({}, [])
         notes = (*_differing(plan, component, theirs), *left_out)
         if donor and donor.config:
@@ -103,6 +115,32 @@ def configs(
     return result
 
 
+def _tokenizer(plan: Plan, component: Component, donor: Donor) -> Config:
+    """Returns the configuration of a tokenizer from a donor; FileRefused if it does not fit."""
+    path = donor.config or Path()
+    said = read_config(path)
+    (cls,) = plan.detection.require()[0].maps.classes(component)
+    values = {n: v for n, v in without_code(said).items() if n in TOKENIZER} | {
+        "tokenizer_class": cls
+    }
+    if cls == QWEN and not (values.get("chat_template") or (path.parent / TEMPLATE).exists()):
+        raise FileRefused(
+            f"{path.parent}: has no chat template, into which the pipeline puts every prompt",
+            hint=f"give {component.supply}",
+        )
+    _, last = tokenizer_of(path.parent, values)
+    encoder = component.name.replace("tokenizer", "text_encoder")
+    for key, target in plan.tensors(encoder).items():
+        if key.endswith(EMBEDDINGS) and last >= target.shape[0]:
+            raise FileRefused(
+                f"{path.parent}: its token ids go up to {last:,}, but {encoder}/{key} has "
+                f"{target.shape[0]:,} rows",
+                hint="give the tokenizer of this text encoder",
+            )
+    origins, notes = dict.fromkeys(values, "donor"), tuple(notes_on_code(path, said))
+    return Config(component, values, origins, notes, path.parent)
+
+
 def _of_donor(plan: Plan, component: Component, donor: Donor) -> tuple[dict[str, Any], list[str]]:
     """Returns the configuration of a donor folder, with notes on what was left out of it.
 
@@ -110,7 +148,7 @@ def _of_donor(plan: Plan, component: Component, donor: Donor) -> tuple[dict[str,
     """
     if donor.config:
         said = read_config(donor.config)
-        name = _class_said(said)
+        name = class_said(said)
         try:
             values = kept(component.home, name, said)
         except Unbuildable as error:
@@ -160,12 +198,14 @@ def model_index(plan: Plan, built: Mapping[str, Config]) -> dict[str, Any]:
 
 def class_of(config: Config) -> str:
     """Returns the name of the class that a configuration is for, as it says itself."""
-    return _class_said(config.values)
+    return class_said(config.values)
 
 
-def _class_said(values: Mapping[str, Any]) -> str:
+def class_said(values: Mapping[str, Any]) -> str:
+    """Returns the class that a configuration names, by its usual name."""
     said = next((values[name] for name in CLASS_ENTRIES if name in values), None)
-    return str(said[0] if isinstance(said, list) and said else said)
+    name = str(said[0] if isinstance(said, list) and said else said)
+    return RENAMED.get(name, name)
 
 
 def versioned(config: Config) -> dict[str, Any]:

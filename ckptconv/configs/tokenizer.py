@@ -1,6 +1,6 @@
-"""The files of the tokenizers of CLIP and of T5.
+"""The files of tokenizers: those of CLIP and of T5 are bundled, others come from a folder.
 
-T5's is data as well (`data/t5/`): the `tokenizer.json` that transformers reads. Of CLIP's,
+T5's is data (`data/t5/`): the `tokenizer.json` that transformers reads. Of CLIP's,
 the merge table is (`data/clip/`, with its licence). The vocabulary follows from it: the 256 byte
 symbols, the same at the end of a word, one entry per merge, and two specials; 49,408 entries, equal
 to the published `vocab.json`. Source: https://github.com/openai/CLIP, `simple_tokenizer.py`.
@@ -11,7 +11,9 @@ from __future__ import annotations
 import importlib.resources
 import json
 import lzma
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,21 @@ from .allowed import LARGEST, TOKENIZER
 
 T5 = "T5TokenizerFast"
 """The class of T5's tokenizer, in its configuration."""
+T5_TOKENS = 32100
+NUMBER = re.compile(r"[0-9]{1,9}")
+CLIP, QWEN = "CLIPTokenizer", "Qwen2Tokenizer"
+UNKNOWN = "tokenizer of no known kind"
 END_OF_WORD = "</w>"
+SPACE = "Ġ"
+"""How byte-level vocabularies write a space."""
 WHOLE = "tokenizer.json"
 PIECES = "spiece.model"
+TEMPLATE = "chat_template.jinja"
+FILES = (
+    *("vocab.json", "merges.txt", WHOLE, TEMPLATE),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
+"""What is copied of a tokenizer's folder, beside its configuration."""
 SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 
 
@@ -72,12 +86,36 @@ def tokenizer_files(config: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> dict[str, str | Path]:
-    """Returns the same of what a folder holds; a path stands for a file that can be used as it is.
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """What a byte-level BPE tokenizer consists of; `files` are those that hold the tables as is."""
 
-    There is one T5 tokenizer: of a folder with such, ours is taken. Of a `tokenizer.json` of CLIP,
-    only the tables are taken. How text is split and normalized, which a hostile file could make
-    take forever, is the same for every tokenizer of this class.
+    vocabulary: Mapping[str, int]
+    merges: str
+    config: Mapping[str, Any]
+    more: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, Path]
+
+    @property
+    def last(self) -> int:
+        """The highest token id."""
+        added = self.more.get("added_tokens.json", {}).values()
+        ids: list[int] = [*self.vocabulary.values(), *added, *self.decoder.values()]
+        return max(ids)
+
+    @property
+    def decoder(self) -> dict[str, int]:
+        """The ids of the tokens that the configuration adds."""
+        added = self.config.get("added_tokens_decoder") or {}
+        return {str(content(t)): int(n) for n, t in added.items() if NUMBER.fullmatch(n)}
+
+
+def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> dict[str, str | Path]:
+    """Returns the files of a folder as its class is to read them; a path stands for one as it is.
+
+    There is one T5 tokenizer: of a folder with such, ours is taken. Of a `tokenizer.json`, only the
+    tables are taken. How text is split and normalized, which a hostile file could make take
+    forever, is the same for every tokenizer of a class.
 
     Args:
         folder: of the tokenizer.
@@ -86,22 +124,93 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> dict[str, str | P
     Raises:
         FileRefused: a file is missing or makes no sense.
     """
-    vocab, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", WHOLE))
-    if not vocab.exists() and ((folder / PIECES).exists() or _is_unigram(whole)):
+    if _is_t5(folder):
         return dict(tokenizer_files({**config, "tokenizer_class": T5}))
-    config, as_is = dict(config), dict[str, str | Path]()
+    tables = _read_tables(folder, config)
+    files: dict[str, str | Path] = {
+        name: json.dumps(values)
+        for name, values in {"tokenizer_config.json": tables.config, **tables.more}.items()
+    }
+    if (folder / TEMPLATE).exists():
+        files[TEMPLATE] = _text(folder / TEMPLATE)
+    whole = {"vocab.json": json.dumps(tables.vocabulary), "merges.txt": tables.merges}
+    files |= tables.files or whole
+    return files
+
+
+def copied_tokenizer(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the content of the files that a folder of a tokenizer becomes: copies of its own.
+
+    Args:
+        folder: of the tokenizer.
+        config: content of `tokenizer_config.json`.
+
+    Raises:
+        FileRefused: a file cannot be read or makes no sense.
+    """
+    _read_tables(folder, config)
+    found = {name: _text(folder / name) for name in FILES if (folder / name).exists()}
+    return {**found, "tokenizer_config.json": json.dumps(dict(config), indent=2) + "\n"}
+
+
+def tokenizer_of(folder: Path, config: Mapping[str, Any]) -> tuple[str, int]:
+    """Returns the class that the content of a tokenizer's folder is for, and the highest token id.
+
+    Raises:
+        FileRefused: a file is missing or makes no sense.
+    """
+    if _is_t5(folder):
+        pieces = _model(folder).get("vocab")
+        count = len(pieces) if isinstance(pieces, list) else T5_TOKENS
+        return T5 if count == T5_TOKENS else UNKNOWN, count - 1
+    tables = _read_tables(folder, config)
+    if any(token.endswith(END_OF_WORD) for token in tables.vocabulary):
+        return CLIP, tables.last
+    return QWEN if SPACE in tables.vocabulary else UNKNOWN, tables.last
+
+
+def meaning(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what decides the token ids of a text, whichever files of a folder say so.
+
+    Args:
+        folder: of the tokenizer.
+        config: content of its `tokenizer_config.json`.
+
+    Raises:
+        FileRefused: a file is missing or makes no sense.
+    """
+    tables = _read_tables(folder, config)
+    more = tables.more.get("added_tokens.json", {})
+    template = folder / TEMPLATE
+    return {
+        "vocabulary": {**tables.vocabulary, **more, **tables.decoder},
+        "merges": [line for line in tables.merges.split("\n")[1:] if line],
+        "special tokens": {n: content(config.get(n)) for n in ("eos_token", "pad_token")},
+        "chat template": _text(template) if template.exists() else config.get("chat_template"),
+    }
+
+
+def content(token: Any) -> Any:
+    """Returns the text of a token, which a configuration may write with its properties."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _read_tables(folder: Path, config: Mapping[str, Any]) -> _Tables:
+    vocab, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", WHOLE))
+    config, files = dict(config), dict[str, Path]()
+    if not isinstance(config.get("added_tokens_decoder"), dict):
+        config.pop("added_tokens_decoder", None)
     if vocab.exists() and merges.exists():
-        as_is = {path.name: path.resolve() for path in (vocab, merges)}
+        files = {path.name: path.resolve() for path in (vocab, merges)}
         table: Any = read_json(vocab, MOST_TOKENS)
         text = read_small(merges, MOST_TOKENS).decode(errors="replace").strip()
     elif whole.exists():
-        data = read_json(whole, MOST_TOKENS)
-        model, added = data.get("model"), data.get("added_tokens")
-        model = model if isinstance(model, dict) else {}
-        table, pairs = model.get("vocab"), model.get("merges")
-        lines = (" ".join(map(str, p)) if isinstance(p, list) else str(p) for p in pairs or ())
+        data, model = read_json(whole, MOST_TOKENS), _model(folder)
+        table, pairs, added = model.get("vocab"), model.get("merges"), data.get("added_tokens")
+        pairs, added = (each if isinstance(each, list) else [] for each in (pairs, added))
+        lines = (" ".join(map(str, p)) if isinstance(p, list) else str(p) for p in pairs)
         text = "\n".join(["#version: 0.2", *lines])
-        tokens = [token for token in added or () if isinstance(token, dict)]
+        tokens = [token for token in added if isinstance(token, dict)]
         more = {str(t.get("id")): {k: v for k, v in t.items() if k != "id"} for t in tokens}
         config["added_tokens_decoder"] = more | (config.get("added_tokens_decoder") or {})
     else:
@@ -119,17 +228,31 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> dict[str, str | P
     for n, line in enumerate(text.split("\n")[1:], 1):
         if len(line.split(" ")) != 2:
             raise _senseless(folder, f"merge {n:,} is {line[:80]!r}, expected two tokens")
-    files: dict[str, str | Path] = {
-        name: json.dumps(values)
-        for name, values in {"tokenizer_config.json": config, **extra}.items()
-    }
-    return files | (as_is or {vocab.name: json.dumps(table), merges.name: text})
+    return _Tables(table, text, config, extra, files)
 
 
-def _is_unigram(path: Path) -> bool:
-    """Whether a `tokenizer.json` is of the kind that T5 has."""
+def _text(path: Path) -> str:
+    """Returns the text of a file; one that should be JSON holds an object."""
+    if path.suffix == ".json":
+        read_json(path, MOST_TOKENS)
+    try:
+        return read_small(path, MOST_TOKENS).decode()
+    except UnicodeDecodeError as error:
+        raise FileRefused(f"{path}: is no text: {error}", hint="copy it again") from error
+
+
+def _is_t5(folder: Path) -> bool:
+    """Whether a folder holds a unigram model and no table of CLIP's or Qwen's kind."""
+    return not (folder / "vocab.json").exists() and (
+        (folder / PIECES).exists() or _model(folder).get("type") == "Unigram"
+    )
+
+
+def _model(folder: Path) -> dict[str, Any]:
+    """Returns the model in a `tokenizer.json`; an empty one if there is none."""
+    path = folder / WHOLE
     model = read_json(path, MOST_TOKENS).get("model") if path.exists() else None
-    return isinstance(model, dict) and model.get("type") == "Unigram"
+    return model if isinstance(model, dict) else {}
 
 
 def _senseless(folder: Path, what: str) -> FileRefused:

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
-from ..configs.config import Config, configs
+from ..configs.config import Config, class_said, configs
 from ..configs.original_config import OriginalConfig, read_original_config
+from ..configs.tokenizer import tokenizer_of
 from ..destination import Destination, without_suffix
 from ..detection.detect import detect, option_fact, with_config_beside
 from ..detection.facts import Fact
@@ -17,7 +18,7 @@ from ..files import looking_into, noting_files, read_config
 from ..folder.names import CONFIG_FILES
 from ..folder.weights import component_headers
 from ..maps.architecture import Architecture
-from ..options import Choices, Options, checked
+from ..options import TOKENIZERS, Choices, Options, checked
 from ..planning.components import Donor
 from ..planning.plan import Plan, build_plan
 from ..planning.zeros import require_filled
@@ -138,8 +139,9 @@ def plan_file(
 
 def option_for(plan: Plan, name: str) -> str:
     """Returns the option that gives a component which the file lacks, and what it may be given."""
-    supply = plan.detection.require()[0].components[name].supply
-    return option(name, "FILE") + (f" ({supply})" if supply else "")
+    component = plan.detection.require()[0].components[name]
+    what = option(name, "FOLDER" if component.kind == "tokenizer" else "FILE")
+    return what + (f" ({component.supply})" if component.supply else "")
 
 
 def _donor(
@@ -150,11 +152,41 @@ def _donor(
         is_folder = place.is_dir()
     except OSError:
         is_folder = False  # its name is too long, say: the reader reports that
+    if name in TOKENIZERS:
+        with looking_into(place):
+            return _tokenizer_donor(architecture, name, place)
     if not is_folder:
         detection = detect(open_header(place), maps=architecture.maps, decided=decided)
         return Donor((detection.header,), detection=detection)
     with looking_into(place):
         return _donor_folder(architecture, name, place / name if (place / name).is_dir() else place)
+
+
+def _tokenizer_donor(architecture: Architecture, name: str, place: Path) -> Donor:
+    folder = place / name if (place / name).is_dir() else place
+    config = folder / CONFIG_FILES["tokenizer"]
+    if not config.is_file():
+        raise FileRefused(
+            f"{folder}: holds no {config.name}",
+            hint="give the folder of a tokenizer, or a diffusers folder that has one",
+        )
+    found, _ = tokenizer_of(folder, read_config(config))
+    kinds = {
+        c.name: {each.removesuffix("Fast") for each in architecture.maps.classes(c)}
+        for c in architecture.components.values()
+        if c.kind == "tokenizer"
+    }
+    if name in kinds and found.removesuffix("Fast") not in kinds[name]:
+        fits = [other for other, known in kinds.items() if found.removesuffix("Fast") in known]
+        supply = architecture.components[name].supply
+        raise FileRefused(
+            f"{folder}: holds a {found}, but the {name} of {architecture.title} is a "
+            f"{' or '.join(kinds[name])}",
+            hint=f"it fits {option(fits[0], str(place))}"
+            if fits
+            else f"give {supply or 'the tokenizer of this model'}",
+        )
+    return Donor((), config)
 
 
 def _donor_folder(architecture: Architecture, name: str, folder: Path) -> Donor:
@@ -167,7 +199,7 @@ def _donor_folder(architecture: Architecture, name: str, folder: Path) -> Donor:
     found = values.get("_class_name") or values.get("architectures")
     component = architecture.components.get(name)  # where there is none, the plan says so
     classes = (*architecture.maps.classes(component), *component.donors) if component else ()
-    if component and not any(found in (known, [known]) for known in classes):
+    if component and class_said(values) not in classes:
         raise FileRefused(
             f"{config}: is that of {found}, but a {name} is of {' or '.join(classes)}",
             hint="give the folder of that component",

@@ -16,8 +16,8 @@ from typing import Any
 
 from ..destination import Destination, check_room
 from ..detection.detect import Detection
-from ..dtypes import CASTS, FLOATS
-from ..errors import FileRefused
+from ..dtypes import CASTS, FLOATS, FP8
+from ..errors import FileRefused, UsageError, option
 from ..files import ByteCounter, noting_files, require_unchanged
 from ..folder.read import ModelFolder, read_folder
 from ..maps.architecture import Architecture, KeyMaps
@@ -126,6 +126,9 @@ def export(
     """
     started = time.monotonic()
     out, options = Path(out), Options.of({"maps": maps, "dtype": dtype})
+    if options.dtype == FP8:
+        hint = f"convert the file with {option('dtype', FP8)}, and export what comes out"
+        raise UsageError("a file in the original layout is not cast to fp8", hint=hint)
     model = read_folder(folder, options.maps)
     destination = Destination(out, overwrite, inputs=model.files, closed=model.path)
     destination.check()
@@ -191,7 +194,8 @@ def _require_whole(restoration: Restoration, model: ModelFolder) -> list[str]:
             problems=problems,
             hint="`ckptconv verify DIR` lists all that is wrong with the folder",
         )
-    notes = [f"{model.path} holds no {name}, so the file has none" for name in plan.absent]
+    absent = [c.name for c in architecture.models if c.name in plan.absent]
+    notes = [f"{model.path} holds no {name}, so the file has none" for name in absent]
     for name, part in sorted(model.parts.items()):
         if name in models and part.unread:
             notes.append(f"{name}: {', '.join(part.unread)} is left out: another variant is read")

@@ -14,11 +14,12 @@ from ..detection.detect import Keys, detect, judge
 from ..detection.facts import Fact
 from ..detection.spellings import respelled, unwrapped
 from ..errors import NotACheckpoint
-from ..folder.names import INDEX
+from ..folder.names import CONFIG_FILES, INDEX
 from ..folder.read import ComponentFolder, ModelFolder
 from ..maps.architecture import Architecture, Component, Source
 from ..maps.ops import RENAME, Op
 from ..options import Options
+from ..planning.components import Donor
 from ..planning.plan import Plan, build_plan
 from ..planning.step import Step, Target
 from ..reading.tensor import Header, Tensor
@@ -81,10 +82,13 @@ def restore(model: ModelFolder, options: Options) -> Restoration:
     pipeline = (model.index or {}).get("_class_name")
     for task in (t for a in architectures for t in a.tasks if t.facts and t.pipeline == pipeline):
         decided |= {n: Fact(n, v[0], "folder", f"{INDEX} says so") for n, v in task.facts.items()}
-    plan = build_plan(
-        detect(header, maps=options.maps, decided=decided),
-        Options(only=options.only, maps=options.maps),
-    )
+    detection = detect(header, maps=options.maps, decided=decided)
+    own = {  # the tokenizers that are in the folder alone
+        name: Donor((), model.parts[name].folder / CONFIG_FILES["tokenizer"])
+        for name, component in detection.require()[0].components.items()
+        if not component.bundled and name in model.parts and name in (options.only or [name])
+    }
+    plan = build_plan(detection, Options(only=options.only, maps=options.maps), donors=own)
     return Restoration(plan, best.steps, best.problems, best.names)
 
 

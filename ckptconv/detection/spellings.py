@@ -11,7 +11,7 @@ everything else sees one layout only; every tensor keeps the name that it has in
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from ..maps.architecture import UNET_ROOT, Architecture, Component, KeyMaps, Source
@@ -35,6 +35,12 @@ all dots removed."""
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_ATTENTION_IN = ("encoder.mid_block.attentions.0.", "decoder.mid_block.attentions.0.")
 """The attention of a VAE, as diffusers named its layers before release 0.17."""
+
+
+FLAT = "embeddings.token_embedding.weight"
+"""In a text encoder: its names lack the segment `text_model.`."""
+HEADED = "model.embed_tokens.weight"
+"""In a text encoder: its names are those of a language model with its head."""
 
 
 def unwrapped(header: Header, maps: KeyMaps) -> Header:
@@ -130,6 +136,19 @@ def present_name(key: str) -> str:
     place, _, leaf = key.rpartition(".")
     before, _, name = place.rpartition(".")
     return f"{before}.{OLD_ATTENTION.get(name, name)}.{leaf}"
+
+
+def current_name(key: str, stored: Container[str]) -> str:
+    """Returns the name that a tensor has today, given the names of its whole component.
+
+    >>> current_name("model.norm.weight", {"model.norm.weight", "model.embed_tokens.weight"})
+    'norm.weight'
+    """
+    if FLAT in stored and not key.startswith("text_projection."):
+        return f"text_model.{key}"
+    if HEADED in stored:
+        return key.removeprefix("model.")
+    return present_name(key)
 
 
 def renamed(header: Header, names: Mapping[str, str], note: str) -> Header:

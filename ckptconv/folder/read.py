@@ -9,12 +9,12 @@ known by the name that `ckptconv convert` writes, and keeps the one that it has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..detection.spellings import present_name
+from ..detection.spellings import current_name
 from ..errors import FileRefused
 from ..files import looking_into, read_config
 from ..maps.architecture import KeyMaps
@@ -24,9 +24,6 @@ from ..reading.tensor import Header, Tensor
 from .names import CONFIG_FILES, DROPPED, INDEX, LAYOUT, RECORD
 from .record import Record, read_record
 from .weights import component_headers
-
-FLAT = "embeddings.token_embedding.weight"
-"""In a text encoder: its names lack the segment `text_model.`."""
 
 Content = TypeVar("Content")
 
@@ -155,13 +152,6 @@ def _component(folder: Path, config: str, *, weights: bool) -> ComponentFolder:
         tuple(sorted(p.name for p in folder.glob("*.safetensors") if p not in read)),
         headers,
     )
-
-
-def current_name(key: str, stored: Container[str]) -> str:
-    """Returns the name that a tensor has today, given the names of its whole component."""
-    if FLAT in stored and not key.startswith("text_projection."):
-        return f"text_model.{key}"
-    return present_name(key)
 
 
 def _read(reader: Callable[[Path], Content], path: Path, problems: list[str]) -> Content | None:

@@ -77,7 +77,7 @@ def record_of(plan: Plan, configs: Mapping[str, Config], files: Iterable[str]) -
             if origin == "assumed"
         },
         "ckptconv_version": __version__,
-        "donors": {name: donor.headers[0].path.name for name, donor in plan.donors.items()},
+        "donors": {name: donor.name for name, donor in plan.donors.items()},
         "dropped": {step.sources[0].name: step.reason for step in plan.steps if step.reason},
         "facts": {
             fact.name: {"detail": fact.detail, "source": fact.source, "value": fact.value}

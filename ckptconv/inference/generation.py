@@ -258,6 +258,18 @@ def open_images(settings: Settings) -> dict[str, Image.Image]:
     return {name: _opened(path, modes[name]) for name, path in paths.items() if path}
 
 
+def size_of_result(
+    model: Model, settings: Settings, images: Mapping[str, Image.Image]
+) -> tuple[int, int]:
+    """Returns the width and height of the image that settings make."""
+    times = _scale(str(model.index.get("_class_name")))
+    edge = 8 * (model.entry("unet/sample_size") or 128)  # of a transformer, its pipeline says 128
+    image = images.get("image")
+    return settings.size or (
+        (image.width * times, image.height * times) if image and times else (edge, edge)
+    )
+
+
 def call_arguments(
     pipe: Pipeline, settings: Settings, images: Mapping[str, Image.Image]
 ) -> dict[str, Any]:

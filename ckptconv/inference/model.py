@@ -14,7 +14,7 @@ from ..configs.allowed import Unbuildable, kept, notes_on_code, own_name, requir
 from ..configs.config import model_index
 from ..conversion.convert import configured, option_for, plan_file
 from ..detection.facts import Fact
-from ..dtypes import CASTS, FLOATS
+from ..dtypes import CASTS, COMPUTED, FLOATS, FP8
 from ..errors import FileRefused, Incomplete, UsageError, option
 from ..files import looking_into, read_config
 from ..folder.names import CONFIG_FILES, INDEX, RECORD
@@ -73,7 +73,7 @@ class Model:
         index: the content of `model_index.json`.
         blueprints: of the components to build, by name.
         steps: bring the tensors from their files to the components.
-        dtype: of the weights: a key of `CASTS`.
+        dtype: of the weights: a key of `COMPUTED`.
         notes: what the user should know.
         identities: identity matrices that components get besides.
         facts: what was decided of the file, also of that which a folder was converted from.
@@ -119,6 +119,10 @@ def open_model(
         UsageError: the options contradict each other or the file.
     """
     path = Path(path)
+    if options.dtype == FP8:
+        raise UsageError(
+            "no layer computes in fp8", hint=f"{option('storage', FP8)} keeps weights in it"
+        )
     with looking_into(path):
         read = _from_folder if path.is_dir() and not options.assemble else _from_file
         model = read(path, options, given)
@@ -178,7 +182,7 @@ def _refuse_single(path: Path, architecture: Architecture) -> None:
 
 
 def loading_dtype(made: Plan) -> str:
-    """Returns the dtype, a key of `CASTS`, that a plan's weights are loaded in by default."""
+    """Returns the dtype, a key of `COMPUTED`, that a plan's weights are loaded in by default."""
     return _one_dtype(_dtypes(made))
 
 
@@ -203,12 +207,15 @@ def _one_dtype(stored: Mapping[str, Counter[str]]) -> str:
     A pipeline computes in one dtype: no layer takes the output of a layer of another, and in fp8
     there are no layers at all. A transformer decides for all; elsewhere, no value may change.
     """
-    names = {dtype: name for name, dtype in CASTS.items()}
+    names = {dtype: name for name, dtype in COMPUTED.items()}
     every = {dtype for each in stored.values() for dtype in each}
     if len(every) == 1 and (name := names.get(*every)):
         return name
     if own := stored.get(DECIDING):
         return names.get(own.most_common(1)[0][0], "bf16")
+    wide = every - {CASTS[FP8]}  # every value of which is one of fp16 and of bf16
+    if len(wide) == 1 and (name := names.get(*wide)):
+        return name
     return "fp16" if every and every <= EXACT_IN_FP16 else "fp32"
 
 

@@ -109,6 +109,11 @@ class Component:
             raise ValueError("a model needs 'sources', and nothing else has them")
 
     @property
+    def bundled(self) -> bool:
+        """Whether it needs no supply; a tokenizer with a hint does."""
+        return self.kind != "tokenizer" or not self.supply
+
+    @property
     def home(self) -> str:
         """Where its class is, as `model_index.json` says it."""
         return self.package or self.library

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..detection.detect import Detection
+from ..detection.spellings import current_name
 from ..maps.architecture import Architecture, Component, Source
 from ..maps.keymap import KeyMap, MapFile, Match
 from ..maps.ops import DROP, RENAME
@@ -32,14 +33,20 @@ class Donor:
     """A component that comes from elsewhere.
 
     Attributes:
-        headers: of its weight files.
-        config: its own config.json, if it is a folder in the diffusers layout.
+        headers: of its weight files; a tokenizer has none.
+        config: its own configuration file, if it is a folder in the diffusers layout.
         detection: what the file is, if it is one.
     """
 
     headers: tuple[Header, ...]
     config: Path | None = None
     detection: Detection | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its first weight file, or of a tokenizer's folder."""
+        (path,) = [header.path for header in self.headers[:1]] or [(self.config or Path()).parent]
+        return path.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,11 +241,13 @@ def _missing(
 def donor_match(architecture: Architecture, component: Component, donor: Donor) -> ComponentMatch:
     """Matches a component that comes from elsewhere, in any layout that a map of it can read."""
     if donor.config:  # a folder in the diffusers layout: its own configuration describes it
-        steps = {
-            key: Step(RENAME, (tensor,), (Target(component.name, key, tensor.dtype, tensor.shape),))
-            for header in donor.headers
-            for key, tensor in header.tensors.items()
-        }
+        stored = {key: t for header in donor.headers for key, t in header.tensors.items()}
+        steps = {}
+        for key, tensor in stored.items():
+            name = current_name(key, stored)
+            name = key if name in stored else name
+            target = Target(component.name, name, tensor.dtype, tensor.shape)
+            steps[key] = Step(RENAME, (tensor,), (target,))
         return ComponentMatch(len(steps), steps)
     refusal = donor.detection and donor.detection.refusal
     if refusal and refusal.code == "quantized":  # its keys fit, its values do not

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..detection.detect import Detection
 from ..detection.spellings import EMA_NAMES, EMA_OF, EMA_PREFIX
-from ..dtypes import CASTS, FLOATS
+from ..dtypes import CASTS, FP8
 from ..errors import FileRefused, Incomplete, UsageError, option
 from ..files import Files, read_range
 from ..maps.architecture import Architecture
@@ -25,6 +25,7 @@ from .adapters import Adapter, with_adapters
 from .assembly import Assembly
 from .components import Donor, best_match, donor_match, fitting_places, identities
 from .joints import misfits
+from .precision import cast_step, kept_layers, network_of
 from .scaled import read_scales, scaled
 from .step import Step, Target, dropped, targets_of
 
@@ -50,7 +51,7 @@ class Plan:
         unclaimed: keys that no map knows; they are kept aside.
         problems: keys that are missing, or of a wrong shape; if there are none, components that do
             not fit together.
-        absent: model components that neither the file nor a donor has.
+        absent: components that neither the file nor a donor has.
         incomplete: by component that is absent for that reason, what the file lacks of it.
         donors: by component, what comes from elsewhere.
         adapters: what is added to the weights, in this order.
@@ -88,7 +89,9 @@ class Plan:
         headers = [self.detection.header]
         headers += [header for donor in self.donors.values() for header in donor.headers]
         headers += [adapter.header for adapter in self.adapters]
-        return tuple(dict.fromkeys(file for header in headers for file in header.files))
+        files = [file for header in headers for file in header.files]
+        files += [donor.config for donor in self.donors.values() if donor.config]
+        return tuple(dict.fromkeys(files))
 
     def tensors(self, component: str) -> dict[str, Target]:
         """Returns the tensors to write into a component's folder, by key, in source order."""
@@ -104,9 +107,9 @@ class Plan:
         return misfits(self.detection.require()[0].joints, self._targets)
 
     def cast(self, dtype: str) -> Plan:
-        """Returns the plan with every float tensor cast to `fp16`, `bf16` or `fp32`."""
+        """Returns the plan with every float tensor cast to a key of `COMPUTED`."""
         identities = (replace(target, dtype=CASTS[dtype]) for target in self.identities)
-        steps = tuple(_cast(step, dtype) for step in self.steps)
+        steps = tuple(_cast(step, dtype, "") for step in self.steps)
         return replace(self, steps=steps, identities=tuple(identities))
 
     def lacking(self, components: Collection[str]) -> list[str]:
@@ -228,6 +231,8 @@ def build_plan(
             problems=[line for lines in unfit.values() for line in lines],
             hint="give a file or folder that holds this component of such a model whole",
         )
+    supplied = (name for name, c in architecture.components.items() if not c.bundled)
+    absent += [name for name in supplied if name not in donors]
     steps |= _rest(architecture, own.header, steps, keep=keep)
     steps |= own.steps
     if options.ema:
@@ -249,13 +254,19 @@ def build_plan(
     steps |= {key: dropped(header.tensors[key], "unknown", keep=keep) for key in unclaimed}
     ordered = [steps[key] for key in header.tensors] + from_donors
     notes = list(_oddities(architecture, unclaimed, inside, incomplete))
-    if scales and dtype is None:
-        dtype = SCALED_DTYPE
+    network = network_of(architecture)
+    if scales and dtype in (None, FP8):
+        ordered = [_cast(step, SCALED_DTYPE, network) for step in ordered]
         notes.append(
-            f"the file holds {len(scales):,} weights in fp8 with a scale: the folder is {dtype}; "
-            f"{option('dtype')} decides otherwise"
+            f"the file holds {len(scales):,} weights in fp8 with a scale: the folder is "
+            f"{SCALED_DTYPE}{' beside fp8' if dtype else ''}; {option('dtype')} decides otherwise"
         )
-    cast = [scaled(_cast(step, dtype), scales, problems) for step in ordered]
+    if dtype == FP8:
+        if network not in wanted:
+            what = f"{architecture.title} has no such network" if not network else "it is left out"
+            raise UsageError(f"fp8 is for a UNet or transformer, and {what}")
+        notes.append(kept_layers(targets_of(ordered)[network].values(), network))
+    cast = [scaled(_cast(step, dtype, network), scales, problems) for step in ordered]
     adapters = tuple(Adapter(open_header(file.path), file.scale) for file in options.lora)
     left_out = [c.name for c in architecture.models if c.name not in wanted]
     changed, passed_over = with_adapters(architecture, cast, adapters, left_out)
@@ -283,11 +294,13 @@ def _check_names(
             f"{architecture.name} has no component {', '.join(unknown)}",
             hint=f"its components are {', '.join(known)}",
         )
-    models = [c.name for c in architecture.models]
-    if unknown := [name for name in donors if name not in models or name not in wanted]:
+    components = architecture.components.values()
+    possible = [c.name for c in components if c.kind in ("model", "tokenizer")]
+    if unknown := [name for name in donors if name not in possible or name not in wanted]:
         raise UsageError(
             f"{', '.join(unknown)} is given, but it is not a component to write",
-            hint=f"the components of {architecture.name} with weights are {', '.join(models)}",
+            hint=f"the components of {architecture.name} that can be given are "
+            f"{', '.join(possible)}",
         )
 
 
@@ -386,7 +399,5 @@ def _from_ema(header: Header, steps: Mapping[str, Step]) -> dict[str, Step]:
     return turned
 
 
-def _cast(step: Step, dtype: str | None) -> Step:
-    if dtype is None or step.op is DROP or step.sources[0].dtype not in FLOATS:
-        return step
-    return replace(step, targets=tuple(replace(t, dtype=CASTS[dtype]) for t in step.targets))
+def _cast(step: Step, dtype: str | None, network: str) -> Step:
+    return step if dtype is None or step.op is DROP else cast_step(step, dtype, network)

@@ -33,9 +33,12 @@ _WIDTHS = ("resnets.0.conv2.weight", "weight", "linear_2.weight", "mlp.fc2.weigh
 """The first of these tensors in a block has as many rows as the block has output channels."""
 _RESAMPLERS = {"downsamplers": "down", "upsamplers": "up"}
 _ORDER = (
-    *("embeddings", "conv_in", "time_embedding", "add_embedding"),
-    *("down_blocks", "encoder", "mid_block", "up_blocks"),
-    *("conv_norm_out", "final_layer_norm", "text_projection", "conv_out", "quant_conv"),
+    *("embeddings", "embed_tokens", "conv_in", "time_embedding", "add_embedding"),
+    *("t_embedder", "all_x_embedder", "x_pad_token", "noise_refiner"),
+    *("cap_embedder", "cap_pad_token", "context_refiner"),
+    *("down_blocks", "encoder", "layers", "mid_block", "up_blocks"),
+    *("conv_norm_out", "final_layer_norm", "norm", "all_final_layer"),
+    *("text_projection", "conv_out", "quant_conv"),
 )
 
 

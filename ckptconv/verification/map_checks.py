@@ -161,7 +161,8 @@ def _check_plan(architecture: Architecture, made: Plan) -> Iterator[Problem]:
         what = f"no line covers it: add one to `blocks` of {where}, or to `drop` with a reason"
         yield Problem(key, what)
     for name in made.absent:
-        if architecture.components[name].layout:  # published files have none
+        absent = architecture.components[name]
+        if absent.layout or not absent.bundled:  # published files have none
             continue
         yield Problem(name, "no key of layout.json begins with the prefix of one of its sources")
     keymaps = {

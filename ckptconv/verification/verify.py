@@ -25,7 +25,7 @@ from ..folder.names import LAYOUT, RECORD
 from ..folder.read import ModelFolder, read_folder
 from ..folder.record import Record
 from ..maps.architecture import KeyMaps
-from ..options import Choices, Options, checked
+from ..options import TOKENIZERS, Choices, Options, checked
 from ..planning.plan import Plan
 from ..planning.step import ASIDE
 from ..planning.zeros import zero_weights
@@ -210,8 +210,9 @@ def _with_record(options: Options, record: Record | None) -> tuple[Options, list
             added[name] = fact.value
             notes.append(f"{name} was set to {fact.value} ({fact.source})")
     for name, file in record.donors.items():
-        if name not in options.donors and not options.assemble:
-            notes.append(f"{name} comes from {file}: give it with {option(name, 'FILE')}")
+        if name not in options.donors and (name in TOKENIZERS or not options.assemble):
+            what = "FOLDER" if name in TOKENIZERS else "FILE"
+            notes.append(f"{name} comes from {file}: give it with {option(name, what)}")
     adapters = tuple((file.path.name, file.scale) for file in options.lora)
     if record.adapters and record.adapters != adapters:
         merged = ", ".join(f"{name}:{scale}" for name, scale in record.adapters)

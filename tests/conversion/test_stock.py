@@ -17,6 +17,7 @@ from ckptconv.maps.architecture import bundled
 from tests.conftest import Folder, Sample
 from tests.support import stock
 from tests.support.pipelines import TASKS, modules, tensors
+from tests.support.qwen import tokenizers
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -99,7 +100,9 @@ def test_variants_and_shards_load(
 def test_a_pipeline_has_one_dtype_fp32_unless_another_is_asked_for(
     name: str, task: str, dtype: str, sample: Sample, tmp_path: Path
 ) -> None:
-    ckptconv.convert(sample(name, task=task), tmp_path / "out", dtype=dtype, variant=dtype)
+    given: dict[str, Any] = {**tokenizers(name, tmp_path)}
+    file = sample(name, task=task)
+    ckptconv.convert(file, tmp_path / "out", dtype=dtype, variant=dtype, **given)
     asked: dict[torch.dtype, dict[str, Any]] = {torch.float32: {}}
     asked[DTYPES[dtype]] = {"torch_dtype": DTYPES[dtype]}
     for expected, options in asked.items():

@@ -22,6 +22,7 @@ from ckptconv.maps.architecture import bundled
 from ckptconv.sample import layout_of, write_sample
 from tests.conftest import Sample
 from tests.support.pipelines import assert_same, bits, modules, tensors
+from tests.support.qwen import tokenizers
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is false"
@@ -60,8 +61,9 @@ def image(pipe: Any, seed: int = 5, size: int = 64, steps: int = 2) -> Any:
 def test_modules_are_those_of_diffusers(
     architecture: str, dtype: str | None, device: str, sample: Sample, tmp_path: Path
 ) -> None:
-    ckptconv.convert(sample(architecture), tmp_path / "out", dtype=dtype)
-    ours = load_pipeline(sample(architecture), device=device, dtype=dtype)
+    given: dict[str, Any] = {**tokenizers(architecture, tmp_path)}
+    ckptconv.convert(sample(architecture), tmp_path / "out", dtype=dtype, **given)
+    ours = load_pipeline(sample(architecture), device=device, dtype=dtype, **given)
     assert_same(ours, load_pipeline(tmp_path / "out", device=device))
     found = {
         tensor.device.type for module in modules(ours).values() for _, tensor in tensors(module)
@@ -78,9 +80,12 @@ def test_modules_are_those_of_diffusers(
         *(pytest.param(architecture, "cuda", marks=ON_GPU) for architecture in ARCHITECTURES),
     ],
 )
-def test_the_same_seed_gives_the_same_image(architecture: str, device: str, sample: Sample) -> None:
+def test_the_same_seed_gives_the_same_image(
+    architecture: str, device: str, sample: Sample, tmp_path: Path
+) -> None:
     dtype = "fp16" if device == "cuda" else "fp32"
-    pipe = load_pipeline(sample(architecture), device=device, dtype=dtype)
+    given: dict[str, Any] = {**tokenizers(architecture, tmp_path)}
+    pipe = load_pipeline(sample(architecture), device=device, dtype=dtype, **given)
     one, two, other = image(pipe), image(pipe), image(pipe, seed=6)
     assert np.array_equal(one, two)
     assert not np.array_equal(one, other)

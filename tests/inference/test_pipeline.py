@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ckptconv.maps.architecture import bundled
 from tests.conftest import Folder, Sample
 from tests.support.checkpoints import rewritten
 from tests.support.pipelines import TASKS, assert_same, modules, tensors
+from tests.support.qwen import tokenizers
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -53,8 +55,9 @@ def test_every_task_is_bit_identical_to_the_converted_folder(
     architecture: str, task: str, sample: Sample, tmp_path: Path, said: list[str]
 ) -> None:
     file = sample(architecture, task=task)
-    ckptconv.convert(file, tmp_path / "out")
-    ours = load_pipeline(file, device="cpu")
+    given: dict[str, Any] = {**tokenizers(architecture, tmp_path)}
+    ckptconv.convert(file, tmp_path / "out", **given)
+    ours = load_pipeline(file, device="cpu", **given)
     assert_same(ours, load_pipeline(tmp_path / "out", device="cpu"))
     assert said == [], "a library found something wrong with a configuration"
     known = {t.name: t.pipeline for t in bundled().architectures[architecture].tasks}
@@ -74,15 +77,17 @@ def test_every_task_is_bit_identical_to_the_converted_folder(
         ("sdxl-refiner", "bf16"),
         *(("flux", dtype) for dtype in ("fp16", "fp32", "bf16")),
         ("chroma", "fp16"),
+        ("z-image", "bf16"),
     ],
 )
 def test_a_cast_is_bit_identical_to_the_converted_folder(
     architecture: str, dtype: str, sample: Sample, tmp_path: Path
 ) -> None:
     file = sample(architecture)
-    ckptconv.convert(file, tmp_path / "out", dtype=dtype)
+    given: dict[str, Any] = {**tokenizers(architecture, tmp_path)}
+    ckptconv.convert(file, tmp_path / "out", dtype=dtype, **given)
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    ours = load_pipeline(file, device="cpu", dtype=dtype)
+    ours = load_pipeline(file, device="cpu", dtype=dtype, **given)
     t5 = architecture in ("flux", "chroma") and dtype == "fp16"  # some of its layers stay wide
     held = {p.dtype for m in modules(ours).values() for p in m.parameters()}
     assert held == ({kind, torch.float32} if t5 else {kind})
@@ -103,11 +108,12 @@ def test_the_ema_copy_is_loaded_if_asked(sample: Sample, tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("own", [name for name, task in bundled().pipelines.items() if task.also])
-def test_the_same_weights_do_other_tasks(own: str, sample: Sample) -> None:
+def test_the_same_weights_do_other_tasks(own: str, sample: Sample, tmp_path: Path) -> None:
     architecture = next(a for a in bundled().architectures.values() if own == a.tasks[0].pipeline)
-    plain = load_pipeline(sample(architecture.name), device="cpu")
+    given: dict[str, Any] = {"device": "cpu", **tokenizers(architecture, tmp_path)}
+    plain = load_pipeline(sample(architecture.name), **given)
     for task, name in bundled().pipelines[own].also.items():
-        pipe = load_pipeline(sample(architecture.name), device="cpu", task=task)
+        pipe = load_pipeline(sample(architecture.name), task=task, **given)
         assert type(pipe).__name__ == name
         state, same = (getattr(each, architecture.main).state_dict() for each in (pipe, plain))
         assert all(torch.equal(tensor, same[key]) for key, tensor in state.items())

@@ -44,6 +44,7 @@ def test_the_bundled_architectures() -> None:
         "sdxl": "Stable Diffusion XL",
         "sdxl-refiner": "Stable Diffusion XL refiner",
         "ssd-1b": "Stable Diffusion XL, pruned (Segmind SSD-1B, Vega)",
+        "z-image": "Z-Image",
     }
 
 

@@ -49,8 +49,9 @@ def test_the_components_of_every_published_file_fit_together(architecture: str, 
     joined = {name for joint in found.joints for name in (*joint.reads, *joint.gives)}
     models = {component.name for component in found.models} - {"depth_estimator"}
     assert models <= {name.partition("/")[0] for name in joined}
-    start = {"unet": "unet/conv_in.weight", "transformer": "transformer/context_embedder.weight"}
-    assert any(start[found.main] in joint.reads for joint in found.joints)
+    start = {"unet/conv_in.weight", "transformer/context_embedder.weight"}
+    start |= {"transformer/cap_embedder.1.weight"}
+    assert any(start & joint.reads.keys() for joint in found.joints)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,18 @@ def test_the_components_of_every_published_file_fit_together(architecture: str, 
             None,
             {f"{UNET}txt_in.weight": (1, 2048)},
             "axis 1 should be 4096: text_encoder/",
+        ),
+        (
+            "z-image",
+            None,
+            {f"{UNET}cap_embedder.1.weight": (1, 2048)},
+            "axis 1 should be 2560: text_encoder/norm.weight has shape [2560]",
+        ),
+        (
+            "z-image",
+            None,
+            {"vae.decoder.conv_in.weight": (1, 4)},
+            "transformer/all_x_embedder.2-1.weight has shape [3840, 64], but axis 1 should be 16: ",
         ),
         ("sdxl-refiner", None, {IMAGE: (1, 2816)}, "but axis 1 should be 2560: text_encoder_2/"),
         ("sd2-unclip", None, {IMAGE: (1, 1536)}, "but axis 1 should be 2048: image_encoder/visual"),

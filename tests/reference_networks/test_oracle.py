@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import ckptconv
 from ckptconv.maps.architecture import KeyMaps, bundled
 from tests.support import oracle
-from tests.support.reference import files, flux
+from tests.support.reference import files, flux, z_image
 from tests.support.relatives import Converted, Relative, convert
 
 
@@ -47,12 +48,29 @@ def test_a_key_that_is_left_over_is_noticed(autoencoder: Converted) -> None:
 
 
 @pytest.fixture(scope="module")
-def transformer(tmp_path_factory: pytest.TempPathFactory) -> Converted:
-    relative = Relative("FLUX.1 dev", files.transformer_alone(flux.TINY_DEV, ""))
-    return convert(relative, tmp_path_factory.mktemp("oracle"))
+def transformer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Converted]:
+    made: dict[str, Converted] = {}
+
+    def convert_once(row: str) -> Converted:
+        if row not in made:
+            relative = Relative(row, NETWORKS[row][0])
+            made[row] = convert(relative, tmp_path_factory.mktemp("oracle"))
+        return made[row]
+
+    return convert_once
 
 
-MISTAKES = {  # of maps, that neither a name nor a shape gives away: what takes the place of what
+NETWORKS = {  # by row, the file and the maps that it takes
+    "FLUX.1 dev": (
+        files.transformer_alone(flux.TINY_DEV, ""),
+        ("flux/transformer", "shared/maps/flux-blocks"),
+    ),
+    "Z-Image and Z-Image-Turbo": (
+        files.z_image_alone(z_image.TINY_Z_IMAGE, ""),
+        ("z-image/transformer",),
+    ),
+}
+FLUX = {  # mistakes that neither a name nor a shape gives away: what takes the place of what
     "shift and scale stay in their order": (
         "{swap_halves: norm_out.linear.weight}",
         "norm_out.linear.weight",
@@ -69,19 +87,33 @@ MISTAKES = {  # of maps, that neither a name nor a shape gives away: what takes 
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_the_oracle_notices_a_mistake_in_the_maps_of_flux(
-    mistake: str, transformer: Converted, tmp_path: Path
+Z_IMAGE = {
+    "queries and keys": ("attention.to_q.weight", "attention.to_k.weight"),
+    "keys and values": ("attention.to_k.weight", "attention.to_v.weight"),
+    "norms of queries and keys": ("attention.norm_q", "attention.norm_k"),
+    "norms before and after attention": (": attention_norm1", ": attention_norm2"),
+    "norms before and after the feed-forward": (": ffn_norm1", ": ffn_norm2"),
+    "padding of image and text": (": x_pad_token", ": cap_pad_token"),
+}
+MISTAKES = [
+    pytest.param(row, *pair, id=f"{row}, {mistake}")
+    for row, mistakes in zip(NETWORKS, (FLUX, Z_IMAGE), strict=True)
+    for mistake, pair in mistakes.items()
+]
+
+
+@pytest.mark.parametrize(("row", "one", "other"), MISTAKES)
+def test_the_oracle_notices_a_mistake_in_the_maps(
+    row: str, one: str, other: str, transformer: Callable[[str], Converted], tmp_path: Path
 ) -> None:
-    one, other = MISTAKES[mistake]
     (ours,) = bundled().folders
-    for name in ("flux/transformer.yaml", "shared/maps/flux-blocks.yaml"):
-        text = (ours / name).read_text(encoding="utf-8")
+    for name in NETWORKS[row][1]:
+        text = (ours / f"{name}.yaml").read_text(encoding="utf-8")
         wrong = text.replace(one, "??").replace(other, one).replace("??", other)
         (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_text(wrong, encoding="utf-8")
-    out = tmp_path / "out"
-    ckptconv.convert(transformer.file, out, maps=KeyMaps([tmp_path, ours]))
-    oracle.compare(transformer.network(""), transformer.folder)
+        (tmp_path / f"{name}.yaml").write_text(wrong, encoding="utf-8")
+    out, made = tmp_path / "out", transformer(row)
+    ckptconv.convert(made.file, out, maps=KeyMaps([tmp_path, ours]))
+    oracle.compare(made.network(""), made.folder)
     with pytest.raises(AssertionError):
-        oracle.compare(transformer.network(""), out)
+        oracle.compare(made.network(""), out)

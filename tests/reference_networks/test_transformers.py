@@ -1,4 +1,4 @@
-"""Shows that the reference networks of FLUX.1 and Chroma are the published ones, and compute."""
+"""The reference networks of FLUX.1, Chroma and Z-Image are the published ones, and compute."""
 
 from collections.abc import Callable
 
@@ -7,16 +7,19 @@ import torch
 from torch import nn
 
 from ckptconv.maps.architecture import bundled
-from tests.support.reference import flux, t5, vae
+from tests.support.reference import flux, qwen3, t5, vae, z_image
 from tests.support.reference.probe import assert_every_entry_matters, gradients, noise
 from tests.support.reference.unet import randomise
 
 T5 = "text_encoders.t5xxl.transformer."
+QWEN3 = "text_encoders.qwen3_4b.transformer."
 PUBLISHED: list[tuple[str, str, Callable[[], nn.Module], int]] = [
     ("flux", "model.diffusion_model.", lambda: flux.Flux(flux.DEV), 780),
     ("flux", "vae.", lambda: vae.Vae(vae.VAE_16), 244),
     ("flux", T5, lambda: t5.T5(t5.XXL), 219),
     ("chroma", "model.diffusion_model.", lambda: flux.Flux(flux.CHROMA), 643),
+    ("z-image", "model.diffusion_model.", lambda: z_image.ZImage(z_image.Z_IMAGE), 453),
+    ("z-image", QWEN3, lambda: qwen3.Qwen3(qwen3.QWEN3_4B), 398),
 ]
 
 
@@ -73,6 +76,37 @@ def test_attention_sees_how_far_tokens_are_apart_and_not_where_they_are() -> Non
         changed = positions.clone()
         changed[0, axis] += 1
         assert not torch.allclose(flux.attended(q, k, v, changed), out, atol=1e-3)
+
+
+def test_z_image_depends_on_every_weight_and_input() -> None:
+    config = z_image.TINY_Z_IMAGE
+    model = randomise(z_image.ZImage(config), 0).double()
+    inputs = {
+        "latents": noise(2, config.channels, 6, 10),
+        "text": noise(2, 5, config.text_width, seed=2),
+        "time": torch.tensor([0.3, 0.9], dtype=torch.float64),
+    }
+    for value in inputs.values():
+        value.requires_grad_()
+    out = model(**inputs)
+    assert out.shape == inputs["latents"].shape
+    assert 0.1 < float(out.detach().std()) < 10
+    assert_every_entry_matters(gradients(model, out))
+    for name, value in inputs.items():
+        assert value.grad is not None, name
+        assert bool((value.grad.abs() > 0).all()), name
+
+
+def test_qwen3_depends_on_every_weight_and_on_no_later_token() -> None:
+    model = randomise(qwen3.Qwen3(qwen3.TINY_QWEN3), 0).double()
+    ids = torch.randint(2, 1000, (2, 12), generator=torch.Generator().manual_seed(3))
+    before, last = model(ids)
+    grads = gradients(model, last)
+    assert_every_entry_matters(grads, idle=("embed_tokens.weight",))
+    rows = grads["model.embed_tokens.weight"].sum(1).nonzero().flatten().tolist()
+    assert rows == sorted(set(ids.flatten().tolist()))
+    assert not torch.allclose(before, last)
+    torch.testing.assert_close(model(ids[:, :7])[1], last[:, :7])
 
 
 def test_t5_depends_on_every_weight() -> None:

@@ -141,3 +141,14 @@ def test_a_block_names_where_its_tensors_stand_in_the_file() -> None:
     text = {block.name: block.original for block in _blocks("sd2", "text_encoder")}
     layer = "cond_stage_model.model.transformer.resblocks.7"
     assert text["text_model.encoder.layers.7"] == (layer,)
+
+
+def test_z_image_is_in_the_order_of_the_data() -> None:
+    plan = build_plan(detect(bundled().architectures["z-image"].layout()))
+    names = [block.name for block in blocks(plan, "transformer")]
+    before = ["t_embedder", "all_x_embedder", "x_pad_token", "noise_refiner"]
+    before += ["cap_embedder", "cap_pad_token", "context_refiner"]
+    assert names == [*before, *(f"layers.{n}" for n in range(30)), "all_final_layer"]
+    assert sum(b.parameters for b in blocks(plan, "transformer")) == 6_154_908_736
+    names = [block.name for block in blocks(plan, "text_encoder")]
+    assert names == ["embed_tokens", *(f"layers.{n}" for n in range(36)), "norm"]

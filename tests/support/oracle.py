@@ -20,12 +20,14 @@ from tests.support.reference import (
     dpt,
     flux,
     mmdit,
+    qwen3,
     schedule,
     t5,
     text,
     unet,
     vae,
     vision,
+    z_image,
 )
 from tests.support.reference.probe import noise
 
@@ -233,6 +235,27 @@ def _(network: mmdit.MmDit, folder: Path) -> None:
     words, pooled = noise(2, 5, config.text_width, seed=2), noise(2, config.pooled_width, seed=3)
     ours = model(x, encoder_hidden_states=words, pooled_projections=pooled, timestep=STEPS).sample
     agree(ours, network(x, STEPS, words, pooled))
+
+
+@compare.register
+@torch.no_grad()
+def _(network: z_image.ZImage, folder: Path) -> None:
+    config = network.config
+    model = loaded(diffusers.ZImageTransformer2DModel, component(folder, "transformer"))
+    x, words = noise(2, config.channels, 6, 10), noise(2, 5, config.text_width, seed=2)
+    time = torch.tensor([0.1, 0.7], dtype=torch.float64)
+    ours = model([*x[:, :, None]], time, [*words]).sample
+    agree(torch.stack(ours)[:, :, 0], network(x, words, time))
+
+
+@compare.register
+@torch.no_grad()
+def _(network: qwen3.Qwen3, folder: Path) -> None:
+    model = loaded(transformers.Qwen3Model, component(folder, "text_encoder"))
+    ours = model(PIECES, output_hidden_states=True)
+    before, last = network(PIECES)
+    agree(ours.hidden_states[-2], before)
+    agree(ours.last_hidden_state, last)
 
 
 @compare.register

@@ -31,6 +31,7 @@ from ckptconv.detection.detect import detect
 from ckptconv.planning.plan import build_plan
 from tests.support import stock
 from tests.support.published_relatives import PUBLISHED, header, understood
+from tests.support.qwen import tokenizers
 from tests.support.reference.files import TINY_FILES
 from tests.support.relatives import Converted, Relative, assert_equal, exported, run, verified
 from tests.support.spellings import assert_same_in_every_spelling
@@ -130,7 +131,9 @@ class PipelineProperties(Properties):
     def test_it_makes_an_image(
         self, runnable: Relative, converted: Convert, tmp_path: Path
     ) -> None:
-        makes_an_image(runnable.task_name, converted(runnable).file, tmp_path)
+        given = tokenizers(runnable.architecture, tmp_path)
+        options = [part for name, place in given.items() for part in (f"--{name}", place)]
+        makes_an_image(runnable.task_name, converted(runnable).file, tmp_path, options)
 
 
 class PublishedConfigurations:
@@ -188,7 +191,7 @@ NEEDS = {
 }
 
 
-def makes_an_image(task: str, file: Path, folder: Path) -> None:
+def makes_an_image(task: str, file: Path, folder: Path, more: list[Any]) -> None:
     """Checks that `generate` draws something of the right size."""
     size = 256 if task == "upscaling" else 64
     pixels = np.random.default_rng(1).integers(0, 255, (64, 64), dtype=np.uint8)
@@ -204,7 +207,7 @@ def makes_an_image(task: str, file: Path, folder: Path) -> None:
     options = [part for option in NEEDS.get(task, ()) for part in (option, values[option])]
     out = folder / "out.png"
     settings = ("--steps", 1, "--size", size, "--seed", 7, "--device", "cpu")
-    run("generate", file, "a cat", "-o", out, *settings, *options)
+    run("generate", file, "a cat", "-o", out, *settings, *options, *more)
     made = np.asarray(Image.open(out))
     assert made.shape == (size, size, 3)
     assert made.std() > 1

@@ -308,8 +308,8 @@ def meaning(component: str, values: Values) -> dict[str, Any]:
     if component.startswith("text_encoder"):
         import transformers
 
-        t5 = values.get("model_type") == "t5"
-        cls = transformers.T5Config if t5 else transformers.CLIPTextConfig
+        known = {"t5": transformers.T5Config, "qwen3": transformers.Qwen3Config}
+        cls = known.get(values.get("model_type", ""), transformers.CLIPTextConfig)
         filled = cls(**values).to_dict()
         return {k: v for k, v in filled.items() if k not in ("dtype", "transformers_version")}
     import diffusers
@@ -322,7 +322,7 @@ def meaning(component: str, values: Values) -> dict[str, Any]:
         if name != "self"
     }
     if component == "transformer":  # with null, as many as go in
-        filled["out_channels"] = filled["out_channels"] or filled["in_channels"]
+        filled["out_channels"] = filled.get("out_channels") or filled["in_channels"]
     return {"class": class_name, **(_by_level(filled) if component == "unet" else filled)}
 
 

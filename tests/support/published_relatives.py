@@ -5,7 +5,8 @@ stable-diffusion-2-1-unclip-small (L): from memory, and from what the original c
 (github.com/Stability-AI/stablediffusion) and diffusers' own conversion say; no copies were found.
 `upcast_attention` of unCLIP, which is that of 2.1, is the least certain. So are those of
 black-forest-labs/FLUX.1-dev and FLUX.1-schnell and of lodestones/Chroma1-HD, of which Chroma's
-scheduler is the least certain.
+scheduler is the least certain. That of Tongyi-MAI/Z-Image-Turbo is from copies in public
+repositories; its tokenizer is left out, which no file gives.
 """
 
 from __future__ import annotations
@@ -158,6 +159,32 @@ FLOW_MATCH = {
     "shift": 3.0,
     "use_dynamic_shifting": True,
 }
+QWEN3_4B = {
+    "architectures": ["Qwen3Model"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2560,
+    "initializer_range": 0.02,
+    "intermediate_size": 9728,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
 FLUX: dict[str, Values] = {
     "transformer": FLUX_TRANSFORMER,
     "vae": FLUX_VAE,
@@ -207,6 +234,41 @@ PUBLISHED: dict[str, dict[str, Values]] = {
             "text_encoder": ["transformers", "T5EncoderModel"],
             "tokenizer": ["transformers", "T5TokenizerFast"],
             "transformer": ["diffusers", "ChromaTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    },
+    "z-image-turbo": {
+        "transformer": {
+            "_class_name": "ZImageTransformer2DModel",
+            "all_f_patch_size": [1],
+            "all_patch_size": [2],
+            "axes_dims": [32, 48, 48],
+            "axes_lens": [1536, 512, 512],
+            "cap_feat_dim": 2560,
+            "dim": 3840,
+            "in_channels": 16,
+            "n_heads": 30,
+            "n_kv_heads": 30,
+            "n_layers": 30,
+            "n_refiner_layers": 2,
+            "norm_eps": 1e-05,
+            "qk_norm": True,
+            "rope_theta": 256.0,
+            "t_scale": 1000.0,
+        },
+        "vae": FLUX_VAE,
+        "text_encoder": QWEN3_4B,
+        "scheduler": {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "shift": 3.0,
+            "use_dynamic_shifting": False,
+        },
+        "model_index": {
+            "_class_name": "ZImagePipeline",
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "Qwen3Model"],
+            "transformer": ["diffusers", "ZImageTransformer2DModel"],
             "vae": ["diffusers", "AutoencoderKL"],
         },
     },
@@ -286,7 +348,7 @@ PUBLISHED: dict[str, dict[str, Values]] = {
 }
 
 
-VARIANTS = ("h", "l", "dev", "schnell")
+VARIANTS = ("h", "l", "dev", "schnell", "turbo")
 """Ends of names of folders behind that of their architecture."""
 
 

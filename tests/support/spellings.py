@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
 import torch
@@ -128,9 +128,10 @@ def openclip_as_transformers(prefix: str, other: str) -> Spelling:
     return spell
 
 
-def of(kind: str, spell: Spelling) -> Spelling:
-    """Returns a spelling of files that have a key alone."""
-    return lambda tensors: spell(tensors) if kind in tensors else dict(tensors)
+def of(kinds: str | Container[str], spell: Spelling) -> Spelling:
+    """Returns a spelling of files that have a key, or one of several, alone."""
+    kinds = {kinds} if isinstance(kinds, str) else kinds
+    return lambda tensors: spell(tensors) if any(key in kinds for key in tensors) else dict(tensors)
 
 
 def ending(old: str, new: str, *, both: bool = False) -> Spelling:
@@ -144,8 +145,8 @@ def ending(old: str, new: str, *, both: bool = False) -> Spelling:
     return spell
 
 
-DIT = f"{UNET}img_in.weight"
-"""A key of FLUX and Chroma."""
+DIT = {f"{UNET}img_in.weight", f"{UNET}cap_pad_token"}
+"""A key of FLUX and Chroma, and one of Z-Image."""
 
 SPELLINGS: Mapping[str, Spelling] = {
     "VAE attention as diffusers names it": vae_attention(ATTENTION),

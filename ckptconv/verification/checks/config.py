@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from ...configs.allowed import Unbuildable, defaults
+from ...configs.allowed import Unbuildable, as_published, defaults
 from ...configs.config import DTYPES, Config, class_of
 from ...dtypes import FLOATS, LIBRARY_NAMES
 from ...errors import option
@@ -62,9 +62,10 @@ def check_config(config: Config, part: ComponentFolder, *, ours: bool) -> Check:
 def _differences(
     config: Config, part: ComponentFolder, file: str, ours: bool
 ) -> Iterator[Problem | str]:
-    if (own := part.config) is None:
+    if part.config is None:
         yield Problem(file, "is missing or cannot be read")
         return
+    own = as_published(part.config)
     component, name, said = config.component, class_of(config), class_said(own)
     other = bool(component.kind == "scheduler" and said and said != name)
     if other:

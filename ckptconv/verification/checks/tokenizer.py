@@ -1,4 +1,4 @@
-"""Are the files of a tokenizer those of CLIP or of T5, in meaning?
+"""Are the files of a tokenizer those of CLIP or of T5 in meaning, or those of the donor?
 
 A folder holds `vocab.json` and `merges.txt`, or `tokenizer.json` as transformers 5 saves it, or
 all of them; which one a library reads depends on its version, so each must be right.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...configs.config import Config
-from ...configs.tokenizer import T5, merges_text, vocabulary
+from ...configs.tokenizer import T5, content, meaning, merges_text, vocabulary
 from ...errors import FileRefused
 from ...files import MOST_TOKENS, read_json, read_small
 from ...folder.names import CONFIG_FILES
@@ -42,9 +42,25 @@ def check_tokenizer(config: Config, part: ComponentFolder, *, ours: bool) -> Che
 
     In a folder of `ours`, which ckptconv wrote, every difference is a later change.
     """
+    if donor := config.folder:
+        findings = _unlike_donor(config, part, donor)
+        return Check.of(config.component.name, "tokenizer", findings, f"as in {donor.name}")
     clip = f"{len(_known()):,} tokens, {len(_known_merges()):,} merges"
     extent = "32,100 pieces" if config.values["tokenizer_class"] == T5 else clip
     return Check.of(config.component.name, "tokenizer", _findings(config, part, ours), extent)
+
+
+def _unlike_donor(config: Config, part: ComponentFolder, donor: Path) -> Iterator[Problem]:
+    """Yields in what a tokenizer differs from the donor, however its library writes it."""
+    settings = CONFIG_FILES["tokenizer"]
+    try:
+        have, want = meaning(part.folder, part.config or {}), meaning(donor, config.values)
+    except FileRefused as error:
+        yield Problem(settings, error.message)
+        return
+    for what in want:
+        if have[what] != want[what]:
+            yield Problem(what, "is not that of the donor")
 
 
 def _findings(config: Config, part: ComponentFolder, ours: bool) -> Iterator[Problem | str]:
@@ -105,18 +121,14 @@ def _specials(
     """Yields special tokens that are wrong; one that is not there is, in a file that is whole."""
     for entry, want in expected.items():
         if entry.endswith("_token") and (entry in have or whole):
-            found = _content(have.get(entry, UNSET if entry != "bos_token" else want))
+            found = content(have.get(entry, UNSET if entry != "bos_token" else want))
             if found != want:
                 yield Problem(entry, f"is {found!r} in {file}, expected {want!r}")
     decoder = have.get("added_tokens_decoder")
     if isinstance(decoder, dict):
-        numbers = {str(_content(token)): _number(key) for key, token in decoder.items()}
+        numbers = {str(content(token)): _number(key) for key, token in decoder.items()}
         for what in _unlike(numbers) if expected["tokenizer_class"] != T5 else ():
             yield Problem("added_tokens_decoder", what)
-
-
-def _content(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def _vocabulary(path: Path) -> Iterator[str]:

@@ -10,7 +10,19 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from tests.support.reference import controlnet, dpt, flux, mmdit, t5, text, unet, vae, vision
+from tests.support.reference import (
+    controlnet,
+    dpt,
+    flux,
+    mmdit,
+    qwen3,
+    t5,
+    text,
+    unet,
+    vae,
+    vision,
+    z_image,
+)
 from tests.support.reference.controlnet import ControlNet
 from tests.support.reference.schedule import NoiseAugmentation, Schedule, scaled_linear
 
@@ -148,6 +160,17 @@ def sd3(config: mmdit.MmDitConfig, *names: str) -> Parts:
         "first_stage_model.": VAE_16,
         **{f"text_encoders.{name}.transformer.": encoders[name] for name in names},
     }
+
+
+def z_image_alone(config: z_image.ZImageConfig, prefix: str = "model.diffusion_model.") -> Parts:
+    """Return the part of a file with a transformer of Z-Image and nothing else."""
+    return {prefix: partial(z_image.ZImage, config)}
+
+
+def z_image_whole(config: z_image.ZImageConfig) -> Parts:
+    """Return the parts of a small file of Z-Image, as node editors put it together."""
+    encoder = {"text_encoders.qwen3_4b.transformer.": partial(qwen3.Qwen3, qwen3.TINY_QWEN3)}
+    return z_image_alone(config) | {"vae.": VAE_16} | encoder
 
 
 FLUX_FILES = {
