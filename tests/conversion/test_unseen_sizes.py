@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import ckptconv
 from ckptconv.configs.config import configs
@@ -72,7 +73,8 @@ def models(draw: st.DrawFn, family: str) -> Model:
         )
         expected |= {"transformer.num_layers": depth, "transformer.num_attention_heads": depth}
         expected |= {"transformer.pos_embed_max_size": network.edge}
-        transformer, prefix = partial(mmdit.MmDit, network), "first_stage_model."
+        transformer: Callable[[], nn.Module] = partial(mmdit.MmDit, network)
+        prefix = "first_stage_model."
     else:
         heads, double, single = draw(size), draw(size), draw(size)
         config = replace(
