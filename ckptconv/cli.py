@@ -56,7 +56,9 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         quieten()
         if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
-            sys.stdout.reconfigure(errors="surrogateescape")
+            # a pipe of Windows has the code page of its country, which lacks most characters
+            encoding = "utf-8" if sys.platform == "win32" else None
+            sys.stdout.reconfigure(encoding=encoding, errors="surrogateescape")
         with on_the_command_line():
             try:
                 return super().invoke(ctx)

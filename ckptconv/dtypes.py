@@ -51,8 +51,14 @@ ONES: dict[str, bytes] = {
 }
 """The bytes of 1.0, by dtype."""
 
-CASTS = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
-"""The dtypes that weights can be cast to: as users write them, and as safetensors does."""
+COMPUTED = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+"""The dtypes that layers compute in: as users write them, and as safetensors does."""
+
+FP8 = "fp8"
+"""The dtype that only stores weights: e4m3, which has no infinity and ends at 448."""
+
+CASTS = {**COMPUTED, FP8: "F8_E4M3"}
+"""The dtypes that weights can be cast to, likewise."""
 
 _SYNONYMS = {
     **{name: name for name in CASTS},
@@ -63,10 +69,10 @@ _SYNONYMS = {
 
 
 def cast_name(dtype: object) -> str:
-    """Returns `fp16`, `bf16` or `fp32` for a `torch.dtype` or its name; UsageError for any other.
+    """Returns the key of `CASTS` for a `torch.dtype` or its name; UsageError for any other.
 
-    >>> cast_name("torch.float16"), cast_name("BF16"), cast_name("float32")
-    ('fp16', 'bf16', 'fp32')
+    >>> cast_name("torch.float16"), cast_name("BF16"), cast_name("float8_e4m3fn")
+    ('fp16', 'bf16', 'fp8')
     """
     name = _SYNONYMS.get(str(dtype).lower().removeprefix("torch."))
     if name is None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import mmap
 import os
+import shutil
 import stat
 import threading
 from contextvars import ContextVar
@@ -130,6 +131,18 @@ def looking_into(folder: Path) -> Iterator[None]:
         raise FileRefused(what, hint="check that you may read the folder and its files") from error
 
 
+def lend(path: Path, name: Path) -> None:
+    """Gives a file a second name: a link, or a copy where the system allows no link.
+
+    Windows lets only administrators and developers make symbolic links.
+    """
+    for give in (name.symlink_to, name.hardlink_to):
+        with contextlib.suppress(OSError):
+            return give(path.resolve())
+    shutil.copyfile(path, name)
+    return None
+
+
 def read_at(file: BinaryIO, start: int, nbytes: int) -> bytes:
     """Returns a range of bytes of an open file; HeaderError if the file became shorter."""
     file.seek(start)
@@ -205,14 +218,14 @@ class Files(contextlib.ExitStack):
 
     def _read_some(self, file: FileIO, start: int, into: memoryview) -> int:
         if hasattr(os, "preadv"):
-            return os.preadv(file.fileno(), [into], start)
+            return int(os.preadv(file.fileno(), [into], start))
         with self._lock:
             file.seek(start)
             return file.readinto(into) or 0
 
     def _write_some(self, file: FileIO, start: int, data: memoryview) -> int:
         if hasattr(os, "pwrite"):
-            return os.pwrite(file.fileno(), data, start)
+            return int(os.pwrite(file.fileno(), data, start))
         with self._lock:
             file.seek(start)
             return file.write(data) or 0

@@ -99,7 +99,8 @@ def hidden_folder(path: Path) -> Iterator[Path]:
         try:
             folder.mkdir(mode=0o700, parents=True)  # a run that failed may have removed the parent
             try:
-                lock = os.open(folder / _LOCK, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+                flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
+                lock = os.open(folder / _LOCK, flags | getattr(os, "O_BINARY", 0), 0o600)
             except FileNotFoundError:
                 continue  # another run took the empty folder for abandoned
             with contextlib.suppress(OSError):  # this file system has no locks

@@ -26,7 +26,10 @@ FACTS: Mapping[str, tuple[Any, ...]] = {
     "prediction_type": ("epsilon", "v_prediction"),
     "zero_terminal_snr": (False, True),
     "family": ("sd1", "sd2", "sdxl", "flux", "sd3"),
-    "edition": ("turbo", "base"),
+    "release": (
+        *("dev", "krea", "kontext", "depth", "canny", "large", "large-turbo"),
+        *("turbo", "base"),
+    ),
 }
 """The facts that an option can decide, and their values."""
 
@@ -66,9 +69,10 @@ class Choices(TypedDict, total=False):
     prediction_type: str | None
     zero_terminal_snr: bool | None
     family: str | None
-    edition: str | None
+    release: str | None
     original_config: AnyPath | None
     lora: AnyPath | Iterable[AnyPath]
+    assemble: bool
     ignore_zeros: bool
     maps: KeyMaps | None
 
@@ -109,7 +113,7 @@ class Options:
     """What a caller decides; whatever is left out is found out, or stays as it is in the file.
 
     Attributes:
-        dtype: cast the weights to `fp16`, `bf16` or `fp32`; by default they stay as stored.
+        dtype: cast the weights to `fp16`, `bf16` or `fp32`, or a UNet or transformer to `fp8`.
         ema: take the EMA copy of the UNet.
         only: the components to write, such as unet and vae; all by default.
         vae: take the VAE from another checkpoint, a lone component file or a diffusers folder.
@@ -124,9 +128,10 @@ class Options:
         prediction_type: what the UNet predicts, `epsilon` or `v_prediction`; detected by default.
         zero_terminal_snr: whether the noise schedule ends in pure noise; detected by default.
         family: what a lone VAE is for, such as `sd1`, `sdxl` or `flux`; detected by default.
-        edition: whether a Z-Image is `turbo` or `base`; turbo by default.
+        release: which of several models that look alike, such as `kontext`; assumed by default.
         original_config: the LDM or SGM yaml of the model, which wins over what is measured.
         lora: a LoRA, DoRA, LoHa or LoKr to add to the weights, as FILE or FILE:SCALE; or several.
+        assemble: put the model together from the files of a folder, which stands for the file.
         ignore_zeros: accept large weights that are all zero, as an unfinished download has them.
         maps: the key maps to use; by default those that come with ckptconv.
     """
@@ -146,9 +151,10 @@ class Options:
     prediction_type: str | None = None
     zero_terminal_snr: bool | None = None
     family: str | None = None
-    edition: str | None = None
+    release: str | None = None
     original_config: Path | None = None
     lora: tuple[AdapterFile, ...] = ()
+    assemble: bool = False
     ignore_zeros: bool = False
     maps: KeyMaps = dataclasses.field(default_factory=bundled)
 
@@ -211,6 +217,7 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys((*DONORS, *TOKENIZERS, "original_config"), Path),
     **{name: functools.partial(_fact, name) for name in FACTS},
     "lora": lambda value: tuple(map(adapter_file, _items(value))),
+    "assemble": bool,
     "ignore_zeros": bool,
     "maps": lambda value: value,
 }

@@ -62,7 +62,7 @@ def layout_of(
         task: name of the task, which sets the UNet's input channels; the published file's by
             default.
         full: the published widths and depths.
-        dtype: `fp16`, `bf16` or `fp32` for the weights; the published one by default.
+        dtype: `fp16`, `bf16`, `fp32` or `fp8` for the weights; the published one by default.
         ema: add an EMA copy of the UNet.
 
     Raises:

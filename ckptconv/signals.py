@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 ENDING = [
     getattr(signal, name)
@@ -29,6 +30,19 @@ def ignore_signals(numbers: Iterable[int] = ENDING) -> None:
     """Ignores signals from now on."""
     for number in numbers:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def blocked(numbers: Iterable[int]) -> Iterator[None]:
+    """Holds signals back, also from a process that is started meanwhile. Windows cannot."""
+    if sys.platform == "win32" or not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _raise(number: int, _frame: object) -> None:

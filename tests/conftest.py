@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 # The suite runs in two processes: threads of torch on top of them would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Under `nohup`, the programs that tests stop with SIGHUP would inherit that it is ignored.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 HEADERS = Path(__file__).parent / "headers"
 PUBLISHED = sorted(path.stem for path in HEADERS.glob("*.json"))

@@ -65,11 +65,13 @@ def test_dtype_and_torch_dtype_must_agree(small: Path) -> None:
         ckptconv.plan(small, dtype="bf16", torch_dtype=torch.float16)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "fp8", torch.int64, 16])
+@pytest.mark.parametrize("dtype", ["int8", "fp64", torch.int64, 16])
 def test_a_dtype_that_weights_cannot_have_is_refused(dtype: Any, small: Path) -> None:
     with pytest.raises(ckptconv.UsageError) as caught:
         ckptconv.plan(small, dtype=dtype)
-    assert str(caught.value) == f"dtype '{dtype}' is unknown\nhint: it is one of fp16, bf16, fp32"
+    assert (
+        str(caught.value) == f"dtype '{dtype}' is unknown\nhint: it is one of fp16, bf16, fp32, fp8"
+    )
 
 
 def test_a_text_is_one_item() -> None:

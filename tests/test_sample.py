@@ -187,9 +187,9 @@ def test_a_task_or_dtype_that_is_unknown_is_refused() -> None:
     with pytest.raises(UsageError, match="sdxl has no task 'depth-to-image'") as caught:
         layout_of(ARCHITECTURES["sdxl"], task="depth-to-image")
     assert caught.value.hint == "its tasks are text-to-image, inpainting, instruct-pix2pix"
-    with pytest.raises(UsageError, match="dtype 'fp8' is unknown") as caught:
-        layout_of(ARCHITECTURES["sdxl"], dtype="fp8")
-    assert caught.value.hint == "it is one of fp16, bf16, fp32"
+    with pytest.raises(UsageError, match="dtype 'fp64' is unknown") as caught:
+        layout_of(ARCHITECTURES["sdxl"], dtype="fp64")
+    assert caught.value.hint == "it is one of fp16, bf16, fp32, fp8"
 
 
 def test_a_file_that_is_there_is_replaced_on_demand_only(tmp_path: Path) -> None:

@@ -11,15 +11,21 @@ import contextlib
 import multiprocessing
 import multiprocessing.resource_tracker
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 
 from ..errors import CkptconvError
 from ..libraries import quieten
-from ..signals import ENDING, PATIENCE, ignore_signals, raise_signals
+from ..signals import ENDING, PATIENCE, blocked, ignore_signals, raise_signals
 from .work import Outcome, Pair, Work, attempt
+
+if sys.platform == "win32":
+    from multiprocessing.connection import PipeConnection as Connection
+else:
+    from multiprocessing.connection import Connection
 
 FROM_TERMINAL = set(ENDING) - {signal.SIGTERM}
 """Signals that a terminal sends to every process: the parent alone heeds them."""
@@ -70,12 +76,10 @@ def _started(work: Work) -> tuple[Connection, SpawnProcess]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     worker = context.Process(target=_serve, args=(theirs, work))
-    multiprocessing.resource_tracker.ensure_running()  # it would unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, FROM_TERMINAL)
-    try:
+    if sys.platform != "win32":  # where there is none
+        multiprocessing.resource_tracker.ensure_running()  # it would unblock the signal
+    with blocked(FROM_TERMINAL):
         worker.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     return ours, worker
 

@@ -62,6 +62,9 @@ def command(
     as they are, bit for bit, unless --dtype is given. OUT appears when it is complete, or not at
     all. With --verify, the exit code is 1 if the verification fails.
 
+    With --assemble, FILE is a folder: the files in it that make a model together become OUT, by
+    default a folder beside them that has the name of the transformer's or UNet's file.
+
     If there are several files, or a quoted pattern of them, each becomes a folder in OUT with the
     name of the file; so does a single file if OUT ends in a slash. A file that fails does not stop
     the others and is reported at the end. FILE and OUT may be URLs, such as s3://BUCKET/FILE.
@@ -94,6 +97,8 @@ def command(
 
 
 def _print(report: Report, found: Verification | None, packaging: Packaging) -> None:
+    for line in report.plan.assembly.lines if report.plan.assembly else ():
+        note(printable(line))
     for warning in report.warnings:
         note(f"warning: {printable(warning)}")
     architecture, task = report.plan.detection.require()
@@ -114,7 +119,8 @@ def _print(report: Report, found: Verification | None, packaging: Packaging) -> 
 def loading_call(report: Report, variant: str = "") -> str:
     """Returns the Python call that loads a converted folder in the dtype of its weights.
 
-    Empty for a part of a model. Without a dtype, diffusers loads all weights in fp32.
+    Empty for a part of a model. Without a dtype, diffusers loads all weights in fp32. What is null
+    in `model_index.json` has to be None in the call.
     """
     single = report.plan.detection.require()[0].single
     if not single and INDEX not in report.files:
@@ -123,6 +129,7 @@ def loading_call(report: Report, variant: str = "") -> str:
     options = {"torch_dtype": f"torch.{dtype}"} if dtype != "float32" else {}
     if variant:
         options["variant"] = repr(variant)
+    options |= dict.fromkeys(report.plan.absent, "None")
     arguments = ", ".join([repr(str(report.out)), *(f"{k}={v}" for k, v in options.items())])
     cls = class_of(report.configs[single]) if single else "DiffusionPipeline"
     return f"{cls}.from_pretrained({arguments})"

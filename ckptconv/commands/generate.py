@@ -10,9 +10,11 @@ from typing import Any
 
 import click
 
+from ..conversion.write import parse_size
+from ..dtypes import FP8
 from ..errors import UsageError, printable
 from ..inference.adapt import add_loras, find_scheduler, read_loras, set_scheduler
-from ..inference.device import pick_device
+from ..inference.device import limit_memory, pick_device
 from ..inference.generation import (
     TASKS,
     Settings,
@@ -21,14 +23,17 @@ from ..inference.generation import (
     check_outputs,
     described,
     generate,
+    negative_warnings,
     open_images,
     parse_pixels,
     prompt_warnings,
     save_png,
+    size_of_result,
     with_defaults,
 )
+from ..inference.memory import Setting, choose, job_of, tile_vae
 from ..inference.model import open_model
-from ..inference.pipeline import OFFLOADS, build_pipeline, pipeline_class
+from ..inference.pipeline import OFFLOADS, build_pipeline, pipeline_class, with_storage
 from ..libraries import hide_progress_bars
 from .shared import (
     FILE,
@@ -93,6 +98,17 @@ DTYPE_ON_CPU = "fp32"
     "--device-map", type=click.Choice(["balanced"]), help="Spread a model over several GPUs."
 )
 @click.option(
+    "--storage",
+    type=click.Choice([FP8]),
+    help="Keep the weights of the UNet or transformer (not of the text encoders) in fp8; compute "
+    "in --dtype, or bf16.",
+)
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Choose dtype, storage, offload and VAE tiling to stay within it, such as 8GB, or refuse.",
+)
+@click.option(
     "--compile",
     "compiled",
     is_flag=True,
@@ -117,6 +133,8 @@ def command(
     device: str,
     offload: str | None,
     device_map: str | None,
+    storage: str | None,
+    memory: str | None,
     compiled: bool,
     overwrite: bool,
     as_json: bool,
@@ -139,33 +157,53 @@ def command(
     read = [path for path in (file, settings.image, settings.mask) if path]
     outputs = check_outputs(out, count, overwrite=overwrite, inputs=read)
     place, reason = pick_device(device)
-    decided = options_of(options)
+    decided = with_storage(options_of(options), storage)
     if place.type == "cpu" and decided.dtype is None:
         decided = replace(decided, dtype=DTYPE_ON_CPU)
+    adapters, room = read_loras(loras), parse_size(memory) if memory else 0
+    if room and device_map:
+        raise UsageError("--memory is for one device, and --device-map for several")
     model = open_model(file, decided)
     hide_progress_bars()
     cls, task = pipeline_class(model, task)
     settings = with_defaults(model, settings)
     check(cls, task, settings)
-    images, adapters = open_images(settings), read_loras(loras)
+    images = open_images(settings)
     chosen = find_scheduler(scheduler) if scheduler else None
-    for warning in prompt_warnings(settings):
+    for warning in (*prompt_warnings(settings), *negative_warnings(cls, settings)):
         note(f"warning: {printable(warning)}")
     note(f"device {place}: {reason}")
+    setting = Setting(model.dtype, storage, offload)
+    if room:
+        job = job_of(model, size_of_result(model, settings, images), place.type)
+        asked = replace(setting, dtype=options["dtype"] or "")
+        setting, why = choose(job, room, asked)
+        note(f"memory: {setting}: {why}")
+        limit_memory(place, room)
+    # Beside weights in fp8, diffusers would round a LoRA and fail to compute; and of the names that
+    # the LoRAs of transformers have, it does not know all.
+    merged = setting.storage or ("transformer" in model.blueprints and not file.is_dir())
+    if merged:
+        decided = replace(decided, lora=tuple(adapters))
+    if setting.dtype != model.dtype or decided.lora:
+        model = open_model(file, replace(decided, dtype=setting.dtype))
     started = time.monotonic()
     with progress("loading") as show:
         pipe = build_pipeline(
             model,
             device=str(place),
             task=task,
-            offload=offload,
+            offload=setting.offload,
             device_map=device_map,
+            storage=setting.storage,
             progress=show,
         )
     loaded = time.monotonic()
     for warning in set_scheduler(pipe, *chosen) if chosen else ():
         note(f"warning: {printable(warning)}")
-    add_loras(pipe, adapters)
+    add_loras(pipe, [] if merged else adapters)
+    if setting.tiling:
+        tile_vae(pipe)
     if compiled:
         (getattr(pipe, "unet", None) or pipe.transformer).compile()
     pipe.set_progress_bar_config(disable=not is_animated())
@@ -183,6 +221,7 @@ def command(
             "model": file.name,
             "loras": [{"file": a.path.name, "scale": a.scale} for a in adapters],
             "device": str(place),
+            **({"storage": setting.storage} if setting.storage else {}),
         }
         save_png(image, output, values)
         made.append({"file": str(output.path), **values})
@@ -194,6 +233,5 @@ def command(
         echo_json({"images": made, "seconds": {k: round(v, 3) for k, v in seconds.items()}})
 
 
-# A pipeline needs all of its components, so there is no choice among them; and a LoRA is loaded
-# beside the weights, where `convert` adds it to them.
+# A pipeline needs all of its components, so there is no choice among them; and --lora is above.
 command.params = [option for option in command.params if option.name not in ("only", "lora")]

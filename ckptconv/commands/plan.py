@@ -28,6 +28,7 @@ def command(file: Path, *, as_json: bool, **options: Any) -> None:
         echo_json(
             {
                 "file": str(file),
+                "assembly": plan.assembly and plan.assembly.as_data(),
                 "lossless": plan.lossless,
                 "problems": list(plan.problems),
                 "absent": list(plan.absent),
@@ -43,6 +44,8 @@ def command(file: Path, *, as_json: bool, **options: Any) -> None:
             dtype = row["dtype"] if cast == row["dtype"] else f"{row['dtype']} to {cast}"
             cells = (row["source"], row["op"], f"{targets}{reason}", f"{dtype} {row['shape']}")
             click.echo("\t".join(map(printable, cells)))
+        for line in plan.assembly.lines if plan.assembly else ():
+            note(printable(line))
         counts = f"{len(rows):,} keys; {'lossless' if plan.lossless else 'not lossless'}"
         note(f"{counts}; missing components: {', '.join(plan.absent) or 'none'}")
         for text in plan.notes:

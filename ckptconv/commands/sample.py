@@ -25,7 +25,7 @@ from .shared import (
 @click.option("--full", is_flag=True, help="Write the published size (SDXL: 6.9 GB).")
 @click.option("--task", help="Task of the model, such as inpainting.")
 @click.option(
-    "--dtype", callback=dtype_name, metavar="DTYPE", help="Of the weights: fp16, bf16 or fp32."
+    "--dtype", callback=dtype_name, metavar="DTYPE", help="Of the weights: fp16, bf16, fp32 or fp8."
 )
 @click.option("--ema", is_flag=True, help="Add an EMA copy of the UNet.")
 @click.option(

@@ -87,7 +87,7 @@ def dtype_name(_ctx: click.Context, _option: click.Parameter, value: str | None)
 
 _KINDS: dict[str, dict[str, Any]] = {
     "dtype": {"callback": dtype_name, "metavar": "DTYPE"},
-    **{name: {"is_flag": True} for name in ("ema", "ignore_zeros")},
+    **{name: {"is_flag": True} for name in ("ema", "assemble", "ignore_zeros")},
     "only": {"callback": _names, "metavar": "NAMES"},
     "lora": {"multiple": True, "metavar": "FILE[:SCALE]"},
     "zero_terminal_snr": {"default": None},

@@ -23,6 +23,7 @@ from ..planning.components import Donor
 from ..planning.plan import Plan, build_plan
 from ..planning.zeros import require_filled
 from ..reading.source import open_header
+from .assemble import assemble
 from .write import CONVERTED, Packaging, Report, write_folder
 
 
@@ -31,7 +32,7 @@ def plan(path: str | Path, **choices: Unpack[Choices]) -> Plan:
     """Accounts for every key of a checkpoint, and writes nothing.
 
     Args:
-        path: a safetensors file or a PyTorch checkpoint.
+        path: a safetensors file or a PyTorch checkpoint; with `assemble`, a folder of them.
         **choices: see `Options`.
 
     Raises:
@@ -58,7 +59,7 @@ def convert(
     """Converts a checkpoint into a diffusers folder.
 
     Args:
-        path: a safetensors file or a PyTorch checkpoint.
+        path: a safetensors file or a PyTorch checkpoint; with `assemble`, a folder of them.
         out: the folder to make; by default, it lies beside the file and has its name without the
             suffix.
         variant: a word, such as `fp16`, that goes into the names of the weight files.
@@ -76,10 +77,10 @@ def convert(
         UsageError: the choices contradict each other or the file.
         OutputError: the destination exists or cannot be written.
     """
-    out = Path(without_suffix(str(path)) if out is None else out)
     options = Options.of(choices)
     packaging = Packaging.of(variant, max_shard_size, configs_only=configs_only)
     plan, original = plan_file(path, options)
+    out = Path(without_suffix(str(plan.detection.header.path)) if out is None else out)
     inputs = [*plan.files, *filter(None, [options.original_config])]
     destination = Destination(out, overwrite, CONVERTED, inputs=inputs)
     destination.check()
@@ -114,6 +115,10 @@ def plan_file(
 
     Components that `without` names are left out, and may be missing.
     """
+    assembly = assemble(Path(path), options) if options.assemble else None
+    if assembly:
+        path = assembly.main
+        options = Options.of({**options.as_words(), **assembly.donors})
     header = open_header(path)
     original = None
     if options.original_config:
@@ -128,7 +133,8 @@ def plan_file(
         only = architecture.components if options.only is None else options.only
         options = replace(options, only=frozenset(only) - set(without))
     donors = {n: _donor(architecture, n, p, decided) for n, p in options.donors.items()}
-    return build_plan(detection, options, donors=donors), original
+    plan = build_plan(detection, options, donors=donors)
+    return replace(plan, assembly=assembly), original
 
 
 def option_for(plan: Plan, name: str) -> str:

@@ -16,8 +16,8 @@ from typing import Any
 
 from ..destination import Destination, check_room
 from ..detection.detect import Detection
-from ..dtypes import CASTS, FLOATS
-from ..errors import FileRefused
+from ..dtypes import CASTS, FLOATS, FP8
+from ..errors import FileRefused, UsageError, option
 from ..files import ByteCounter, noting_files, require_unchanged
 from ..folder.read import ModelFolder, read_folder
 from ..maps.architecture import Architecture, KeyMaps
@@ -126,6 +126,9 @@ def export(
     """
     started = time.monotonic()
     out, options = Path(out), Options.of({"maps": maps, "dtype": dtype})
+    if options.dtype == FP8:
+        hint = f"convert the file with {option('dtype', FP8)}, and export what comes out"
+        raise UsageError("a file in the original layout is not cast to fp8", hint=hint)
     model = read_folder(folder, options.maps)
     destination = Destination(out, overwrite, inputs=model.files, closed=model.path)
     destination.check()

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..detection.detect import Keys, detect, judge
+from ..detection.facts import Fact
 from ..detection.spellings import respelled, unwrapped
 from ..errors import NotACheckpoint
-from ..folder.names import CONFIG_FILES
+from ..folder.names import CONFIG_FILES, INDEX
 from ..folder.read import ComponentFolder, ModelFolder
 from ..maps.architecture import Architecture, Component, Source
 from ..maps.ops import RENAME, Op
@@ -77,7 +78,10 @@ def restore(model: ModelFolder, options: Options) -> Restoration:
     metadata = model.layout.metadata if model.layout else carried
     size = sum(tensor.nbytes for step in best.steps for tensor in step.sources)
     header = Header(model.path, best.tensors, metadata, 0, size)
-    decided = model.record.facts if model.record else {}
+    decided = dict(model.record.facts) if model.record else {}
+    pipeline = (model.index or {}).get("_class_name")
+    for task in (t for a in architectures for t in a.tasks if t.facts and t.pipeline == pipeline):
+        decided |= {n: Fact(n, v[0], "folder", f"{INDEX} says so") for n, v in task.facts.items()}
     detection = detect(header, maps=options.maps, decided=decided)
     own = {  # the tokenizers that are in the folder alone
         name: Donor((), model.parts[name].folder / CONFIG_FILES["tokenizer"])

@@ -96,6 +96,7 @@ class Report:
             "architecture": architecture.name,
             "task": task.name,
             "pipeline": task.pipeline,
+            "assembly": self.plan.assembly and self.plan.assembly.as_data(),
             "lossless": self.plan.lossless,
             "facts": {
                 name: {"value": f.value, "source": f.source} for name, f in detection.facts.items()
@@ -111,16 +112,16 @@ class Report:
 def parse_size(size: str | int) -> int:
     """Returns the bytes that a size means.
 
-    >>> parse_size("5GB"), parse_size("1 MiB")
-    (5000000000, 1048576)
+    >>> parse_size("5GB"), parse_size("1 MiB"), parse_size("2.5 GB")
+    (5000000000, 1048576, 2500000000)
     """
     if isinstance(size, int) and size >= 0:
         return size
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    found = re.fullmatch(r"(\d{1,12})\s*([A-Za-z]*)", str(size).strip())
-    if not found or found[2].upper() not in units or int(found[1]) == 0:
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,3})?)\s*([A-Za-z]*)", str(size).strip())
+    if not found or found[2].upper() not in units or float(found[1]) == 0:
         raise UsageError(f"{size!r} is not a size", hint="write a number and a unit, such as 5GB")
-    return int(found[1]) * units[found[2].upper()]
+    return int(float(found[1]) * units[found[2].upper()])
 
 
 def write_folder(

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Ambiguous, NotACheckpoint
+from ..errors import Ambiguous, NotACheckpoint, UsageError, option
 from ..maps.architecture import UNET_ROOT, Architecture, KeyMaps, Task, bundled
 from ..maps.evidence import Condition, Has, Indices, Lacks, Rank
 from ..maps.schema import word
 from ..reading.source import open_header
 from ..reading.tensor import Header, Tensor
-from .facts import Fact, Hints, config_beside, find_fact, first_match, notes_of
+from .facts import Fact, Hints, choices, config_beside, find_fact, first_match, hold, notes_of
 from .spellings import STRAYS, in_original_names, is_there, respelled, unwrapped
 
 if TYPE_CHECKING:
@@ -119,12 +119,16 @@ class Detection:
 
 @dataclass(frozen=True, slots=True)
 class ForeignFormat:
-    """One entry of `foreign.yaml`; one that `decides` is right even if an architecture matches."""
+    """One entry of `foreign.yaml`; one that `decides` is right even if an architecture matches.
+
+    `code` is that of the error, where there is a more specific one.
+    """
 
     keys: tuple[str, ...] = field(metadata=word("has"))
     title: str
     hint: str
     decides: bool = False
+    code: str = ""
 
 
 def inspect(path: str | Path, *, maps: KeyMaps | None = None) -> Detection:
@@ -156,6 +160,7 @@ def detect(
 
     Raises:
         Ambiguous: several architectures match.
+        UsageError: an option decides what the file cannot be.
     """
     maps = maps or bundled()
     given, header = header, in_original_names(unwrapped(header, maps), maps)
@@ -184,6 +189,17 @@ def detect(
         for name, witnesses in architecture.facts.items()
     }
     facts = {name: (decided or {}).get(name, fact) for name, fact in found.items()}
+    for name, witnesses in architecture.facts.items():
+        possible = choices(witnesses, header, task.name)
+        if possible and facts[name].value not in possible:
+            said, why = option(name, facts[name].value), found[name].detail
+            raise UsageError(
+                f"{header.path}: {said} does not fit: {why}",
+                hint=f"it can be {' or '.join(map(str, possible))}",
+            )
+    for other in (t for t in architecture.tasks if t.facts and t.channels == task.channels):
+        if hold(other.facts, facts):
+            task, architecture = other, architecture.for_task(other)
     overruled = [_overruled(found[name], fact) for name, fact in facts.items()]
     facts["task"] = Fact("task", task.name, "structure", _why(architecture, task))
     return Detection(
@@ -267,14 +283,15 @@ def _task(
     if architecture.root == UNET_ROOT and None not in counts and len(root.shape) != 4:
         found = f"{architecture.root} has shape {list(root.shape)}, needed a 4-D convolution"
         return None, Line(found, False)
-    for task in sorted(architecture.tasks, key=lambda task: not task.key):
+    told = [task for task in architecture.tasks if not task.facts]
+    for task in sorted(told, key=lambda task: not task.key):
         if (task.channels is None or root.shape[1:2] == (task.channels,)) and (
             not task.key or task.key in tensors
         ):
             count = f"has {task.channels} input channels" if task.channels else "is there"
             also = f", and the file holds {task.key}" if task.key else ""
             return task, Line(f"the {what} {count}{also}: {task.name}", True)
-    by_channels = [task for task in architecture.tasks if not task.key]
+    by_channels = [task for task in told if not task.key]
     known = ", ".join(f"{task.channels} ({task.name})" for task in by_channels)
     channels = root.shape[1] if len(root.shape) > 1 else "no"
     return None, Line(f"the {what} has {channels} input channels, needed {known}", False)
@@ -283,6 +300,8 @@ def _task(
 def _why(architecture: Architecture, task: Task) -> str:
     if task.key:
         return f"the file holds {task.key}"
+    if task.facts:
+        return " and ".join(f"{name} is {' or '.join(task.facts[name])}" for name in task.facts)
     tells = f"the {_network(architecture)}'s input channels tell the task"
     return tells if task.channels else "it has no other"
 
@@ -377,6 +396,7 @@ def _foreign(given: Header, maps: KeyMaps, *, deciding: bool = False) -> NotAChe
                 f"{given.path}: this is {entry.title}",
                 problems=[f"it holds the key {key!r}"],
                 hint=entry.hint,
+                code=entry.code,
             )
     return None
 

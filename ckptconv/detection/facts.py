@@ -49,7 +49,7 @@ WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 """A word of a name, such as each of those in `dreamshaperXL_v21TurboDPMSDE`."""
 
 
-OPTION = re.compile(r"\{(?P<name>\w+)=(?P<value>\w+)\}")
+OPTION = re.compile(r"\{(?P<name>\w+)=(?P<value>[\w-]+)\}")
 """An option in the text of a hint."""
 
 
@@ -95,15 +95,28 @@ class Hints:
 
 
 def find_fact(name: str, witnesses: Iterable[Witness], header: Header, task: str) -> Fact:
-    """Asks the witnesses in order and returns the first answer.
+    """Asks the witnesses in order and returns the first answer that the file allows.
 
     Raises:
         MapError: none of them has an answer.
     """
+    witnesses = tuple(witnesses)
+    possible = choices(witnesses, header, task)
     for witness in witnesses:
-        if found := _answer(witness, header, task):
+        found = _answer(witness, header, task)
+        if found and (not possible or found[0] in possible):
             return Fact(name, *found)
     raise MapError(f"fact {name!r}: no witness has an answer", hint="end the list with 'assume'")
+
+
+def choices(witnesses: Iterable[Witness], header: Header, task: str) -> tuple[Any, ...]:
+    """Returns the values that only metadata and options can tell apart; none if it is not known."""
+    known = [w for w in witnesses if not isinstance(w, InMetadata)]
+    if not any(isinstance(w, Assumed) and w.others for w in known):
+        return ()
+    answers = ((w, found) for w in known if (found := _answer(w, header, task)))
+    witness, found = next(answers)
+    return (found[0], *(witness.others if isinstance(witness, Assumed) else ()))
 
 
 def hold(wanted: Facts, facts: Mapping[str, Fact]) -> bool:
@@ -196,14 +209,14 @@ def _answer(witness: Witness, header: Header, task: str) -> tuple[Any, str, str]
     """Returns the value, the source and the detail of a fact; None if the witness cannot tell."""
     match witness:
         case InMetadata(names, values):
-            for name in names:
-                text = header.metadata.get(name, "")
+            for entry in names:
+                text = header.metadata.get(entry, "")
                 said = text.strip().lower()
                 if found := [value for word, value in values.items() if word.lower() == said]:
-                    return found[0], "metadata", f"the metadata says {name} = {text}"
+                    return found[0], "metadata", f"the metadata says {entry} = {text}"
         case Marker(key, value):
-            if key in header.tensors:
-                return value, "marker", f"the file holds the key {key}"
+            if name := first_match(header.tensors, [key]):
+                return value, "marker", f"the file holds the key {name}"
         case OfTask(tasks, value, because):
             if task in tasks:
                 return value, "task", f"{task}: {because or f'the task is {task}'}"
@@ -225,8 +238,10 @@ def _answer(witness: Witness, header: Header, task: str) -> tuple[Any, str, str]
                 return published[info.numel], "structure", detail
         case Default(value, because):
             return value, "structure", because
-        case Assumed(value, because):
-            return value, "assumed", because
+        case Assumed(value, because, _, key, tasks):
+            there = not key or first_match(header.tensors, [key])
+            if there and (not tasks or task in tasks):
+                return value, "assumed", because
     return None
 
 

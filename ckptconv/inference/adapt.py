@@ -10,6 +10,7 @@ from typing import Any
 from ..configs.allowed import scheduler_class
 from ..errors import FileRefused, UsageError
 from ..options import AdapterFile, adapter_file
+from ..planning.adapters import refuse_control
 from ..reading.header import read_header
 from .generation import Pipeline
 from .samplers import NAMED, SAMPLERS, SIGMAS
@@ -38,12 +39,15 @@ def add_loras(pipe: Pipeline, loras: Sequence[AdapterFile]) -> None:
     """Loads LoRA files into a pipeline, by diffusers, each with its scale.
 
     Raises:
-        FileRefused: a file is no LoRA, or one for another architecture.
+        FileRefused: a file is no LoRA, one for another architecture, or a control adapter.
     """
     names = [f"lora_{n}" for n in range(len(loras))]
     for name, lora in zip(names, loras, strict=True):
         problems = ["none of its keys is one of the pipeline's layers"]
         cause: Exception | None = None
+        network = getattr(pipe, "transformer", None)
+        if columns := getattr(getattr(network, "x_embedder", None), "in_features", 0):
+            refuse_control(read_header(lora.path), columns)
         try:
             pipe.load_lora_weights(
                 str(lora.path.parent),

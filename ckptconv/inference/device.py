@@ -123,6 +123,15 @@ def free_memory() -> dict[int, int]:
     return {n: torch.cuda.mem_get_info(n)[0] for n in range(torch.cuda.device_count())}
 
 
+def limit_memory(device: torch.device, most: int) -> None:
+    """Lets this process take no more of a GPU; what it computes fails instead."""
+    import torch
+
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device)
+
+
 def spread(
     modules: Mapping[str, nn.Module], dtype: torch.dtype, room: Mapping[int, int]
 ) -> dict[str, dict[str, int]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..destination import Destination
+from ..detection.facts import hold
 from ..errors import CkptconvError, DeviceError, FileRefused, UsageError, option
 from ..files import read_small
 from ..libraries import library_version
@@ -145,6 +146,26 @@ def prompt_warnings(settings: Settings) -> list[str]:
     return warnings
 
 
+def negative_warnings(cls: type[DiffusionPipeline], settings: Settings) -> list[str]:
+    """Returns what to say of a negative prompt that has no effect.
+
+    Args:
+        cls: the class of the pipeline.
+        settings: with the defaults of the model.
+    """
+    takes = python_inspect.signature(cls.__call__).parameters
+    if not settings.negative or "negative_prompt" not in takes:
+        return []
+    word = option("negative")
+    if "true_cfg_scale" in takes:
+        return [f"{word} has no effect: the guidance of {cls.__name__} knows no negative prompt"]
+    guidance = settings.guidance
+    guidance = takes["guidance_scale"].default if guidance is None else guidance
+    if guidance > 1:
+        return []
+    return [f"{word} has no effect with {option('guidance', guidance)}: it takes more than 1"]
+
+
 def with_defaults(model: Model, settings: Settings) -> Settings:
     """Returns settings with what a model was made for in the place of what is not given.
 
@@ -157,6 +178,7 @@ def with_defaults(model: Model, settings: Settings) -> Settings:
         defaults.values
         for defaults in (task.defaults if task else ())
         if all(model.entry(place) == value for place, value in defaults.config.items())
+        and hold(defaults.facts, model.facts)
     ]
     found: Mapping[str, Any] = {"steps": STEPS, **(fitting[0] if fitting else {})}
     return replace(settings, **{n: v for n, v in found.items() if getattr(settings, n) is None})
@@ -236,6 +258,18 @@ def open_images(settings: Settings) -> dict[str, Image.Image]:
     return {name: _opened(path, modes[name]) for name, path in paths.items() if path}
 
 
+def size_of_result(
+    model: Model, settings: Settings, images: Mapping[str, Image.Image]
+) -> tuple[int, int]:
+    """Returns the width and height of the image that settings make."""
+    times = _scale(str(model.index.get("_class_name")))
+    edge = 8 * (model.entry("unet/sample_size") or 128)  # of a transformer, its pipeline says 128
+    image = images.get("image")
+    return settings.size or (
+        (image.width * times, image.height * times) if image and times else (edge, edge)
+    )
+
+
 def call_arguments(
     pipe: Pipeline, settings: Settings, images: Mapping[str, Image.Image]
 ) -> dict[str, Any]:
@@ -267,6 +301,9 @@ def call_arguments(
         arguments |= {_keywords(takes)[name]: image.resize(size) for name, image in images.items()}
     if size and "height" in takes:
         arguments["width"], arguments["height"] = size
+    if size and "max_area" in takes:  # it would bring both images to one million pixels
+        arguments |= {"max_area": size[0] * size[1], "_auto_resize": False}
+        arguments |= {name: image.resize(size) for name, image in images.items()}
     return arguments
 
 

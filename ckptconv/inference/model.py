@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,18 @@ from typing import Any
 from ..configs.allowed import Unbuildable, kept, notes_on_code, own_name, require_class, roles
 from ..configs.config import model_index
 from ..conversion.convert import configured, option_for, plan_file
-from ..dtypes import CASTS, FLOATS
+from ..detection.facts import Fact
+from ..dtypes import CASTS, COMPUTED, FLOATS, FP8
 from ..errors import FileRefused, Incomplete, UsageError, option
 from ..files import looking_into, read_config
-from ..folder.names import CONFIG_FILES, INDEX
+from ..folder.names import CONFIG_FILES, INDEX, RECORD
+from ..folder.record import read_record
 from ..folder.weights import component_headers
 from ..maps.architecture import Architecture
 from ..maps.ops import RENAME
 from ..options import Options
 from ..planning.plan import Plan
-from ..planning.step import Step, Target
+from ..planning.step import ASIDE, Step, Target
 from ..planning.zeros import require_filled
 from ..reading.tensor import Tensor
 
@@ -71,9 +73,10 @@ class Model:
         index: the content of `model_index.json`.
         blueprints: of the components to build, by name.
         steps: bring the tensors from their files to the components.
-        dtype: of the weights: a key of `CASTS`.
+        dtype: of the weights: a key of `COMPUTED`.
         notes: what the user should know.
         identities: identity matrices that components get besides.
+        facts: what was decided of the file, also of that which a folder was converted from.
     """
 
     path: Path
@@ -83,6 +86,7 @@ class Model:
     dtype: str
     notes: tuple[str, ...] = ()
     identities: tuple[Target, ...] = ()
+    facts: Mapping[str, Fact] = field(default_factory=dict)
 
     def entry(self, place: str) -> Any:
         """Returns an entry of a configuration, by COMPONENT/ENTRY."""
@@ -115,8 +119,12 @@ def open_model(
         UsageError: the options contradict each other or the file.
     """
     path = Path(path)
+    if options.dtype == FP8:
+        raise UsageError(
+            "no layer computes in fp8", hint=f"{option('storage', FP8)} keeps weights in it"
+        )
     with looking_into(path):
-        read = _from_folder if path.is_dir() else _from_file
+        read = _from_folder if path.is_dir() and not options.assemble else _from_file
         model = read(path, options, given)
     if not options.ignore_zeros:
         require_filled(path, model.steps)
@@ -126,6 +134,7 @@ def open_model(
 def _from_file(path: Path, options: Options, given: Collection[str]) -> Model:
     """Plans the conversion of a checkpoint."""
     made, original = plan_file(path, options, without=given)
+    path = made.detection.header.path  # with `assemble`, of the folder's main file
     _refuse_single(path, made.detection.require()[0])
     if made.absent:
         supplies = ", ".join(option_for(made, name) for name in made.absent)
@@ -156,8 +165,11 @@ def _from_file(path: Path, options: Options, given: Collection[str]) -> Model:
             folder = donor.config.parent if donor and donor.config else None
             blueprints[name] = Blueprint(library, cls, config.component.kind, config.values, folder)
     notes += [] if options.dtype else _loading_note(stored, dtype)
+    if made.assembly:
+        notes.insert(0, f"put together from {'; '.join(made.assembly.lines)}")
     said = (*made.notes, *notes)
-    return Model(path, index, blueprints, made.steps, dtype, said, made.identities)
+    facts = made.detection.facts
+    return Model(path, index, blueprints, made.steps, dtype, said, made.identities, facts)
 
 
 def _refuse_single(path: Path, architecture: Architecture) -> None:
@@ -170,7 +182,7 @@ def _refuse_single(path: Path, architecture: Architecture) -> None:
 
 
 def loading_dtype(made: Plan) -> str:
-    """Returns the dtype, a key of `CASTS`, that a plan's weights are loaded in by default."""
+    """Returns the dtype, a key of `COMPUTED`, that a plan's weights are loaded in by default."""
     return _one_dtype(_dtypes(made))
 
 
@@ -195,12 +207,15 @@ def _one_dtype(stored: Mapping[str, Counter[str]]) -> str:
     A pipeline computes in one dtype: no layer takes the output of a layer of another, and in fp8
     there are no layers at all. A transformer decides for all; elsewhere, no value may change.
     """
-    names = {dtype: name for name, dtype in CASTS.items()}
+    names = {dtype: name for name, dtype in COMPUTED.items()}
     every = {dtype for each in stored.values() for dtype in each}
     if len(every) == 1 and (name := names.get(*every)):
         return name
     if own := stored.get(DECIDING):
         return names.get(own.most_common(1)[0][0], "bf16")
+    wide = every - {CASTS[FP8]}  # every value of which is one of fp16 and of bf16
+    if len(wide) == 1 and (name := names.get(*wide)):
+        return name
     return "fp16" if every and every <= EXACT_IN_FP16 else "fp32"
 
 
@@ -268,4 +283,6 @@ def _from_folder(path: Path, options: Options, given: Collection[str]) -> Model:
     for place, tensor in tensors.items():
         stored_as = CASTS[dtype] if tensor.dtype in FLOATS else tensor.dtype
         steps.append(Step(RENAME, (tensor,), (Target(*place, stored_as, tensor.shape),)))
-    return Model(path, index, blueprints, tuple(steps), dtype, tuple(notes))
+    record = path / ASIDE / RECORD
+    facts = read_record(record).facts if record.is_file() else {}
+    return Model(path, index, blueprints, tuple(steps), dtype, tuple(notes), facts=facts)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..configs.tokenizer import read_tokenizer, tokenizer_files
 from ..errors import FileRefused
+from ..files import lend
 from ..folder.names import CONFIG_FILES
 from ..libraries import LIBRARIES, LOCK, find_class, library_version, tied
 from ..planning.step import Target
@@ -129,7 +130,7 @@ def from_library(cls: Any, blueprint: Blueprint, dtype: torch.dtype, files: Iter
         options[name] = dtype
         Path(place, CONFIG_FILES["model"]).write_text(json.dumps(dict(blueprint.config)))
         for file in [*weights, *folder.glob("*.safetensors.index*.json")]:
-            Path(place, file.name).symlink_to(file.resolve())
+            lend(file, Path(place, file.name))
         made = cls.from_pretrained(place, local_files_only=True, **options)
     _set_origin(made, str(folder))
     return made
@@ -152,9 +153,9 @@ def without_weights(cls: Any, blueprint: Blueprint) -> Any:
         with tempfile.TemporaryDirectory(prefix="ckptconv-") as place:
             for file, held in files.items():
                 if isinstance(held, Path):
-                    Path(place, file).symlink_to(held)
+                    lend(held, Path(place, file))
                 else:
-                    Path(place, file).write_text(held, encoding="utf-8")
+                    Path(place, file).write_bytes(held.encode())
             tokenizer = cls.from_pretrained(place, local_files_only=True)
         tokenizer.name_or_path = str(folder or "")
         return tokenizer

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from ..dtypes import CASTS, torch_dtype
-from ..errors import CkptconvError, DeviceError, FileRefused, UsageError
+from ..dtypes import CASTS, FP8, torch_dtype
+from ..errors import CkptconvError, DeviceError, FileRefused, UsageError, option
 from ..libraries import find_class, is_out_of_memory, library_version
 from ..maps.architecture import Task, bundled
 from ..options import Choices, Options, checked
@@ -30,7 +30,7 @@ from .device import (
 )
 from .model import VERIFY, Model, open_model
 from .modules import component_class, empty_module, from_library, without_weights
-from .weights import Devices, fill
+from .weights import Devices, fill, matched
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,10 @@ OFFLOADS = {
     "sequential": "enable_sequential_cpu_offload",
 }
 """How weights wait in main memory for their turn on the GPU, and the method of diffusers."""
+
+NETWORKS = ("unet", "transformer")
+"""The components that can keep their weights in fp8. Text encoders run once for an image, and can
+wait in main memory; a VAE is small and does not bear it."""
 
 
 log = logging.getLogger(__name__)
@@ -55,6 +59,7 @@ def load_pipeline(
     components: Mapping[str, Any] | None = None,
     offload: str | None = None,
     device_map: str | None = None,
+    storage: str | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     **choices: Unpack[Choices],
 ) -> Any:
@@ -75,6 +80,9 @@ def load_pipeline(
             two pipelines share; None leaves a component out.
         offload: `model` or `sequential`: weights wait in main memory for their turn on the GPU.
         device_map: `balanced` spreads a model that outgrows one GPU over all of them.
+        storage: `fp8` keeps the weights of the UNet or transformer in fp8, and computes in `dtype`,
+            or bf16: diffusers' layerwise casting. Its norms and embeddings, the text encoders and
+            the VAE stay in that dtype.
         progress: is called with bytes in place and bytes in all, from one thread at a time.
         **choices: see `Options`.
 
@@ -88,16 +96,28 @@ def load_pipeline(
         DeviceError: the device is missing, too small, or cannot compute in the dtype.
         MapError: a configuration and the weights do not agree: a fault of the key maps.
     """
-    names = (components or {}).keys()
+    names, options = (components or {}).keys(), Options.of(choices)
     return build_pipeline(
-        open_model(path, Options.of(choices), given=names),
+        open_model(path, with_storage(options, storage), given=names),
         device=device,
         task=task,
         components=components,
         offload=offload,
         device_map=device_map,
+        storage=storage,
         progress=progress,
     )
+
+
+def with_storage(options: Options, storage: str | None) -> Options:
+    """Returns options whose dtype, if none is given, suits weights that are stored otherwise.
+
+    Raises:
+        UsageError: the storage is unknown.
+    """
+    if storage not in (None, FP8):
+        raise UsageError(f"storage {storage!r} is unknown", hint=f"it can only be {FP8}")
+    return replace(options, dtype="bf16") if storage and not options.dtype else options
 
 
 def build_pipeline(
@@ -108,14 +128,20 @@ def build_pipeline(
     components: Mapping[str, Any] | None = None,
     offload: str | None = None,
     device_map: str | None = None,
+    storage: str | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Any:
     """Builds the pipeline of an opened model; see `load_pipeline` for arguments and errors."""
     with memory_errors(f"loading {model.path}", less_memory()):
         place = _placed(device, offload, device_map)
+        if storage and device_map:
+            raise UsageError("storage and device map exclude each other", hint="leave one out")
+        if storage and place.type == "mps":
+            raise DeviceError("MPS has no fp8", hint=f"leave out {option('storage')}")
         cls, _ = pipeline_class(model, task)
         home = pick_device("cpu")[0] if offload else place
-        pipe = _built(model, cls, dict(components or {}), home, device_map, progress)
+        given = dict(components or {})
+        pipe = _built(model, cls, given, home, device_map, storage, progress)
         if offload:
             getattr(pipe, OFFLOADS[offload])(device=place)
     return pipe
@@ -175,6 +201,7 @@ def _built(
     given: Mapping[str, Any],
     device: torch.device,
     device_map: str | None,
+    storage: str | None,
     progress: Callable[[int, int], None],
 ) -> Any:
     import torch
@@ -187,7 +214,7 @@ def _built(
         )
     check_dtype(device, model.dtype)
     dtype = torch_dtype(CASTS[model.dtype])
-    steps = _with_fp32(model) if model.dtype == "fp16" else model.steps
+    steps = with_fp32(model) if model.dtype == "fp16" else model.steps
     targets = targets_of(steps, model.identities)
     parts: dict[str, Any] = {}
     modules: dict[str, torch.nn.Module] = {}
@@ -203,6 +230,8 @@ def _built(
             else:
                 files = [source.file for step in model.steps for source in step.sources]
                 parts[name] = from_library(its, blueprint, dtype, files).to(device).eval()
+    if storage:
+        steps = _stored_in_fp8(steps, {**parts, **modules}, dtype)
     arguments = {**model.arguments, **parts, **modules, **given}
     _require(cls, {n for n, p in parameters.items() if p.default is p.empty} - arguments.keys())
     devices: dict[str, Devices] = {name: {"": device} for name in modules}
@@ -221,7 +250,7 @@ def _built(
     return pipe
 
 
-def _with_fp32(model: Model) -> tuple[Step, ...]:
+def with_fp32(model: Model) -> tuple[Step, ...]:
     """Returns the steps, with those targets in fp32 that their class keeps so in an fp16 model.
 
     Such as the last layer of T5's feed-forward, whose results are too large for fp16.
@@ -229,12 +258,45 @@ def _with_fp32(model: Model) -> tuple[Step, ...]:
     classes = {name: find_class(b.library, b.name) for name, b in model.blueprints.items()}
     kept = {n: {*(getattr(c, "_keep_in_fp32_modules", None) or ())} for n, c in classes.items()}
 
-    def widened(target: Target) -> Target:
+    def widened(target: Target) -> str:
         named = kept.get(target.component, set()).intersection(target.key.split("."))
-        wide = named and target.dtype == CASTS["fp16"]
-        return replace(target, dtype=CASTS["fp32"]) if wide else target
+        return CASTS["fp32"] if named and target.dtype == CASTS["fp16"] else target.dtype
 
-    return tuple(replace(s, targets=tuple(map(widened, s.targets))) for s in model.steps)
+    return _retyped(model.steps, widened)
+
+
+def _stored_in_fp8(
+    steps: tuple[Step, ...], modules: Mapping[str, torch.nn.Module], dtype: torch.dtype
+) -> tuple[Step, ...]:
+    """Sets up layerwise casting; returns the steps, with those targets in fp8 that it keeps so."""
+    import torch
+
+    name = next((name for name in NETWORKS if name in modules), None)
+    if name is None:
+        raise UsageError(
+            f"{option('storage', FP8)} is for a {' or '.join(NETWORKS)}, and none is loaded",
+            hint="call enable_layerwise_casting on a component that you supply",
+        )
+    network: Any = modules[name]
+    if not hasattr(network, "enable_layerwise_casting"):
+        what = f"diffusers {library_version('diffusers')} has no layerwise casting"
+        raise UsageError(what, hint="upgrade diffusers to 0.33 or later")
+    network.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
+    names, _ = matched(network, targets_of(steps)[name])
+    narrow = {k for k, v in network.state_dict().items() if v.dtype == torch.float8_e4m3fn}
+
+    def narrowed(target: Target) -> str:
+        own = target.component == name and names.get(target.key) in narrow
+        return CASTS[FP8] if own else target.dtype
+
+    return _retyped(steps, narrowed)
+
+
+def _retyped(steps: tuple[Step, ...], dtype_of: Callable[[Target], str]) -> tuple[Step, ...]:
+    return tuple(
+        replace(step, targets=tuple(replace(t, dtype=dtype_of(t)) for t in step.targets))
+        for step in steps
+    )
 
 
 @contextlib.contextmanager

@@ -37,6 +37,8 @@ Devices = Mapping[str, "torch.device"]
 THREADS = 4
 CHUNK = 16 << 20
 """Bytes that one thread moves at a time."""
+NARROW = 1 << 20
+"""Elements that one thread rounds to fp8 at a time."""
 
 
 def matched(module: nn.Module, targets: Mapping[str, Target]) -> tuple[dict[str, str], list[str]]:
@@ -136,7 +138,8 @@ def fill(
             elif tensor is None:
                 tensor = torch.empty(place.shape, dtype=dtype, device=device)
                 for transfer in own:
-                    cut = transfer.cut(CHUNK * 8 // BITS[transfer.dtypes[0]])
+                    bits = BITS[transfer.dtypes[0]]
+                    cut = transfer.cut(NARROW if _narrows(transfer) else CHUNK * 8 // bits)
                     moves += [(part, tensor) for part in cut]
             else:
                 done.add(tensor.nbytes)
@@ -189,7 +192,7 @@ class _Mover:
         """Fills the transfer's part of a tensor, and returns how many bytes that are."""
         import torch
 
-        if transfer.changes:  # on the CPU, so that the bits are those of a conversion
+        if transfer.changes or _narrows(transfer):  # on the CPU, for the bits of a conversion
             data, lost = converted(transfer, self.files)
             at = transfer.target[1] // tensor.itemsize
             values = torch.frombuffer(data, dtype=tensor.dtype)
@@ -230,6 +233,11 @@ class _Mover:
         with torch.cuda.stream(streams[device]):
             yield
         streams[device].synchronize()
+
+
+def _narrows(transfer: Transfer) -> bool:
+    source, target = transfer.dtypes
+    return source != target and BITS[target] == 8
 
 
 def _put(values: torch.Tensor, transfer: Transfer, tensor: torch.Tensor) -> int:

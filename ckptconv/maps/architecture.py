@@ -32,15 +32,19 @@ in the original layout begins, and its input channels tell the task."""
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """Settings for models whose configurations, by COMPONENT/ENTRY, have certain values."""
+    """Settings for models of certain facts, or of configurations that say so (COMPONENT/ENTRY)."""
 
     values: Mapping[str, int | float]
     config: Mapping[str, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a file can do, as docs/key-maps.md describes it; `key` is the word `has`."""
+    """What a file can do, as docs/key-maps.md describes it; `key` is the word `has`.
+
+    One with `facts` takes the place of the task that the channels tell, if they hold.
+    """
 
     name: str = field(metadata=GIVEN)
     pipeline: str
@@ -49,6 +53,7 @@ class Task:
     also: Mapping[str, str] = field(default_factory=dict)
     scale: int | None = 1
     defaults: tuple[Defaults, ...] = ()
+    facts: Facts = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +242,7 @@ class Architecture:
 
     def shows(self, task: Task) -> bool:
         """Whether the layouts have what the task needs, so that a sample can be made."""
-        return not task.key or task.key in self.layout(task.name).tensors
+        return not task.facts and (not task.key or task.key in self.layout(task.name).tensors)
 
     def layout(self, task: str = "") -> Header:
         """Returns the header of a published file, with what a file for a task has besides."""

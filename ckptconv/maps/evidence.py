@@ -64,7 +64,7 @@ class InMetadata:
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """A tensor that is there."""
+    """A tensor that is there; a `*` at either end of its name stands for any text."""
 
     key: str = field(metadata=word("has"))
     value: Any
@@ -109,10 +109,16 @@ class PublishedSize:
 
 @dataclass(frozen=True, slots=True)
 class Assumed:
-    """No evidence at all."""
+    """No evidence at all; only metadata and options can tell the value from the `others` (`or`).
+
+    It can be limited to files that have a key or are for one of some tasks.
+    """
 
     value: Any = field(metadata=word("assume"))
     because: str
+    others: Many[Any] = field(default=(), metadata=word("or"))
+    key: str = field(default="", metadata=word("has"))
+    tasks: Many[str] = field(default=(), metadata=word("task"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ or holds one too many is found before anything is written.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -248,6 +249,10 @@ def donor_match(architecture: Architecture, component: Component, donor: Donor) 
             target = Target(component.name, name, tensor.dtype, tensor.shape)
             steps[key] = Step(RENAME, (tensor,), (target,))
         return ComponentMatch(len(steps), steps)
+    refusal = donor.detection and donor.detection.refusal
+    if refusal and refusal.code == "quantized":  # its keys fit, its values do not
+        what = refusal.message.removeprefix(f"{donor.headers[0].path}: ")
+        return ComponentMatch(0, {}, (f"{component.name}: {what}; {refusal.hint}",))
     (header,) = donor.headers
     readable = {source.keymap for source in component.sources}
     elsewhere = [
@@ -270,14 +275,21 @@ def donor_match(architecture: Architecture, component: Component, donor: Donor) 
     return replace(match, steps=steps, problems=match.problems + match.missing)
 
 
-def better_place(architecture: Architecture, component: Component, donor: Donor) -> str:
-    """Returns the other component that most of a file is, if it can be one; empty otherwise."""
-    for other in (c for c in architecture.models if c.name in DONORS and not donor.config):
-        match = donor_match(architecture, other, donor)
-        most = 2 * len(match.steps) > len(donor.headers[0].tensors)
-        if other is not component and match.known and most and not match.problems:
-            return other.name
-    return ""
+def fitting_places(architecture: Architecture, donor: Donor) -> dict[str, ComponentMatch]:
+    """Returns the components that most of a file can be, of those that a donor may give."""
+    found = {}
+    for component in architecture.models:
+        if component.name in DONORS and not donor.config:
+            match = donor_match(architecture, component, donor)
+            most = 2 * len(match.steps) > len(donor.headers[0].tensors)
+            if match.known and most and not match.problems:
+                found[component.name] = match
+    return found
+
+
+def published_elements(architecture: Architecture, component: Component) -> int:
+    """Returns how many elements a component of the published file has."""
+    return sum(map(math.prod, _published(architecture, component)[1].values()))
 
 
 def identities(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..detection.detect import Detection
 from ..detection.spellings import EMA_NAMES, EMA_OF, EMA_PREFIX
-from ..dtypes import CASTS, FLOATS
+from ..dtypes import CASTS, FP8
 from ..errors import FileRefused, Incomplete, UsageError, option
 from ..files import Files, read_range
 from ..maps.architecture import Architecture
@@ -22,8 +22,10 @@ from ..options import Options
 from ..reading.source import open_header
 from ..reading.tensor import Header, Tensor
 from .adapters import Adapter, with_adapters
-from .components import Donor, best_match, better_place, donor_match, identities
+from .assembly import Assembly
+from .components import Donor, best_match, donor_match, fitting_places, identities
 from .joints import misfits
+from .precision import cast_step, kept_layers, network_of
 from .scaled import read_scales, scaled
 from .step import Step, Target, dropped, targets_of
 
@@ -55,6 +57,7 @@ class Plan:
         adapters: what is added to the weights, in this order.
         notes: what the user should know.
         identities: identity matrices that the classes need and no checkpoint holds.
+        assembly: what the files of a folder were taken for, if the model is put together from it.
     """
 
     detection: Detection
@@ -67,6 +70,7 @@ class Plan:
     adapters: tuple[Adapter, ...] = ()
     notes: tuple[str, ...] = ()
     identities: tuple[Target, ...] = ()
+    assembly: Assembly | None = None
 
     def __repr__(self) -> str:
         state = "lossless" if self.lossless else "not lossless"
@@ -103,9 +107,9 @@ class Plan:
         return misfits(self.detection.require()[0].joints, self._targets)
 
     def cast(self, dtype: str) -> Plan:
-        """Returns the plan with every float tensor cast to `fp16`, `bf16` or `fp32`."""
+        """Returns the plan with every float tensor cast to a key of `COMPUTED`."""
         identities = (replace(target, dtype=CASTS[dtype]) for target in self.identities)
-        steps = tuple(_cast(step, dtype) for step in self.steps)
+        steps = tuple(_cast(step, dtype, "") for step in self.steps)
         return replace(self, steps=steps, identities=tuple(identities))
 
     def lacking(self, components: Collection[str]) -> list[str]:
@@ -198,12 +202,13 @@ def build_plan(
         match = best_match(architecture, component, own.header, component.sources)
         if donor := donors.get(name):
             headers = (theirs[name].header,) if name in theirs else donor.headers
-            donated = donor_match(architecture, component, replace(donor, headers=headers))
+            bare = replace(donor, headers=headers)
+            donated = donor_match(architecture, component, bare)
             from_donors += donated.steps.values()
             if donated.problems:
                 path, lines = donor.headers[0].path, list(donated.problems)
-                if other := better_place(architecture, component, donor):
-                    lines = [f"{name}: the file fits {option(other, str(path))}"]
+                if others := fitting_places(architecture, bare):
+                    lines = [f"{name}: the file fits {option(next(iter(others)), str(path))}"]
                 unfit.setdefault(path, []).extend(lines)
             steps |= {key: dropped(s.sources[0], "replaced") for key, s in match.steps.items()}
         elif not match.known:
@@ -249,13 +254,19 @@ def build_plan(
     steps |= {key: dropped(header.tensors[key], "unknown", keep=keep) for key in unclaimed}
     ordered = [steps[key] for key in header.tensors] + from_donors
     notes = list(_oddities(architecture, unclaimed, inside, incomplete))
-    if scales and dtype is None:
-        dtype = SCALED_DTYPE
+    network = network_of(architecture)
+    if scales and dtype in (None, FP8):
+        ordered = [_cast(step, SCALED_DTYPE, network) for step in ordered]
         notes.append(
-            f"the file holds {len(scales):,} weights in fp8 with a scale: the folder is {dtype}; "
-            f"{option('dtype')} decides otherwise"
+            f"the file holds {len(scales):,} weights in fp8 with a scale: the folder is "
+            f"{SCALED_DTYPE}{' beside fp8' if dtype else ''}; {option('dtype')} decides otherwise"
         )
-    cast = [scaled(_cast(step, dtype), scales, problems) for step in ordered]
+    if dtype == FP8:
+        if network not in wanted:
+            what = f"{architecture.title} has no such network" if not network else "it is left out"
+            raise UsageError(f"fp8 is for a UNet or transformer, and {what}")
+        notes.append(kept_layers(targets_of(ordered)[network].values(), network))
+    cast = [scaled(_cast(step, dtype, network), scales, problems) for step in ordered]
     adapters = tuple(Adapter(open_header(file.path), file.scale) for file in options.lora)
     left_out = [c.name for c in architecture.models if c.name not in wanted]
     changed, passed_over = with_adapters(architecture, cast, adapters, left_out)
@@ -388,7 +399,5 @@ def _from_ema(header: Header, steps: Mapping[str, Step]) -> dict[str, Step]:
     return turned
 
 
-def _cast(step: Step, dtype: str | None) -> Step:
-    if dtype is None or step.op is DROP or step.sources[0].dtype not in FLOATS:
-        return step
-    return replace(step, targets=tuple(replace(t, dtype=CASTS[dtype]) for t in step.targets))
+def _cast(step: Step, dtype: str | None, network: str) -> Step:
+    return step if dtype is None or step.op is DROP else cast_step(step, dtype, network)

@@ -33,12 +33,15 @@ class Change:
         kind: a key of `ckptconv.streaming.deltas.KINDS`.
         parts: the tensors that the change is computed from, by role.
         factor: multiplies what is added.
+        first: row of the product that goes to the first row of the target; after the last row, the
+            first one follows.
     """
 
     key: str
     kind: str
     parts: tuple[tuple[str, Tensor], ...]
     factor: float = 1.0
+    first: int = 0
 
 
 @dataclass(frozen=True, slots=True)

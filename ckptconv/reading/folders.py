@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import FileRefused
+from ..errors import FileRefused, option
 
 INDEX = ".safetensors.index.json"
 CHECKPOINTS = (INDEX, ".safetensors", ".ckpt", ".pt", ".pth")
@@ -32,7 +32,10 @@ def not_a_file(folder: Path) -> FileRefused:
         what = "a folder of one component in the diffusers layout"
     elif len(found) > 1:
         what = f"a folder that holds {len(found)} checkpoints"
-        hint = f"give one of them, or a pattern of several in quotes: '{place / '*'}.safetensors'"
+        hint = (
+            f"give one of them, or a pattern of several in quotes: '{place / '*'}.safetensors'; "
+            f"`convert` with {option('assemble', True)} puts those together that make one model"
+        )
     else:
         what = "a folder that holds one checkpoint" if found else "a folder without a checkpoint"
     cache = f"the cache of {folder.name}, and {place.name} in it is " if snapshots else ""

@@ -60,8 +60,8 @@ def merged(
         change = KINDS[each.kind](parts, factor)
         step = max(1, BLOCK // max(1, weight.shape[1]))
         for start in range(0, len(weight), step):
-            rows = slice(start, start + step)
-            change(weight[rows], rows)
+            stop = min(start + step, len(weight))
+            change(weight[start:stop], slice(each.first + start, each.first + stop))
     return values.data.cast("B"), "F64" if values.dtype == np.float64 else "F32"
 
 

@@ -7,7 +7,6 @@ order of the elements and a change of the values hold a whole tensor, one for ea
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -118,19 +117,20 @@ def in_threads(run: Callable[[Item], Result], items: Iterable[Item], threads: in
 def _overflowed(
     files: Iterable[WeightFile], overflows: Sequence[tuple[tuple[Path, int], int]]
 ) -> Iterator[str]:
-    """Yields a sentence for every tensor that holds values which a cast made infinite."""
+    """Yields a sentence for every tensor that held values which a cast could not hold."""
     for file in files:
         for key, info in file.tensors.items():
             inside = range(info.start, info.end)
             count = sum(n for (path, at), n in overflows if path == file.path and at in inside)
             if count:
                 name = f"{file.path.parent.name}/{key}"
-                yield f"{name}: {count:,} values are too large for {info.dtype}: infinite now"
+                now = "infinite" if BITS[info.dtype] > 8 else "its largest value"
+                yield f"{name}: {count:,} values are too large for {info.dtype}: {now} now"
 
 
 def _reserve(descriptor: int, size: int) -> None:
     """Takes the room on the disk, so that a full disk shows before the first byte is copied."""
-    if sys.platform == "linux" and size:
+    if hasattr(os, "posix_fallocate") and size:
         os.posix_fallocate(descriptor, 0, size)
     else:
         os.ftruncate(descriptor, size)

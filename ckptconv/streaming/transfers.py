@@ -112,15 +112,18 @@ def _whole(step: Step, into: Sequence[Tensor]) -> Iterator[Transfer]:
 def _swapped(step: Step, place: Tensor) -> Iterator[Transfer]:
     """Yields the two halves of a tensor, each into the place of the other.
 
-    A change of such a step is a scale for the whole tensor, which is the scale of each half.
+    A scale of such a step is for the whole tensor; what an adapter adds is divided by rows.
     """
     (source,), half = step.sources, place.numel // 2
-    shape = (place.shape[0] // 2, *place.shape[1:]) if step.changes else ()
+    rows = place.shape[0]
+    shape = (rows // 2, *place.shape[1:]) if step.changes else ()
     for taken, done in ((half, 0), (0, half)):
         if half:
             part = _transfer(source, 0 if source.order else taken, place, done, half)
             first = taken if source.order else 0
-            yield replace(part, order=source.order, first=first, shape=shape, changes=step.changes)
+            before = rows // 2 if done else 0
+            changes = tuple(replace(c, first=(c.first + before) % rows) for c in step.changes)
+            yield replace(part, order=source.order, first=first, shape=shape, changes=changes)
 
 
 def _order(step: Step) -> Order | None:

@@ -210,7 +210,7 @@ def _with_record(options: Options, record: Record | None) -> tuple[Options, list
             added[name] = fact.value
             notes.append(f"{name} was set to {fact.value} ({fact.source})")
     for name, file in record.donors.items():
-        if name not in options.donors:
+        if name not in options.donors and (name in TOKENIZERS or not options.assemble):
             what = "FOLDER" if name in TOKENIZERS else "FILE"
             notes.append(f"{name} comes from {file}: give it with {option(name, what)}")
     adapters = tuple((file.path.name, file.scale) for file in options.lora)
@@ -227,7 +227,7 @@ def _check_source(plan: Plan, notes: list[str], *, strict: bool) -> Check:
     if strict:
         findings += [Problem(key, "no key map knows it") for key in plan.unclaimed]
         findings += [Problem("the file", line) for line in plan.lacking(plan.absent)]
-    findings += plan.notes
+    findings += [*(plan.assembly.lines if plan.assembly else ()), *plan.notes]
     dropped = Counter(step.reason for step in plan.steps if step.reason)
     findings += [f"tensors that are not converted ({why}): {n:,}" for why, n in dropped.items()]
     findings += [f"the file has no {name}" for name in plan.absent]

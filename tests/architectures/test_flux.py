@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ckptconv
-from ckptconv.errors import FileRefused
+from ckptconv.errors import FileRefused, UsageError
 from ckptconv.inference.generation import Settings, with_defaults
 from ckptconv.inference.model import open_model
 from ckptconv.options import Options
@@ -27,6 +27,12 @@ PROJECTION = f"{FLUX_FILES['clip_l']}text_projection.weight"
 GUIDED = {"transformer.guidance_embeds": True, "scheduler.use_dynamic_shifting": True}
 UNGUIDED = {"transformer.guidance_embeds": False, "scheduler.shift": 1.0}
 HEADS = {"transformer.num_attention_heads": 3, "text_encoder_2.num_heads": 2}
+
+
+def says(architecture: str) -> dict[str, str]:
+    return {"modelspec.architecture": architecture}
+
+
 FIRST = Relative("FLUX.1 dev", DEV, {PROJECTION: torch.randn(128, 128).half()}, GUIDED)
 
 
@@ -55,9 +61,19 @@ class TestProperties(PipelineProperties):
         ),
         Relative("FLUX.1 Fill", all_in_one(flux.TINY_FILL), slow=True),
         Relative("FLUX.1 Fill", transformer_alone(flux.TINY_FILL), variant="transformer alone"),
-        Relative("FLUX.1 Depth and Canny", all_in_one(flux.TINY_CONTROL), slow=True),
+        Relative("FLUX.1 Krea", DEV, configs=GUIDED, slow=True, metadata=says("flux-1-krea-dev")),
         Relative(
-            "FLUX.1 Depth and Canny",
+            "FLUX.1 Kontext", DEV, configs=GUIDED, slow=True, metadata=says("flux-1-kontext-dev")
+        ),
+        Relative("FLUX.1 Depth", all_in_one(flux.TINY_CONTROL), slow=True),
+        Relative(
+            "FLUX.1 Canny",
+            all_in_one(flux.TINY_CONTROL),
+            slow=True,
+            metadata=says("flux-1-canny-dev"),
+        ),
+        Relative(
+            "FLUX.1 Depth",
             transformer_alone(flux.TINY_CONTROL),
             variant="transformer alone",
         ),
@@ -135,28 +151,103 @@ def test_a_file_in_the_wrong_place_is_told_the_right_one(
     assert caught.value.problems == (f"{name}: the file holds none that FLUX.1 can have",)
 
 
+def alone(config: flux.FluxConfig, file: Path, metadata: Mapping[str, str] | None = None) -> Path:
+    """Writes a transformer alone."""
+    built = transformer_alone(config)[TRANSFORMER]().half().state_dict()
+    save_file({k: v.contiguous() for k, v in built.items()}, file, dict(metadata or {}))
+    return file
+
+
+KONTEXT, KREA = says("flux-1-kontext-dev"), says("flux-1-krea-dev")
+
+
+@pytest.mark.parametrize(
+    ("config", "metadata", "option", "release", "source"),
+    [
+        (flux.TINY_DEV, {}, None, "dev", "assumed"),
+        (flux.TINY_DEV, KREA, None, "krea", "metadata"),
+        (flux.TINY_DEV, KREA, "kontext", "kontext", "option"),
+        (flux.TINY_CONTROL, {}, None, "depth", "assumed"),
+        (flux.TINY_CONTROL, KONTEXT, None, "depth", "assumed"),
+        (flux.TINY_CONTROL, {}, "canny", "canny", "option"),
+        (flux.TINY_SCHNELL, KONTEXT, None, "schnell", "structure"),
+        (flux.TINY_FILL, KONTEXT, None, "fill", "task"),
+    ],
+)
+def test_models_that_look_alike_are_told_by_metadata_and_option(
+    config: flux.FluxConfig,
+    metadata: dict[str, str],
+    option: str | None,
+    release: str,
+    source: str,
+    tmp_path: Path,
+) -> None:
+    file = alone(config, tmp_path / "model.safetensors", metadata)
+    plan = ckptconv.plan(file, release=option)
+    fact = plan.detection.facts["release"]
+    assert (fact.value, fact.source) == (release, source)
+    pipeline = plan.detection.require()[1].pipeline
+    assert (pipeline == "FluxKontextPipeline") == (release == "kontext")
+
+
+@pytest.mark.parametrize(
+    ("config", "option", "hint"),
+    [
+        (flux.TINY_DEV, "canny", "it can be dev or krea or kontext"),
+        (flux.TINY_CONTROL, "kontext", "it can be depth or canny"),
+        (flux.TINY_SCHNELL, "dev", "it can be schnell"),
+        (flux.TINY_FILL, "large-turbo", "it can be fill"),
+    ],
+)
+def test_a_release_that_the_file_cannot_be_is_refused(
+    config: flux.FluxConfig, option: str, hint: str, tmp_path: Path
+) -> None:
+    file = alone(config, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match=f"release='{option}' does not fit") as caught:
+        ckptconv.plan(file, release=option)
+    assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "noted"),
+    [
+        ("flux1-kontext-dev", flux.TINY_DEV, "release='kontext'"),
+        ("FLUX1KreaDev", flux.TINY_DEV, "release='krea'"),
+        ("flux1-canny-dev", flux.TINY_CONTROL, "release='canny'"),
+        ("flux1-turbo", flux.TINY_DEV, ""),
+        ("flux1-dev", flux.TINY_DEV, ""),
+    ],
+)
+def test_a_name_is_answered_with_the_option(
+    name: str, config: flux.FluxConfig, noted: str, tmp_path: Path
+) -> None:
+    notes = ckptconv.inspect(alone(config, tmp_path / f"{name}.safetensors")).notes
+    assert noted in "".join(notes) if noted else not notes
+
+
 MISSING = ("vae", "text_encoder", "text_encoder_2")
 
 
 @pytest.mark.parametrize(
-    ("config", "steps", "guidance"),
+    ("config", "release", "steps", "guidance"),
     [
-        (flux.TINY_DEV, 28, 3.5),
-        (flux.TINY_SCHNELL, 4, 0),
-        (flux.TINY_FILL, 50, 30),
-        (flux.TINY_CONTROL, 30, 10),
-        (flux.TINY_CHROMA, 40, 3),
+        (flux.TINY_DEV, None, 28, 3.5),
+        (flux.TINY_DEV, "krea", 28, 4.5),
+        (flux.TINY_DEV, "kontext", 28, 2.5),
+        (flux.TINY_SCHNELL, None, 4, 0),
+        (flux.TINY_FILL, None, 50, 30),
+        (flux.TINY_CONTROL, None, 30, 10),
+        (flux.TINY_CONTROL, "canny", 50, 30),
+        (flux.TINY_CHROMA, None, 40, 3),
     ],
 )
 def test_images_are_made_with_the_settings_of_the_model(
-    config: flux.FluxConfig, steps: int, guidance: float, tmp_path: Path
+    config: flux.FluxConfig, release: str | None, steps: int, guidance: float, tmp_path: Path
 ) -> None:
-    file = tmp_path / "model.safetensors"
-    built = transformer_alone(config)[TRANSFORMER]().half().state_dict()
-    save_file({key: value.contiguous() for key, value in built.items()}, file)
-    ckptconv.convert(file, tmp_path / "out")
-    for path in (file, tmp_path / "out"):
-        model = open_model(path, Options(), given=MISSING)
+    file = alone(config, tmp_path / "model.safetensors")
+    ckptconv.convert(file, tmp_path / "out", release=release)
+    for path, said in ((file, Options(release=release)), (tmp_path / "out", Options())):
+        model = open_model(path, said, given=MISSING)
         settings = with_defaults(model, Settings("a fox"))
         assert (settings.steps, settings.guidance) == (steps, guidance)
         asked = with_defaults(model, Settings("a fox", steps=7, guidance=1.5))

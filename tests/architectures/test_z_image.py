@@ -209,24 +209,24 @@ def test_what_the_network_does_not_use_may_be_no_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("edition", "shift", "steps", "guidance"), [(None, 3.0, 9, 0), ("base", 6.0, 50, 4)]
+    ("release", "shift", "steps", "guidance"), [(None, 3.0, 9, 0), ("base", 6.0, 50, 4)]
 )
-def test_an_edition_has_its_scheduler_and_its_settings(
-    edition: str | None, shift: float, steps: int, guidance: float, tmp_path: Path, parts: Any
+def test_a_release_has_its_scheduler_and_its_settings(
+    release: str | None, shift: float, steps: int, guidance: float, tmp_path: Path, parts: Any
 ) -> None:
     file, out = parts["z_image_turbo_bf16"], tmp_path / "out"
-    run("convert", file, out, *(["--edition", edition] if edition else []))
+    run("convert", file, out, *(["--release", release] if release else []))
     assert read_json(out / "scheduler" / "scheduler_config.json")["shift"] == shift
     verified(file, out)
     verified(None, out)
-    for path, options in ((file, Options(edition=edition)), (out, Options())):
+    for path, options in ((file, Options(release=release)), (out, Options())):
         model = open_model(path, options, given=("vae", "text_encoder", "tokenizer"))
         settings = with_defaults(model, Settings("a fox"))
         assert (settings.steps, settings.guidance) == (steps, guidance)
 
 
 @pytest.mark.parametrize(
-    ("name", "edition", "said"),
+    ("name", "release", "said"),
     [
         ("z_image_turbo_bf16", None, False),
         ("zImageTurbo_turbo", None, False),
@@ -235,13 +235,13 @@ def test_an_edition_has_its_scheduler_and_its_settings(
     ],
 )
 def test_a_name_that_says_base_is_answered_with_the_option(
-    name: str, edition: str | None, said: bool
+    name: str, release: str | None, said: bool
 ) -> None:
     layout = bundled().architectures["z-image"].layout()
-    decided = {"edition": option_fact("edition", edition)} if edition else {}
+    decided = {"release": option_fact("release", release)} if release else {}
     found = detect(replace(layout, path=Path(f"{name}.safetensors")), decided=decided)
-    assert [note.endswith("say edition='base'") for note in found.notes] == [True] * said
-    assert found.facts["edition"].source == ("option" if edition else "assumed")
+    assert ["release='base'" in note for note in found.notes] == [True] * said
+    assert found.facts["release"].source == ("option" if release else "assumed")
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])

@@ -179,7 +179,7 @@ def test_a_bad_file_gives_no_traceback_in_a_process_of_its_own(tmp_path: Path) -
         (["no.safetensors"], "did you mean `ckptconv inspect no.safetensors`?"),
         (["inspect"], "Missing argument 'FILE'"),
         (["inspect", "FILE", "--frob"], "No such option"),
-        (["convert", "FILE", "OUT", "--dtype", "fp8"], "dtype 'fp8' is unknown"),
+        (["convert", "FILE", "OUT", "--dtype", "fp6"], "dtype 'fp6' is unknown"),
         (["convert", "FILE", "OUT", "--max-shard-size", "5XB"], "'5XB' is not a size"),
         (["convert", "FILE", "OUT", "--max-shard-size", "0"], "'0' is not a size"),
         (["convert", "FILE", "OUT", "--variant", "a/b"], "variant 'a/b' cannot stand in a file"),

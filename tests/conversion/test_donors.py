@@ -185,6 +185,16 @@ def test_a_donor_without_the_component_is_refused(
     assert caught.value.problems == ("vae: the file holds none that Stable Diffusion 1.x can have",)
 
 
+def test_a_quantized_donor_is_refused(small: Path, without_vae: Path, tmp_path: Path) -> None:
+    tensors = {k: v for k, v in raw(small).items() if k.startswith(VAE)}
+    tensors[f"{VAE}encoder.conv_in.weight.absmax"] = ("F32", (1,), bytes(4))
+    donor = save(tensors, tmp_path / "vae.safetensors")
+    with pytest.raises(FileRefused, match="cannot give what it is to give") as caught:
+        ckptconv.plan(without_vae, vae=donor)
+    (problem,) = caught.value.problems
+    assert problem.startswith("vae: this is quantized with bitsandbytes")
+
+
 def test_a_text_encoder_of_another_width_is_no_donor(sample: Sample, tmp_path: Path) -> None:
     wide = text.ClipText(text.TINY_CLIP).state_dict()
     save_file(wide, tmp_path / "wide.safetensors")

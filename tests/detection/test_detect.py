@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -356,6 +357,31 @@ def test_a_model_of_another_kind_is_not_called_by_the_name_of_its_unet(
     message = refusal(made(tensors))
     assert message.startswith(f"made.safetensors: this is {what}")
     assert f"it holds the key {key!r}" in message
+
+
+@pytest.mark.parametrize(
+    ("suffix", "by"),
+    [
+        ("weight.quant_state.bitsandbytes__nf4", "bitsandbytes"),
+        ("weight.absmax", "bitsandbytes"),
+        ("SCB", "bitsandbytes"),
+        ("wscales", "SVDQuant"),
+        ("qweight", "GPTQ or AWQ"),
+        ("_weight_qdata", "torchao or Quanto"),
+        ("weight_scale_2", "nvfp4"),
+    ],
+)
+@pytest.mark.parametrize("name", ["flux", "sd3", "sdxl"])
+def test_quantized_weights_are_named_in_every_family(name: str, suffix: str, by: str) -> None:
+    tensors = shapes(bundled().architectures[name].layout())
+    linear = next(key for key, shape in tensors.items() if len(shape) == 2)
+    tensors[linear] = (math.prod(tensors[linear]) // 2, 1)
+    tensors[linear.removesuffix("weight") + suffix] = (4,)
+    found = detect(made(tensors)).refusal
+    assert found
+    assert found.code == "quantized"
+    assert f"this is quantized {'to' if by == 'nvfp4' else 'with'} {by}" in found.message
+    assert "give the fp16, bf16 or fp8 file" in found.hint or "ckptconv converts" in found.hint
 
 
 def test_every_foreign_kind_has_a_sentence_of_its_own() -> None:

@@ -325,7 +325,7 @@ def test_an_option_with_another_value_is_refused() -> None:
     [
         ({"guess": 1}, "[0]: unknown word 'guess', expected one of metadata, has, task, last, "),
         ({"metdata": "m"}, "[0]: unknown word 'metdata'; did you mean 'metadata'?"),
-        ({"has": "a", "assume": 1}, "[0]: has 'has' and 'assume', which exclude each other"),
+        ({"has": "a", "last": "b"}, "[0]: has 'has' and 'last', which exclude each other"),
         ({"because": "so"}, "[0]: needs one of the words metadata, has, task, last, spread, size"),
         ("assume", "[0]: found 'assume', needed "),
         ({"metadata": "m"}, "[0]: 'values' is missing"),

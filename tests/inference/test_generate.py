@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,7 @@ from ckptconv.inference.generation import (
     call_arguments,
     check,
     generate,
+    negative_warnings,
     parse_pixels,
     prompt_warnings,
 )
@@ -332,6 +334,28 @@ def test_the_syntax_of_web_uis_is_said_to_be_plain_text(text: str, found: list[s
         [True, True] if found else []
     )
     assert all(("lora=FILE:0.8" in line) == ("<lora" in text) for line in said)
+
+
+@pytest.mark.parametrize(
+    ("cls", "guidance", "said"),
+    [
+        ("FluxPipeline", None, "the guidance of FluxPipeline knows no negative prompt"),
+        ("FluxKontextPipeline", 9, "the guidance of FluxKontextPipeline knows no negative prompt"),
+        ("FluxFillPipeline", None, ""),  # `check` refuses it
+        ("StableDiffusion3Pipeline", None, ""),
+        ("StableDiffusion3Pipeline", 0, "has no effect with guidance=0: it takes more than 1"),
+        ("StableDiffusionXLPipeline", 1, "has no effect with guidance=1: it takes more than 1"),
+        ("ChromaPipeline", 3, ""),
+    ],
+)
+def test_a_negative_prompt_without_effect_is_noted(
+    cls: str, guidance: float | None, said: str
+) -> None:
+    pipeline = getattr(diffusers, cls)
+    assert negative_warnings(pipeline, Settings("a fox", guidance=guidance)) == []
+    found = negative_warnings(pipeline, Settings("a fox", negative="fur", guidance=guidance))
+    assert len(found) == bool(said)
+    assert said in "".join(found)
 
 
 def test_options_as_web_uis_call_them(sample: Sample, run: Run, tmp_path: Path) -> None:

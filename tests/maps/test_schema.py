@@ -137,8 +137,9 @@ def words() -> set[str]:
 
 
 def test_the_vocabulary_is_small() -> None:
-    # 80 for UNets; transformers need `main`, `swap_halves` and `defaults`.
-    assert len(words()) <= 84, sorted(words())
+    # 80 for UNets; transformers need `main`, `swap_halves`, `defaults`, and `or` for look-alikes;
+    # quantized files have a `code`.
+    assert len(words()) <= 86, sorted(words())
 
 
 def test_every_word_is_documented_and_no_other() -> None:

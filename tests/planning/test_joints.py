@@ -23,7 +23,9 @@ CONV_IN, CONV_OUT = f"{UNET}input_blocks.0.0.weight", f"{UNET}out.2.weight"
 LATENTS = f"{VAE}decoder.conv_in.weight"
 IMAGE = f"{UNET}label_emb.0.0.weight"
 ATTENTION = "transformer_blocks.0.attn2.to_k.weight"
-TASKS = [(a, t) for a in bundled().architectures.values() if not a.single for t in a.tasks]
+TASKS = [
+    (a, t) for a in bundled().architectures.values() if not a.single for t in a.tasks if a.shows(t)
+]
 
 Wrong = dict[str, tuple[int, int]]
 """By key of the file, an axis and a wrong length."""

@@ -117,7 +117,7 @@ def test_what_is_left_out_need_not_be_whole() -> None:
             {"only": ["unet", "text_encoder_2", "vea"]},
             "sd1 has no component text_encoder_2, vea\nhint: its components are unet, vae, text_en",
         ),
-        ({"dtype": "fp64"}, "dtype 'fp64' is unknown\nhint: it is one of fp16, bf16, fp32"),
+        ({"dtype": "fp64"}, "dtype 'fp64' is unknown\nhint: it is one of fp16, bf16, fp32, fp8"),
         (
             {"donors": {"text_encoder_2": Donor((published(SDXL),))}},
             "text_encoder_2 is given, but it is not a component to write\nhint: the components of",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 from safetensors import deserialize, safe_open
 
 from ckptconv.maps.architecture import bundled
+from ckptconv.reading.header import encode_header
 from ckptconv.sample import layout_of, write_sample
 
 Value = tuple[str, tuple[int, ...], bytes]
@@ -76,6 +78,14 @@ def save(tensors: Mapping[str, Value], path: Path, extra: Mapping[str, str] | No
     path.write_bytes(
         len(text).to_bytes(8, "little") + text + b"".join(d for _, (_, _, d) in ordered)
     )
+    return path
+
+
+def hollow(path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> Path:
+    """Writes a file of any size that takes no room on the disk: a header, and a hole."""
+    beginning, placed = encode_header([*tensors], {})
+    path.write_bytes(beginning)
+    os.truncate(path, max((t.end for t in placed.values()), default=len(beginning)))
     return path
 
 

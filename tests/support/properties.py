@@ -182,6 +182,7 @@ NEEDS = {
     "control": ["--image"],
     "controlnet": ["--image"],
     "depth-to-image": ["--image", "--strength"],
+    "editing": ["--image"],
     "image-to-image": ["--image", "--strength"],
     "image-variation": ["--image", "--image-normalizer"],
     "inpainting": ["--image", "--mask", "--strength"],

@@ -39,6 +39,7 @@ class Relative:
         configs: values of its configurations, by `component.entry`.
         variant: what distinguishes the file from the one that stands for the row.
         task: the task, where it is not that of the row.
+        metadata: of the header.
         slow: whether the fast suite leaves it out, as the networks of another file are the same.
     """
 
@@ -49,6 +50,7 @@ class Relative:
     variant: str = ""
     task: str = ""
     slow: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.row}, {self.variant}" if self.variant else self.row
@@ -115,7 +117,7 @@ def convert(relative: Relative, folder: Path, *options: object) -> Converted:
     """Writes the file of a relative into a folder, and converts it."""
     folder.mkdir(exist_ok=True)
     file, tensors = folder / "model.safetensors", relative.tensors()
-    save_file(tensors, file)
+    save_file(tensors, file, dict(relative.metadata))
     run("convert", file, folder / "out", *options)
     return Converted(relative, file, folder / "out", tensors)
 

@@ -7,10 +7,11 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from ...dtypes import FLOATS, ONES
+from ...dtypes import CASTS, FLOATS, FP8, ONES
 from ...files import ByteCounter, Files
 from ...folder.read import ComponentFolder, ModelFolder
 from ...planning.plan import Plan
+from ...planning.precision import dtype_of, network_of
 from ...planning.step import ASIDE, Step, Target, identity_matrix
 from ...reading.tensor import Tensor
 from ...streaming.transfers import Places, Transfer, transfers
@@ -92,7 +93,7 @@ def check_data(
             for key, (want, have) in both.items()
             if have.shape != want.shape
         ),
-        *_wrong_dtypes(both, cast=cast),
+        *_wrong_dtypes(both, network_of(plan.detection.require()[0]), cast=cast),
         *(
             Problem(t.key, "is not an identity matrix, as this pipeline needs it")
             for t in plan.identities
@@ -135,20 +136,25 @@ def _fits(step: Step, tensors: Places) -> bool:
 
 
 def _wrong_dtypes(
-    pairs: Mapping[str, tuple[Target, Tensor]], *, cast: bool
+    pairs: Mapping[str, tuple[Target, Tensor]], network: str, *, cast: bool
 ) -> Iterator[Problem | str]:
     """Yields tensors that have neither the dtype of the file nor that of all the others.
 
-    A conversion keeps every dtype, or casts all floats to one. Of these readings, the folder is
-    held to the one that fewer tensors contradict.
+    A conversion keeps every dtype, casts all floats to one, or rounds a network to fp8. Of these
+    readings, the folder is held to the one that fewer tensors contradict.
     """
 
     def wrong(dtype: str | None) -> dict[str, str]:
-        wants = {key: want.dtype for key, (want, _) in pairs.items()}
-        wants = {key: dtype if dtype and want in FLOATS else want for key, want in wants.items()}
+        def wanted(want: Target) -> str:
+            if dtype == FP8:
+                return dtype_of(want, FP8, network)
+            return dtype if dtype and want.dtype in FLOATS else want.dtype
+
+        wants = {key: wanted(want) for key, (want, _) in pairs.items()}
         return {key: want for key, want in wants.items() if want != pairs[key][1].dtype}
 
     casts = set() if cast else {found.dtype for _, found in pairs.values()} & FLOATS
+    casts |= {FP8} if CASTS[FP8] in casts else set()
     best = min([None, *sorted(casts)], key=lambda dtype: len(wrong(dtype)))
     if best:
         yield f"the weights are cast to {best}: compared with the rounded values"
