@@ -23,7 +23,7 @@ from ..files import ByteCounter, Files
 from ..libraries import tied
 from ..planning.step import Step, Target, targets_of
 from ..reading.tensor import Tensor
-from ..streaming.stream import converted, in_threads
+from ..streaming.stream import CAST_CHUNK, converted, in_threads
 from ..streaming.transfers import Transfer, transfers
 
 if TYPE_CHECKING:
@@ -138,10 +138,7 @@ def fill(
             elif tensor is None:
                 tensor = torch.empty(place.shape, dtype=dtype, device=device)
                 for transfer in own:
-                    count = NARROW
-                    if not _narrows(transfer):
-                        count = CHUNK * 8 // BITS[transfer.dtypes[0]]
-                    moves += [(part, tensor) for part in transfer.cut(count)]
+                    moves += [(part, tensor) for part in transfer.cut(_portion(transfer))]
             else:
                 done.add(tensor.nbytes)
             states[component][name] = tensor
@@ -193,7 +190,8 @@ class _Mover:
         """Fills the transfer's part of a tensor, and returns how many bytes that are."""
         import torch
 
-        if transfer.changes or _narrows(transfer):  # on the CPU, for the bits of a conversion
+        if transfer.changes or transfer.dtypes[0] in BLOCKS or _narrows(transfer):
+            # on the CPU, so that the bits are those of a conversion
             data, lost = converted(transfer, self.files)
             at = transfer.target[1] // tensor.itemsize
             values = torch.frombuffer(data, dtype=tensor.dtype)
@@ -236,10 +234,17 @@ class _Mover:
         streams[device].synchronize()
 
 
+def _portion(transfer: Transfer) -> int:
+    """Returns how many elements of a transfer one thread moves at a time."""
+    if _narrows(transfer):
+        return NARROW
+    stored = transfer.dtypes[0]
+    return CAST_CHUNK if stored in BLOCKS else CHUNK * 8 // BITS[stored]
+
+
 def _narrows(transfer: Transfer) -> bool:
-    """Whether a cast takes small parts, on the CPU: to 8 bits, or of blocks."""
     source, target = transfer.dtypes
-    return source != target and (source in BLOCKS or BITS[target] == 8)
+    return source != target and BITS[target] == 8
 
 
 def _put(values: torch.Tensor, transfer: Transfer, tensor: torch.Tensor) -> int:

@@ -15,10 +15,9 @@ if TYPE_CHECKING:
 def cast(data: bytearray | memoryview, source: str, target: str) -> tuple[memoryview, int]:
     """Casts elements, rounding to the nearest value, ties to even.
 
-    Quantized ones, whole blocks of them, are computed in float32 first.
-
-    Returns their bytes, and how many finite values are too large for the target: those become
-    infinite, or the largest value of a dtype of 8 bits, some of which have no infinity.
+    Quantized ones, whole blocks of them, are computed in float32 first. Returns the bytes, and how
+    many finite values are too large for the target: those become infinite, or the largest value of
+    a dtype of 8 bits, some of which have no infinity.
     """
     import ml_dtypes
     import numpy as np
@@ -35,19 +34,6 @@ def cast(data: bytearray | memoryview, source: str, target: str) -> tuple[memory
         if BITS[target] == 8:
             after[over] = np.copysign(ml_dtypes.finfo(after.dtype).max, before[over])  # type: ignore[no-untyped-call]
     return memoryview(after.view(np.uint8).data), lost
-
-
-def _dequantized(data: bytearray | memoryview, dtype: str) -> npt.NDArray[Any]:
-    import gguf
-    import numpy as np
-
-    kind = getattr(gguf.GGMLQuantizationType, dtype, None)
-    if kind is None:
-        raise UsageError(f"this gguf package does not know {dtype}", hint="pip install -U gguf")
-    # One row: the package computes few rows at a time, and short ones would take it long.
-    blocks = np.frombuffer(data, np.uint8).reshape(1, -1)
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        return gguf.quants.dequantize(blocks, kind).reshape(-1)
 
 
 def _rounded(before: npt.NDArray[Any], source: str, target: str) -> npt.NDArray[Any]:
@@ -80,3 +66,16 @@ def _table(source: str, target: str) -> npt.NDArray[Any]:
     every = np.arange(1 << 16, dtype=np.uint16).view(numpy_dtype(source))
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         return every.astype(numpy_dtype(target))
+
+
+def _dequantized(data: bytearray | memoryview, dtype: str) -> npt.NDArray[Any]:
+    import gguf
+    import numpy as np
+
+    kind = getattr(gguf.GGMLQuantizationType, dtype, None)
+    if kind is None:
+        raise UsageError(f"this gguf package does not know {dtype}", hint="pip install -U gguf")
+    # One row: the package computes few rows at a time, and short ones would take it long.
+    row = np.frombuffer(data, np.uint8).reshape(1, -1)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        return gguf.quants.dequantize(row, kind).reshape(-1)
