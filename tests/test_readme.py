@@ -17,7 +17,8 @@ from ckptconv.reading.header import header_from_json, read_header
 from ckptconv.sample import layout_of, write_sample
 from tests.conftest import Sample
 from tests.support.checkpoints import rewritten
-from tests.support.reference.files import FLUX_FILES
+from tests.support.qwen import write_tokenizer
+from tests.support.reference.files import FLUX_FILES, Z_IMAGE_FILES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,6 +44,11 @@ def below(prefix: str, key: str) -> str | None:
 def test_every_command_runs(sample: Sample) -> None:
     for name, prefix in FLUX_FILES.items():
         rewritten(sample("flux"), Path(f"{name}.safetensors"), functools.partial(below, prefix))
+    Path("z-image-files").mkdir()
+    for name, prefix in Z_IMAGE_FILES.items():
+        file = Path("z-image-files", f"{name}.safetensors")
+        rewritten(sample("z-image"), file, functools.partial(below, prefix))
+    write_tokenizer(Path("Z-Image-Turbo", "tokenizer"))
     assert len(COMMANDS) >= 8
     for line in COMMANDS:
         result = CliRunner().invoke(main, shlex.split(line))

@@ -22,17 +22,18 @@ def cast(data: bytearray | memoryview, source: str, target: str) -> tuple[memory
     import ml_dtypes
     import numpy as np
 
-    if source in BLOCKS:
-        before, source = _dequantized(data, source), "F32"
-    else:
-        before = np.frombuffer(data, dtype=numpy_dtype(source))
-    after = _rounded(before, source, target)
-    lost = 0
-    if source in FLOATS and target in FLOATS and before.size and _has_lost(before, after):
-        over = ~np.isfinite(after) & np.isfinite(before)
-        lost = int(np.count_nonzero(over))
-        if BITS[target] == 8:
-            after[over] = np.copysign(ml_dtypes.finfo(after.dtype).max, before[over])  # type: ignore[no-untyped-call]
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        if source in BLOCKS:
+            before, source = _dequantized(data, source), "F32"
+        else:
+            before = np.frombuffer(data, dtype=numpy_dtype(source))
+        after = _rounded(before, source, target)
+        lost = 0
+        if source in FLOATS and target in FLOATS and before.size and _has_lost(before, after):
+            over = ~np.isfinite(after) & np.isfinite(before)
+            lost = int(np.count_nonzero(over))
+            if BITS[target] == 8:
+                after[over] = np.copysign(ml_dtypes.finfo(after.dtype).max, before[over])  # type: ignore[no-untyped-call]
     return memoryview(after.view(np.uint8).data), lost
 
 
@@ -42,8 +43,7 @@ def _rounded(before: npt.NDArray[Any], source: str, target: str) -> npt.NDArray[
     if (BITS[source], BITS[target]) == (16, 8):
         taken = np.take(_table(source, target).view(np.uint8), before.view(np.uint16))
         return taken.view(numpy_dtype(target))
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        return before.astype(numpy_dtype(target))
+    return before.astype(numpy_dtype(target))
 
 
 def _has_lost(before: npt.NDArray[Any], after: npt.NDArray[Any]) -> bool:
@@ -64,8 +64,7 @@ def _table(source: str, target: str) -> npt.NDArray[Any]:
     import numpy as np
 
     every = np.arange(1 << 16, dtype=np.uint16).view(numpy_dtype(source))
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        return every.astype(numpy_dtype(target))
+    return every.astype(numpy_dtype(target))
 
 
 def _dequantized(data: bytearray | memoryview, dtype: str) -> npt.NDArray[Any]:
@@ -77,5 +76,4 @@ def _dequantized(data: bytearray | memoryview, dtype: str) -> npt.NDArray[Any]:
         raise UsageError(f"this gguf package does not know {dtype}", hint="pip install -U gguf")
     # One row: the package computes few rows at a time, and short ones would take it long.
     row = np.frombuffer(data, np.uint8).reshape(1, -1)
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        return gguf.quants.dequantize(row, kind).reshape(-1)
+    return gguf.quants.dequantize(row, kind).reshape(-1)

@@ -27,7 +27,7 @@ from tests.support.pipelines import assert_same, assert_same_tokenizer
 from tests.support.properties import Convert, PipelineProperties, PublishedConfigurations
 from tests.support.qwen import write_tokenizer
 from tests.support.reference import z_image
-from tests.support.reference.files import z_image_alone, z_image_whole
+from tests.support.reference.files import Z_IMAGE_FILES, z_image_alone, z_image_whole
 from tests.support.relatives import Relative, assert_equal, exported, run, verified
 
 ROW = "Z-Image and Z-Image-Turbo"
@@ -73,12 +73,6 @@ class TestConfigurations(PublishedConfigurations):
 
 
 (TASK,) = bundled().architectures["z-image"].tasks
-PARTS = {
-    "z_image_turbo_bf16": "model.diffusion_model.",
-    "ae": "vae.",
-    "qwen_3_4b": "text_encoders.qwen3_4b.transformer.",
-}
-"""The files that people hold, and what stands before their keys where all are in one."""
 DONORS = {"vae": "ae", "text_encoder": "qwen_3_4b"}
 
 
@@ -87,7 +81,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The files of a small Z-Image: that of Qwen3 has its head, and there is a tokenizer."""
     folder, tensors = tmp_path_factory.mktemp("parts"), WHOLE.tensors()
     files = {"tokenizer": write_tokenizer(folder / "tokenizer")}
-    for name, prefix in PARTS.items():
+    for name, prefix in Z_IMAGE_FILES.items():
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if name == "qwen_3_4b":
             own["lm_head.weight"] = own["model.embed_tokens.weight"].clone()

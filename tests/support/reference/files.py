@@ -182,6 +182,14 @@ FLUX_FILES = {
 """The files that people hold, and what stands before their keys where all are in one."""
 
 
+Z_IMAGE_FILES = {
+    "z_image_turbo_bf16": "model.diffusion_model.",
+    "ae": "vae.",
+    "qwen_3_4b": "text_encoders.qwen3_4b.transformer.",
+}
+"""The same of Z-Image."""
+
+
 def layout(parts: Parts) -> dict[str, tuple[int, ...]]:
     """Return every key of a file with its shape; nothing is allocated.
 
