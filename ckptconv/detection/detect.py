@@ -121,14 +121,14 @@ class Detection:
 class ForeignFormat:
     """One entry of `foreign.yaml`; one that `decides` is right even if an architecture matches.
 
-    `code` is that of the error, where there is a more specific one.
+    The keys of one that is `quantized` may fit an architecture, its values do not.
     """
 
     keys: tuple[str, ...] = field(metadata=word("has"))
     title: str
     hint: str
     decides: bool = False
-    code: str = ""
+    quantized: bool = False
 
 
 def inspect(path: str | Path, *, maps: KeyMaps | None = None) -> Detection:
@@ -396,7 +396,7 @@ def _foreign(given: Header, maps: KeyMaps, *, deciding: bool = False) -> NotAChe
                 f"{given.path}: this is {entry.title}",
                 problems=[f"it holds the key {key!r}"],
                 hint=entry.hint,
-                code=entry.code,
+                code="quantized" if entry.quantized else "",
             )
     return None
 

@@ -138,7 +138,7 @@ def words() -> set[str]:
 
 def test_the_vocabulary_is_small() -> None:
     # 80 for UNets; transformers need `main`, `swap_halves`, `defaults`, and `or` for look-alikes;
-    # quantized files have a `code`.
+    # and there are files that are `quantized`.
     assert len(words()) <= 86, sorted(words())
 
 
