@@ -22,8 +22,20 @@ BITS: dict[str, int] = {
 }
 """Bits per element of every dtype: `Dtype::bitsize` in `src/tensor.rs` of safetensors 0.8."""
 
-FLOATS: frozenset[str] = frozenset(dtype for dtype in BITS if dtype.startswith(("F", "BF")))
-"""The real floating-point dtypes: not the integers, BOOL or C64."""
+BLOCKS: dict[str, tuple[int, int]] = {
+    **{"Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34)},
+    **{"Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176)},
+    **{"Q6_K": (256, 210), "IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ2_XXS": (256, 66)},
+    **{"IQ2_XS": (256, 74), "IQ2_S": (256, 82), "IQ3_XXS": (256, 98), "IQ3_S": (256, 110)},
+    **{"IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "TQ1_0": (256, 54), "TQ2_0": (256, 66)},
+    "MXFP4": (32, 17),
+}
+"""Quantized dtypes, which only GGUF has: the values in a block, and its bytes. A block is stored as
+a whole and lies within a row. Source: `GGML_QUANT_SIZES` in https://github.com/ggml-org/llama.cpp,
+gguf-py (MIT)."""
+
+FLOATS = frozenset(dtype for dtype in BITS if dtype.startswith(("F", "BF"))) | BLOCKS.keys()
+"""The dtypes of real numbers: not the integers, BOOL or C64."""
 
 LIBRARY_NAMES: dict[str, str] = {
     "F64": "float64",
@@ -82,7 +94,10 @@ def cast_name(dtype: object) -> str:
 
 
 def nbytes(count: int, dtype: str) -> int:
-    """Returns how many bytes a number of elements take, back to back."""
+    """Returns how many bytes a number of elements take, back to back; of blocks, whole ones."""
+    if dtype in BLOCKS:
+        values, size = BLOCKS[dtype]
+        return count // values * size
     return count * BITS[dtype] // 8
 
 

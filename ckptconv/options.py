@@ -113,7 +113,7 @@ class Options:
     """What a caller decides; whatever is left out is found out, or stays as it is in the file.
 
     Attributes:
-        dtype: cast the weights to `fp16`, `bf16` or `fp32`, or a UNet or transformer to `fp8`.
+        dtype: cast to fp16, bf16, fp32, or the main network to fp8; else as stored, GGUF as bf16.
         ema: take the EMA copy of the UNet.
         only: the components to write, such as unet and vae; all by default.
         vae: take the VAE from another checkpoint, a lone component file or a diffusers folder.

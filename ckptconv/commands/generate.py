@@ -28,10 +28,9 @@ from ..inference.generation import (
     parse_pixels,
     prompt_warnings,
     save_png,
-    size_of_result,
     with_defaults,
 )
-from ..inference.memory import Setting, choose, job_of, tile_vae
+from ..inference.memory import Setting, choose, job_of, size_of_result, tile_vae
 from ..inference.model import open_model
 from ..inference.pipeline import OFFLOADS, build_pipeline, pipeline_class, with_storage
 from ..libraries import hide_progress_bars

@@ -32,7 +32,7 @@ def plan(path: str | Path, **choices: Unpack[Choices]) -> Plan:
     """Accounts for every key of a checkpoint, and writes nothing.
 
     Args:
-        path: a safetensors file or a PyTorch checkpoint; with `assemble`, a folder of them.
+        path: a safetensors, PyTorch or GGUF file; with `assemble`, a folder of them.
         **choices: see `Options`.
 
     Raises:
@@ -59,7 +59,7 @@ def convert(
     """Converts a checkpoint into a diffusers folder.
 
     Args:
-        path: a safetensors file or a PyTorch checkpoint; with `assemble`, a folder of them.
+        path: a safetensors, PyTorch or GGUF file; with `assemble`, a folder of them.
         out: the folder to make; by default, it lies beside the file and has its name without the
             suffix.
         variant: a word, such as `fp16`, that goes into the names of the weight files.

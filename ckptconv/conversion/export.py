@@ -16,7 +16,7 @@ from typing import Any
 
 from ..destination import Destination, check_room
 from ..detection.detect import Detection
-from ..dtypes import CASTS, FLOATS, FP8
+from ..dtypes import BLOCKS, CASTS, FLOATS, FP8
 from ..errors import FileRefused, UsageError, option
 from ..files import ByteCounter, noting_files, require_unchanged
 from ..folder.read import ModelFolder, read_folder
@@ -147,6 +147,9 @@ def export(
     if adapters:
         names = ", ".join(adapters)
         notes.append(f"the weights are those of the source with {names} added, which stays in them")
+    layout = model.layout.tensors.values() if model.layout else ()
+    if blocks := sorted({info.dtype for info in layout if info.dtype in BLOCKS}):
+        notes.append(f"the source is quantized ({', '.join(blocks)}): the file has its values only")
     as_source = _is_layout(targets, model.layout) and not adapters
     kept, hints = _metadata(model, restoration.plan.detection, keep_hashes=as_source)
     entries = kept | dict(metadata or {})

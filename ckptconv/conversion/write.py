@@ -119,9 +119,10 @@ def parse_size(size: str | int) -> int:
         return size
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,3})?)\s*([A-Za-z]*)", str(size).strip())
-    if not found or found[2].upper() not in units or float(found[1]) == 0:
+    count = int(float(found[1]) * units.get(found[2].upper(), 0)) if found else 0
+    if not count:
         raise UsageError(f"{size!r} is not a size", hint="write a number and a unit, such as 5GB")
-    return int(float(found[1]) * units[found[2].upper()])
+    return count
 
 
 def write_folder(

@@ -135,7 +135,7 @@ def inspect(path: str | Path, *, maps: KeyMaps | None = None) -> Detection:
     """Says what a file is, from its header alone (and a look at a few values).
 
     Args:
-        path: a safetensors file or a PyTorch checkpoint.
+        path: a safetensors, PyTorch or GGUF file.
         maps: the key maps to use; those that come with ckptconv by default.
 
     Raises:
@@ -403,10 +403,11 @@ def _foreign(given: Header, maps: KeyMaps, *, deciding: bool = False) -> NotAChe
 
 def _disagreements(header: Header, architecture: Architecture, maps: KeyMaps) -> Iterator[str]:
     """Yields where the metadata names another architecture; names and shapes win."""
-    for key in ("modelspec.architecture", "ss_base_model_version"):
+    for key in ("modelspec.architecture", "ss_base_model_version", "general.architecture"):
         said = header.metadata.get(key, "")
-        known = tuple(alias for other in maps.architectures.values() for alias in other.aliases)
-        if said.startswith(known) and not said.startswith(tuple(architecture.aliases)):
+        every = (alias for other in maps.architectures.values() for alias in other.aliases)
+        named = max(filter(said.startswith, every), key=len, default=None)
+        if named and named not in architecture.aliases:
             yield f"the metadata says {key} = {said}, the keys are those of {architecture.name}"
 
 

@@ -208,7 +208,7 @@ def check(cls: type[DiffusionPipeline], task: str, settings: Settings) -> None:
             problems.append(f"{word} does not fit: {cls.__name__} takes none")
         if value is None and keyword in takes and name in NEEDED:
             problems.append(f"{word} is missing: {task} needs it")
-    step = 8 * (_scale(cls.__name__) or 1)
+    step = 8 * (scale_of(cls.__name__) or 1)
     if any(n % step for n in settings.size or ()):
         problems.append(f"{option('size')} does not divide by {step}, as {task} needs it")
     if "strength" in takes:
@@ -258,18 +258,6 @@ def open_images(settings: Settings) -> dict[str, Image.Image]:
     return {name: _opened(path, modes[name]) for name, path in paths.items() if path}
 
 
-def size_of_result(
-    model: Model, settings: Settings, images: Mapping[str, Image.Image]
-) -> tuple[int, int]:
-    """Returns the width and height of the image that settings make."""
-    times = _scale(str(model.index.get("_class_name")))
-    edge = 8 * (model.entry("unet/sample_size") or 128)  # of a transformer, its pipeline says 128
-    image = images.get("image")
-    return settings.size or (
-        (image.width * times, image.height * times) if image and times else (edge, edge)
-    )
-
-
 def call_arguments(
     pipe: Pipeline, settings: Settings, images: Mapping[str, Image.Image]
 ) -> dict[str, Any]:
@@ -291,7 +279,7 @@ def call_arguments(
     if settings.guidance_rescale is None and "guidance_rescale" in takes:
         zero_snr = pipe.scheduler.config.get("rescale_betas_zero_snr")
         arguments["guidance_rescale"] = RESCALE if zero_snr else 0.0
-    size, times = settings.size, _scale(type(pipe).__name__)
+    size, times = settings.size, scale_of(type(pipe).__name__)
     if times is None:  # the pipeline looks at the image and does not paint on it
         arguments |= {_keywords(takes)[name]: image for name, image in images.items()}
     elif "image" in images:
@@ -307,7 +295,7 @@ def call_arguments(
     return arguments
 
 
-def _scale(pipeline: str) -> int | None:
+def scale_of(pipeline: str) -> int | None:
     """Returns how much larger the result of a pipeline is than the image it paints on."""
     task = bundled().pipelines.get(pipeline)
     return task.scale if task else 1

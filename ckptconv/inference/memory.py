@@ -10,13 +10,17 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..dtypes import BITS, CASTS, COMPUTED, FLOATS, FP8, nbytes
 from ..errors import DeviceError, option
 from ..planning.precision import dtype_of
+from .generation import Settings, scale_of
 from .model import Model
 from .pipeline import NETWORKS, with_fp32
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 NETWORK = 20_000
 """Numbers that a UNet or transformer allocates for each position of the latents, guidance included.
@@ -130,6 +134,18 @@ def job_of(model: Model, size: tuple[int, int], device: str) -> Job:
     upcast = bool(model.entry("vae/force_upcast"))
     pixels = size[0] * size[1]
     return Job(dict(found), model.dtype, pixels, 2 ** (len(blocks) - 1), upcast, device)
+
+
+def size_of_result(
+    model: Model, settings: Settings, images: Mapping[str, Image.Image]
+) -> tuple[int, int]:
+    """Returns the width and height of the image that settings make."""
+    times = scale_of(str(model.index.get("_class_name")))
+    edge = 8 * (model.entry("unet/sample_size") or 128)  # of a transformer, its pipeline says 128
+    image = images.get("image")
+    return settings.size or (
+        (image.width * times, image.height * times) if image and times else (edge, edge)
+    )
 
 
 def peak(setting: Setting, job: Job) -> int:

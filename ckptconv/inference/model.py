@@ -14,7 +14,7 @@ from ..configs.allowed import Unbuildable, kept, notes_on_code, own_name, requir
 from ..configs.config import model_index
 from ..conversion.convert import configured, option_for, plan_file
 from ..detection.facts import Fact
-from ..dtypes import CASTS, COMPUTED, FLOATS, FP8
+from ..dtypes import BLOCKS, CASTS, COMPUTED, FLOATS, FP8
 from ..errors import FileRefused, Incomplete, UsageError, option
 from ..files import looking_into, read_config
 from ..folder.names import CONFIG_FILES, INDEX, RECORD
@@ -164,7 +164,7 @@ def _from_file(path: Path, options: Options, given: Collection[str]) -> Model:
             donor, (library, cls) = made.donors.get(name), index[name]
             folder = donor.config.parent if donor and donor.config else None
             blueprints[name] = Blueprint(library, cls, config.component.kind, config.values, folder)
-    notes += [] if options.dtype else _loading_note(stored, dtype)
+    notes += [] if options.dtype else _loading_note(stored, dtype, _deciding(made))
     if made.assembly:
         notes.insert(0, f"put together from {'; '.join(made.assembly.lines)}")
     said = (*made.notes, *notes)
@@ -183,7 +183,14 @@ def _refuse_single(path: Path, architecture: Architecture) -> None:
 
 def loading_dtype(made: Plan) -> str:
     """Returns the dtype, a key of `COMPUTED`, that a plan's weights are loaded in by default."""
-    return _one_dtype(_dtypes(made))
+    return _one_dtype(_dtypes(made), _deciding(made))
+
+
+def _deciding(made: Plan) -> str:
+    """Returns the component that decides in which dtype all weights are loaded, if it is there."""
+    blocks = (step.targets for step in made.steps if step.sources[0].dtype in BLOCKS)
+    names = {target.component for targets in blocks for target in targets}
+    return "unet" if "unet" in names else DECIDING
 
 
 def _dtypes(made: Plan) -> dict[str, Counter[str]]:
@@ -201,17 +208,18 @@ def _counted(tensors: Iterable[tuple[str, Target | Tensor]]) -> dict[str, Counte
     return found
 
 
-def _one_dtype(stored: Mapping[str, Counter[str]]) -> str:
+def _one_dtype(stored: Mapping[str, Counter[str]], deciding: str = DECIDING) -> str:
     """Returns the one dtype that weights are loaded in; fp32 if there are none.
 
     A pipeline computes in one dtype: no layer takes the output of a layer of another, and in fp8
-    there are no layers at all. A transformer decides for all; elsewhere, no value may change.
+    there are no layers at all. A transformer, or a quantized UNet, decides for all; elsewhere, no
+    value may change.
     """
     names = {dtype: name for name, dtype in COMPUTED.items()}
     every = {dtype for each in stored.values() for dtype in each}
     if len(every) == 1 and (name := names.get(*every)):
         return name
-    if own := stored.get(DECIDING):
+    if own := stored.get(deciding):
         return names.get(own.most_common(1)[0][0], "bf16")
     wide = every - {CASTS[FP8]}  # every value of which is one of fp16 and of bf16
     if len(wide) == 1 and (name := names.get(*wide)):
@@ -219,13 +227,15 @@ def _one_dtype(stored: Mapping[str, Counter[str]]) -> str:
     return "fp16" if every and every <= EXACT_IN_FP16 else "fp32"
 
 
-def _loading_note(stored: Mapping[str, Counter[str]], dtype: str) -> list[str]:
-    """Returns a sentence on weights that are loaded in another dtype as the transformer is."""
+def _loading_note(
+    stored: Mapping[str, Counter[str]], dtype: str, deciding: str = DECIDING
+) -> list[str]:
+    """Returns a sentence on weights that are loaded in another dtype because one part decides."""
     others = {d for each in stored.values() for d in each} - {CASTS[dtype]}
-    if DECIDING not in stored or not others:
+    if deciding not in stored or not others:
         return []
     return [
-        f"the {DECIDING} decides that all weights are loaded as {dtype}, those in "
+        f"the {deciding} decides that all weights are loaded as {dtype}, those in "
         f"{', '.join(sorted(others))} too; {option('dtype')} decides otherwise"
     ]
 

@@ -72,7 +72,7 @@ def empty_module(
     """
     most = 2 * len(targets) + 100
     limit = limited(most) if blueprint.folder else contextlib.nullcontext()
-    with LOCK, limit, _meta_parameters()():
+    with LOCK, limit, meta_parameters()():
         module: nn.Module = _from_config(cls, blueprint, dtype)
     if blueprint.folder:
         own = module.state_dict()
@@ -182,7 +182,8 @@ def _set_dtype(config: Any, dtype: torch.dtype | None) -> None:
 
 
 @functools.cache
-def _meta_parameters() -> type[torch.overrides.TorchFunctionMode]:
+def meta_parameters() -> type[torch.overrides.TorchFunctionMode]:
+    """Returns a context in which this thread makes parameters on the meta device."""
     import torch
 
     # What libraries make parameters of. Everything else, such as `arange` and `tensor`, stays real:

@@ -30,6 +30,7 @@ from .device import (
 )
 from .model import VERIFY, Model, open_model
 from .modules import component_class, empty_module, from_library, without_weights
+from .quantized import keep_quantized, know_blocks
 from .weights import Devices, fill, matched
 
 if TYPE_CHECKING:
@@ -240,8 +241,10 @@ def _built(
             name: {part: torch.device("cuda", gpu) for part, gpu in gpus.items()}
             for name, gpus in spread(modules, dtype, free_memory()).items()
         }
-    for note in [*model.notes, *fill(modules, steps, devices, progress, model.identities)]:
+    moved, layers = keep_quantized(modules, steps, dtype)
+    for note in [*model.notes, *fill(modules, moved, devices, progress, model.identities)]:
         log.warning("%s", note)
+    know_blocks(layers)
     arguments |= {name: _connected(module, devices[name]) for name, module in modules.items()}
     with _refusals(model.path):
         pipe: Any = cls(**{name: arguments[name] for name in parameters if name in arguments})

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..detection.spellings import current_name
-from ..dtypes import BITS, nbytes, torch_dtype
+from ..dtypes import BITS, BLOCKS, nbytes, torch_dtype
 from ..errors import MapError
 from ..files import ByteCounter, Files
 from ..libraries import tied
 from ..planning.step import Step, Target, targets_of
 from ..reading.tensor import Tensor
-from ..streaming.stream import converted, in_threads
+from ..streaming.stream import CAST_CHUNK, converted, in_threads
 from ..streaming.transfers import Transfer, transfers
 
 if TYPE_CHECKING:
@@ -138,9 +138,7 @@ def fill(
             elif tensor is None:
                 tensor = torch.empty(place.shape, dtype=dtype, device=device)
                 for transfer in own:
-                    bits = BITS[transfer.dtypes[0]]
-                    cut = transfer.cut(NARROW if _narrows(transfer) else CHUNK * 8 // bits)
-                    moves += [(part, tensor) for part in cut]
+                    moves += [(part, tensor) for part in transfer.cut(_portion(transfer))]
             else:
                 done.add(tensor.nbytes)
             states[component][name] = tensor
@@ -192,7 +190,8 @@ class _Mover:
         """Fills the transfer's part of a tensor, and returns how many bytes that are."""
         import torch
 
-        if transfer.changes or _narrows(transfer):  # on the CPU, for the bits of a conversion
+        if transfer.changes or transfer.dtypes[0] in BLOCKS or _narrows(transfer):
+            # on the CPU, so that the bits are those of a conversion
             data, lost = converted(transfer, self.files)
             at = transfer.target[1] // tensor.itemsize
             values = torch.frombuffer(data, dtype=tensor.dtype)
@@ -233,6 +232,14 @@ class _Mover:
         with torch.cuda.stream(streams[device]):
             yield
         streams[device].synchronize()
+
+
+def _portion(transfer: Transfer) -> int:
+    """Returns how many elements of a transfer one thread moves at a time."""
+    if _narrows(transfer):
+        return NARROW
+    stored = transfer.dtypes[0]
+    return CAST_CHUNK if stored in BLOCKS else CHUNK * 8 // BITS[stored]
 
 
 def _narrows(transfer: Transfer) -> bool:

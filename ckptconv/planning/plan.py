@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..detection.detect import Detection
 from ..detection.spellings import EMA_NAMES, EMA_OF, EMA_PREFIX
-from ..dtypes import CASTS, FP8
+from ..dtypes import BLOCKS, CASTS, FP8
 from ..errors import FileRefused, Incomplete, UsageError, option
 from ..files import Files, read_range
 from ..maps.architecture import Architecture
@@ -27,10 +27,13 @@ from .components import Donor, best_match, donor_match, fitting_places, identiti
 from .joints import misfits
 from .precision import cast_step, kept_layers, network_of
 from .scaled import read_scales, scaled
-from .step import Step, Target, dropped, targets_of
+from .step import ASIDE, Step, Target, dropped, targets_of
 
 SCALED_DTYPE = "fp16"
 """What scaled weights become by default: times their scale, they are no longer values of fp8."""
+
+QUANTIZED_DTYPE = "bf16"
+"""What a component with quantized weights becomes by default, as their users compute with them."""
 
 COMPARED = 1 << 20
 """Bytes of two tensors that are compared at a time."""
@@ -261,6 +264,16 @@ def build_plan(
             f"the file holds {len(scales):,} weights in fp8 with a scale: the folder is "
             f"{SCALED_DTYPE}{' beside fp8' if dtype else ''}; {option('dtype')} decides otherwise"
         )
+    quantized = _quantized(ordered)
+    if quantized and dtype in (None, FP8):
+        ordered = [_computed(step, quantized, network) for step in ordered]
+        notes += [
+            f"the {name} is quantized ({kinds}): it is written, or computed with, in "
+            f"{QUANTIZED_DTYPE}{' beside fp8' if dtype else ''}; "
+            f"{option('dtype')} decides otherwise"
+            for name, kinds in quantized.items()
+            if name != ASIDE
+        ]
     if dtype == FP8:
         if network not in wanted:
             what = f"{architecture.title} has no such network" if not network else "it is left out"
@@ -399,5 +412,23 @@ def _from_ema(header: Header, steps: Mapping[str, Step]) -> dict[str, Step]:
     return turned
 
 
+def _quantized(steps: Iterable[Step]) -> dict[str, str]:
+    """Returns the components that hold quantized weights, and their dtypes as text."""
+    found: dict[str, set[str]] = {}
+    for step in steps:
+        for target in step.targets if step.sources[0].dtype in BLOCKS else ():
+            found.setdefault(target.component, set()).add(step.sources[0].dtype)
+    return {name: ", ".join(sorted(dtypes)) for name, dtypes in found.items()}
+
+
+def _computed(step: Step, quantized: Collection[str], network: str) -> Step:
+    """Casts a component that holds quantized weights to the dtype that it computes in."""
+    if any(target.component in quantized for target in step.targets):
+        return _cast(step, QUANTIZED_DTYPE, network)
+    return step
+
+
 def _cast(step: Step, dtype: str | None, network: str) -> Step:
-    return step if dtype is None or step.op is DROP else cast_step(step, dtype, network)
+    """Casts floats that are converted, and quantized ones that are only kept, too."""
+    kept = step.op is DROP and step.sources[0].dtype not in BLOCKS
+    return step if dtype is None or kept else cast_step(step, dtype, network)

@@ -1,1 +1,1 @@
-"""From a file to its header: safetensors and PyTorch checkpoints, strictly, no data and no code."""
+"""From a file to its header: safetensors, PyTorch and GGUF, strictly, no data and no code."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import FileRefused, option
 
 INDEX = ".safetensors.index.json"
-CHECKPOINTS = (INDEX, ".safetensors", ".ckpt", ".pt", ".pth")
+CHECKPOINTS = (INDEX, ".safetensors", ".ckpt", ".pt", ".pth", ".gguf")
 
 
 def not_a_file(folder: Path) -> FileRefused:
@@ -20,7 +20,7 @@ def not_a_file(folder: Path) -> FileRefused:
     place = snapshots[-1] if snapshots else folder
     found = sorted(path for path in place.iterdir() if path.name.endswith(CHECKPOINTS))
     found = [path for path in found if path.name.endswith(INDEX)] or found  # rather than its shards
-    hint = f"give {found[0]}" if found else "give one .safetensors or .ckpt file"
+    hint = f"give {found[0]}" if found else "give one .safetensors, .ckpt or .gguf file"
     if (place / "model_index.json").is_file():
         what = "a diffusers folder, so it is converted already"
         also = f"; for the checkpoint in it, {hint}" if found else ""

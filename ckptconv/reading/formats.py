@@ -59,7 +59,7 @@ _ROWS = (
         "`torch.load(FILE, map_location='cpu', weights_only=True)`, and save it again",
         rb"",
     ),
-    (rb"GGUF", "a GGUF file", _ELSEWHERE, rb""),
+    (rb"GGUF", "a GGUF file", "such a file is accepted only as a whole checkpoint", rb""),
     (rb"\x08[\x01-\x14]\x12[\x00-\x7f]", "an ONNX model", _ELSEWHERE, rb""),
     (
         rb"version https?://(?:git-lfs|hawser|git-media)\.|# xet version",

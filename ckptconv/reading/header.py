@@ -14,10 +14,11 @@ space before the first brace, and sizes of 2**63 and more in a tensor without el
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..dtypes import BITS
+from ..dtypes import BITS, BLOCKS
 from ..errors import HeaderError
 from ..files import open_regular, read_at
 from .formats import ENOUGH, other_format
@@ -88,7 +89,8 @@ def header_from_json(path: str | Path) -> Header:
         document = _parse(path, file.read())
     try:
         metadata = _check_metadata(document["metadata"], problems)
-        tensors = _lay_out(path, ((n, *entry) for n, entry in document["tensors"].items()), 0)
+        entries = ((name, *entry) for name, entry in document["tensors"].items())
+        tensors = _lay_out(path, entries, 0, quantized=True)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         problems.append(f"{type(error).__name__}: {error}")
     if problems:
@@ -257,30 +259,38 @@ def _check_layout(tensors: Mapping[str, Tensor], data_start: int, problems: list
 
 
 def _lay_out(
-    path: Path, tensors: Iterable[tuple[str, str, Sequence[int]]], start: int
+    path: Path,
+    tensors: Iterable[tuple[str, str, Sequence[int]]],
+    start: int,
+    *,
+    quantized: bool = False,
 ) -> dict[str, Tensor]:
     """Places tensors back to back from an offset on; ValueError if one of them is not valid."""
     placed: dict[str, Tensor] = {}
     for name, dtype, shape in tensors:
         if name in placed or name == _METADATA:
             raise ValueError(f"tensor {show(name)}: the name is taken")
-        end = start + nbytes_of(dtype, shape)
+        end = start + nbytes_of(dtype, shape, quantized=quantized)
         placed[name] = Tensor(path, name, dtype, tuple(shape), start, end)
         start = end
     return placed
 
 
-def nbytes_of(dtype: object, shape: object) -> int:
+def nbytes_of(dtype: object, shape: object, *, quantized: bool = False) -> int:
     """Returns how many bytes a tensor needs; ValueError if its dtype or shape is not valid."""
-    if not isinstance(dtype, str) or dtype not in BITS:
+    values, size = BLOCKS.get(str(dtype), (1, 0)) if quantized else (1, 0)
+    if not isinstance(dtype, str) or not (size or dtype in BITS):
         raise ValueError(f"{show(dtype)} is not a dtype of the format, such as F16 or F32")
     if not isinstance(shape, list | tuple) or not are_sizes(*shape):
         raise ValueError(f"the shape {show(shape)} is not a list of integers from 0 to 2**63 - 1")
-    bits = BITS[dtype]
-    for size in shape:
-        bits *= size
+    bits = size * 8 or BITS[dtype]
+    if size and math.prod(shape) % values:
+        raise ValueError(f"{dtype} of shape {show(shape)} is not whole blocks of {values} values")
+    for count in shape:
+        bits *= count
         if bits >= _MAX_BITS:
             raise ValueError(f"{dtype} of shape {show(shape)} overflows: 2**63 bits or more")
+    bits //= values
     if bits % 8:
         raise ValueError(f"{dtype} of shape {show(shape)} is {bits} bits, not whole bytes")
     return bits // 8

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import FileRefused
 from ..files import open_regular
 from .folders import not_a_file
+from .gguf import MAGIC, read_gguf
 from .header import read_header
 from .shards import open_index
 from .tensor import Header
@@ -24,7 +25,7 @@ UNFINISHED = (".aria2", ".part", ".crdownload", ".!qB", ".download", ".incomplet
 
 
 def open_header(path: str | Path) -> Header:
-    """Reads the header of a safetensors file, a PyTorch checkpoint, or a sharded checkpoint.
+    """Reads the header of a safetensors, PyTorch or GGUF file, or of a sharded checkpoint.
 
     Args:
         path: the file, or the index of the shards (`.safetensors.index.json`).
@@ -49,6 +50,8 @@ def _read(path: Path) -> Header:
         )
     with open_regular(path) as (file, _):
         beginning = file.read(9)
+    if beginning.startswith(MAGIC):
+        return read_gguf(path)
     if not is_zip(beginning):
         return read_header(path)
     from .pickled import read_pickled  # a quarter of the time of an inspection

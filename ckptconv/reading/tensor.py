@@ -55,7 +55,7 @@ class Tensor:
     Attributes:
         file: the file.
         name: the name of the tensor in that file.
-        dtype: a key of `ckptconv.dtypes.BITS`.
+        dtype: a key of `ckptconv.dtypes.BITS` or `BLOCKS`.
         shape: number of elements along each axis; `()` is a scalar.
         start: offset of the first byte of the data in the file.
         end: offset of the byte after the last one.

@@ -12,6 +12,7 @@ from ..detection.detect import Detection
 from ..detection.spellings import EMA_PREFIX
 from ..planning.plan import Plan
 from ..planning.step import Target
+from ..reading.gguf import MAGIC
 from ..reading.source import is_zip
 from ..reading.tensor import Header, Tensor
 
@@ -135,12 +136,13 @@ def hashes(header: Header) -> dict[str, str]:
         return {}
     whole, data = hashlib.sha256(), hashlib.sha256()
     with header.path.open("rb") as file:
-        pickled = is_zip(file.read(9))
+        beginning = file.read(9)
+        plain = not (is_zip(beginning) or beginning.startswith(MAGIC))
         file.seek(0)
-        whole.update(b"" if pickled else file.read(header.data_start))
+        whole.update(file.read(header.data_start) if plain else b"")
         while chunk := file.read(1 << 22):
             whole.update(chunk)
             data.update(chunk)
     digest = whole.hexdigest()
     found = {"sha256": digest, "short": digest[:10]}
-    return found if pickled else found | {"sshs_model_hash": data.hexdigest()}
+    return found | {"sshs_model_hash": data.hexdigest()} if plain else found

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from ..dtypes import BITS, FLOATS, numpy_dtype
+from ..dtypes import BITS, BLOCKS, FLOATS, numpy_dtype
+from ..errors import UsageError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -14,13 +15,17 @@ if TYPE_CHECKING:
 def cast(data: bytearray | memoryview, source: str, target: str) -> tuple[memoryview, int]:
     """Casts elements, rounding to the nearest value, ties to even.
 
-    Returns their bytes, and how many finite values are too large for the target: those become
-    infinite, or the largest value of a dtype of 8 bits, some of which have no infinity.
+    Quantized ones, whole blocks of them, are computed in float32 first. Returns the bytes, and how
+    many finite values are too large for the target: those become infinite, or the largest value of
+    a dtype of 8 bits, some of which have no infinity.
     """
     import ml_dtypes
     import numpy as np
 
-    before = np.frombuffer(data, dtype=numpy_dtype(source))
+    if source in BLOCKS:
+        before, source = _dequantized(data, source), "F32"
+    else:
+        before = np.frombuffer(data, dtype=numpy_dtype(source))
     after = _rounded(before, source, target)
     lost = 0
     if source in FLOATS and target in FLOATS and before.size and _has_lost(before, after):
@@ -61,3 +66,16 @@ def _table(source: str, target: str) -> npt.NDArray[Any]:
     every = np.arange(1 << 16, dtype=np.uint16).view(numpy_dtype(source))
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         return every.astype(numpy_dtype(target))
+
+
+def _dequantized(data: bytearray | memoryview, dtype: str) -> npt.NDArray[Any]:
+    import gguf
+    import numpy as np
+
+    kind = getattr(gguf.GGMLQuantizationType, dtype, None)
+    if kind is None:
+        raise UsageError(f"this gguf package does not know {dtype}", hint="pip install -U gguf")
+    # One row: the package computes few rows at a time, and short ones would take it long.
+    row = np.frombuffer(data, np.uint8).reshape(1, -1)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        return gguf.quants.dequantize(row, kind).reshape(-1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ..dtypes import BITS, nbytes
+from ..dtypes import BITS, BLOCKS, nbytes
 from ..files import Files
 from ..planning.step import Target
 from ..reading.header import encode_header
@@ -149,22 +149,24 @@ def _move(part: Transfer, files: Files, progress: Callable[[int], None]) -> int:
 
 
 def converted(part: Transfer, files: Files) -> tuple[memoryview, int]:
-    """Reads a part, then rearranges, changes and casts it as the transfer says.
+    """Reads a part, then dequantizes, rearranges, changes and casts it as the transfer says.
 
     Returns the bytes of the target, and how many finite values became infinite. FileRefused if a
     source became shorter, can no longer be read, or adds what is not finite.
     """
+    from .cast import cast
+
     dtype, wanted = part.dtypes
     view = memoryview(files.read(*part.source, nbytes(part.reads, dtype)))
     if part.order:
+        if dtype in BLOCKS:  # whose values have no order of their own
+            view, dtype = cast(view, dtype, "F32")[0], "F32"
         start = nbytes(part.first, dtype)
         view = part.order.arranged(view)[start : start + nbytes(part.count, dtype)]
     if part.changes:
         view, dtype = merged(view, dtype, part, files)
     if dtype == wanted:
         return view, 0
-    from .cast import cast
-
     return cast(view, dtype, wanted)
 
 

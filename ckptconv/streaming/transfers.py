@@ -6,12 +6,13 @@ a copy of byte ranges; neighbouring ranges become one copy.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..dtypes import nbytes
+from ..dtypes import BLOCKS, nbytes
 from ..planning.step import Change, Step
 from ..reading.tensor import Order, Shape, Tensor
 
@@ -114,25 +115,37 @@ def _swapped(step: Step, place: Tensor) -> Iterator[Transfer]:
 
     A scale of such a step is for the whole tensor; what an adapter adds is divided by rows.
     """
-    (source,), half = step.sources, place.numel // 2
+    (source,), half, order = step.sources, place.numel // 2, _order(step)
     rows = place.shape[0]
     shape = (rows // 2, *place.shape[1:]) if step.changes else ()
     for taken, done in ((half, 0), (0, half)):
         if half:
-            part = _transfer(source, 0 if source.order else taken, place, done, half)
-            first = taken if source.order else 0
+            part = _transfer(source, 0 if order else taken, place, done, half)
+            first = taken if order else 0
             before = rows // 2 if done else 0
             changes = tuple(replace(c, first=(c.first + before) % rows) for c in step.changes)
-            yield replace(part, order=source.order, first=first, shape=shape, changes=changes)
+            yield replace(part, order=order, first=first, shape=shape, changes=changes)
 
 
 def _order(step: Step) -> Order | None:
     """Returns how a step rearranges the elements of its source, if it does."""
     source = step.sources[0]
     if step.op.order != "transposed":
-        return source.order
+        # To end within a block, a target needs the values of the whole tensor.
+        return Order((source.numel,), (0,)) if _cuts_blocks(step) else source.order
     stored, axes = source.order or (source.shape, tuple(range(len(source.shape))))
     return Order(stored, axes[::-1])
+
+
+def _cuts_blocks(step: Step) -> bool:
+    """Whether a target, or a half of it, ends within a block of a quantized tensor."""
+    source = step.sources[0]
+    if source.dtype not in BLOCKS:
+        return False
+    ends = [*itertools.accumulate(math.prod(target.shape) for target in step.targets)]
+    if step.op.order == "halves swapped":
+        ends = [source.numel // 2]
+    return any(end % BLOCKS[source.dtype][0] for end in ends)
 
 
 def _matched(sources: Sequence[Tensor], into: Sequence[Tensor]) -> Iterator[Transfer]:

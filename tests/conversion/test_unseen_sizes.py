@@ -1,4 +1,4 @@
-"""FLUX, Chroma and Stable Diffusion 3 in sizes that nobody published, whole and in pieces."""
+"""FLUX, Chroma, SD3 and Z-Image in sizes that nobody published, whole and in pieces."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ckptconv.detection.detect import detect
 from ckptconv.planning.plan import build_plan
 from tests.conftest import made
 from tests.support.checkpoints import raw, raw_folder, save
-from tests.support.reference import flux, mmdit, t5, text, vae
+from tests.support.reference import flux, mmdit, qwen3, t5, text, vae, z_image
 from tests.support.reference.files import Parts, layout
 
 HEAD = 64
@@ -56,7 +56,20 @@ def models(draw: st.DrawFn, family: str) -> Model:
     expected = {"transformer.joint_attention_dim": words.width}
     autoencoder = partial(vae.Vae, replace(vae.TINY_VAE_16, channels=32))
     clip_l = "text_encoders.clip_l.transformer."
-    if family == "sd3":
+    transformer: Callable[[], nn.Module]
+    if family == "z-image":
+        shared, heads = draw(size), draw(size)
+        language = replace(qwen3.TINY_QWEN3, width=words.width, layers=draw(size), vocabulary=99)
+        language = replace(language, shared=shared, heads=shared * draw(size))
+        image = replace(z_image.TINY_Z_IMAGE, layers=draw(size), refiners=draw(size))
+        image = replace(image, width=2 * HEAD * heads, text_width=words.width)
+        encoders = {"text_encoders.qwen3_4b.transformer.": partial(qwen3.Qwen3, language)}
+        expected = {"transformer.cap_feat_dim": words.width, "transformer.n_heads": heads}
+        expected |= {"transformer.n_refiner_layers": image.refiners}
+        expected |= {"text_encoder.num_key_value_heads": shared}
+        expected |= {"text_encoder.num_attention_heads": language.heads}
+        transformer, prefix = partial(z_image.ZImage, image), "vae."
+    elif family == "sd3":
         large = replace(text.TINY_OPENCLIP, width=HEAD * draw(size), layers=3)
         large = replace(large, projection=large.width)
         encoders[clip_l] = partial(text.ClipTextAsPooled, clip)
@@ -95,7 +108,7 @@ def models(draw: st.DrawFn, family: str) -> Model:
     return Model({"model.diffusion_model.": transformer, prefix: autoencoder, **encoders}, expected)
 
 
-FAMILIES = ("flux", "chroma", "sd3")
+FAMILIES = ("flux", "chroma", "sd3", "z-image")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -29,13 +29,16 @@ def _names(folder: Path) -> list[str]:
         ("3KiB", 3072),
         ("2gib", 2**31),
         ("12", 12),
+        ("1.5GB", 1_500_000_000),
     ],
 )
 def test_sizes(text: str, nbytes: int) -> None:
     assert parse_size(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "0", "0GB", "-5GB", "5XB", "GB", "1.5GB", "5 G B", "9" * 13])
+@pytest.mark.parametrize(
+    "text", ["", "0", "0GB", "-5GB", "5XB", "GB", "1.GB", "0.5", "5 G B", "9" * 13]
+)
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is not a size") as caught:
         parse_size(text)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ckptconv.detection.detect import detect
 from ckptconv.errors import DeviceError
-from ckptconv.inference.generation import Settings, size_of_result
+from ckptconv.inference.generation import Settings
 from ckptconv.inference.memory import (
     DECODER,
     NETWORK,
@@ -26,6 +26,7 @@ from ckptconv.inference.memory import (
     choose,
     job_of,
     peak,
+    size_of_result,
     tile_vae,
 )
 from ckptconv.inference.model import open_model

@@ -16,7 +16,12 @@ SNAPSHOT = "models--org--name/snapshots/0123abc"
 @pytest.mark.parametrize(
     ("files", "given", "what", "hint"),
     [
-        ([], ".", "this is a folder without a checkpoint", "give one .safetensors or .ckpt file"),
+        (
+            [],
+            ".",
+            "this is a folder without a checkpoint",
+            "give one .safetensors, .ckpt or .gguf file",
+        ),
         (
             ["one.ckpt"],
             ".",

@@ -11,14 +11,16 @@ import math
 import pickletools
 import random
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptconv.dtypes import BITS
+from ckptconv.dtypes import BITS, BLOCKS, nbytes
 from ckptconv.maps.architecture import bundled
+from ckptconv.reading.gguf import SHAPE_OF, TYPES
 from ckptconv.reading.header import header_from_json
 from ckptconv.sample import layout_of
 from tests.support.attacks import ATTACKS, entry, pack
@@ -98,7 +100,7 @@ def good() -> Trial:
 def trial(seed: int, number: int) -> Trial:
     """Returns an input: always the same one of a number."""
     rng = random.Random(f"{seed} {number}")  # noqa: S311
-    kind = rng.choice([*["tensors"] * 4, "header", "index", "pickle", "opcodes", "zip", "bytes"])
+    kind = rng.choice([*["tensors"] * 4, *(kind for kind in _KINDS if kind != "tensors")])
     return Trial(kind, _KINDS[kind](rng))
 
 
@@ -359,13 +361,57 @@ def _zip(rng: random.Random) -> Files:
     return _flipped(rng, files) if rng.random() < 0.2 else files
 
 
+def _gguf(rng: random.Random) -> Files:
+    files = {"model.gguf": gguf_of(rng, changed(rng, layouts()))}
+    return _flipped(rng, files) if rng.random() < 0.2 else files
+
+
+def gguf_of(rng: random.Random, tensors: Tensors) -> tuple[bytes, int]:
+    """Returns beginning and size of a GGUF file; some of its tensors are quantized."""
+    infos, entries, end = b"", [_gguf_entry("general.architecture", 8, _gguf_text("flux"))], 0
+    kinds, odd = rng.sample([0, 1, 8, 12, 14, 30], 3), rng.choice([0.0, 0.0, 0.01])
+    for key, (_, shape) in tensors.items():
+        kind = rng.choice(kinds)
+        if not shape or shape[-1] % BLOCKS.get(TYPES[kind], (1, 0))[0]:
+            kind = 0
+        axes = [min(n, 2**64 - 1) for n in shape[::-1]]
+        infos += _gguf_text(key) + struct.pack(f"<I{len(axes)}Q", len(axes), *axes)
+        named = rng.randrange(50) if rng.random() < odd else kind
+        infos += struct.pack("<IQ", named, end % 2**64)
+        size = nbytes(math.prod(shape), TYPES[kind])
+        end += -(-size // 32) * 32 if rng.random() >= odd else rng.choice([1, 32, 2**62])
+    for _ in range(rng.choice([0, 0, 0, 1, 2])):
+        key = rng.choice([f"{SHAPE_OF}{rng.choice([*tensors, 'x'])}", *ENTRIES, *WORDS])
+        count = rng.choice([0, 1, 4, 5, 2**31, 2**63])
+        numbers = struct.pack("<4i", *(rng.choice([-1, 1, 4, 320]) for _ in range(4)))
+        value = struct.pack("<IQ", rng.choice([5, 8, 9, 4]), count) + numbers
+        entries.append(_gguf_entry(key, rng.choice([9, 9, 4, 8, 10, 77]), value))
+    counts = [len(tensors), len(entries)]
+    if rng.random() < 0.2:
+        counts[rng.randrange(2)] = rng.choice([0, 1, 10**6, 2**32, 2**64 - 1])
+    version = rng.choice([3] * 40 + [0, 1, 2, 4, 3 << 24])
+    beginning = b"GGUF" + struct.pack("<IQQ", version, *counts) + b"".join(entries) + infos
+    beginning += bytes(-len(beginning) % 32)
+    return beginning, min(len(beginning) + end, LARGEST)
+
+
+def _gguf_text(text: str) -> bytes:
+    content = text.encode(errors="surrogatepass")
+    return struct.pack("<Q", len(content)) + content
+
+
+def _gguf_entry(key: str, kind: int, value: bytes) -> bytes:
+    return _gguf_text(key) + struct.pack("<I", kind) + value
+
+
 def _bytes(rng: random.Random) -> Files:
     attack: dict[str, tuple[bytes, Any]] = rng.choice([ATTACKS, ZIPS, PICKLES])
     content, _ = attack[rng.choice([*attack])]
     content = checkpoint(content, _0=bytes(16)) if attack is PICKLES else content
     if rng.random() < 0.5:
         return _flipped(rng, {"model": _raw(content)})
-    return _flipped(rng, rng.choice([_tensors, _header, _pickle, _opcodes, _zip, _index])(rng))
+    makers = [_tensors, _header, _pickle, _opcodes, _zip, _index, _gguf]
+    return _flipped(rng, rng.choice(makers)(rng))
 
 
 def _flipped(rng: random.Random, files: Files) -> Files:
@@ -387,6 +433,7 @@ _KINDS: dict[str, Callable[[random.Random], Files]] = {
     "pickle": _pickle,
     "opcodes": _opcodes,
     "zip": _zip,
+    "gguf": _gguf,
     "bytes": _bytes,
 }
 """`tensors` and `pickle` are well-formed files of changed layouts; the others are damaged."""
