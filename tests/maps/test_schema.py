@@ -11,8 +11,8 @@ from typing import Any, Literal
 import pytest
 
 from ckptconv.configs.original_config import OriginalConfigFile
-from ckptconv.detection.detect import ForeignFormat
 from ckptconv.detection.facts import Hints
+from ckptconv.detection.foreign import ForeignFormat
 from ckptconv.maps.architecture import Architecture, Content, Relative, Variant
 from ckptconv.maps.holes import HOLES
 from ckptconv.maps.keymap import MapFile
