@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import Ambiguous, NotACheckpoint, UsageError, option
 from ..maps.architecture import UNET_ROOT, Architecture, KeyMaps, Task, bundled
 from ..maps.evidence import Condition, Has, Indices, Lacks, Rank
-from ..maps.schema import word
 from ..reading.source import open_header
 from ..reading.tensor import Header, Tensor
-from .facts import Fact, Hints, choices, config_beside, find_fact, first_match, hold, notes_of
+from .facts import Fact, Hints, choices, config_beside, find_fact, hold, notes_of
+from .foreign import foreign
 from .spellings import STRAYS, in_original_names, is_there, respelled, unwrapped
 
 if TYPE_CHECKING:
@@ -117,20 +117,6 @@ class Detection:
         return tuple(line.text for v in self.verdicts if v.architecture == name for line in v.lines)
 
 
-@dataclass(frozen=True, slots=True)
-class ForeignFormat:
-    """One entry of `foreign.yaml`; one that `decides` is right even if an architecture matches.
-
-    `code` is that of the error, where there is a more specific one.
-    """
-
-    keys: tuple[str, ...] = field(metadata=word("has"))
-    title: str
-    hint: str
-    decides: bool = False
-    code: str = ""
-
-
 def inspect(path: str | Path, *, maps: KeyMaps | None = None) -> Detection:
     """Says what a file is, from its header alone (and a look at a few values).
 
@@ -175,7 +161,7 @@ def detect(
             ],
             hint="their conditions in arch.yaml overlap: add one that only one of them meets",
         )
-    refusal = _foreign(header, maps, deciding=True)
+    refusal = foreign(header, maps, deciding=True)
     if not (refusal or matching):
         refusal = _refusal(header, given, verdicts, maps)
     if refusal:
@@ -368,8 +354,8 @@ def _refusal(
     whole = [v for v in verdicts if not maps.architectures[v.architecture].single]
     nearest = min(whole, key=lambda verdict: len(verdict.failing))
     if not any(is_there(maps.architectures[v.architecture], v.prefix, header) for v in whole):
-        if foreign := _foreign(given, maps):
-            return foreign
+        if found := foreign(given, maps):
+            return found
         some = ", ".join(list(given.tensors)[:3])
         return NotACheckpoint(
             f"{header.path}: this is no checkpoint that is known: no key belongs to one",
@@ -382,23 +368,6 @@ def _refusal(
         hint="`ckptconv inspect --verdicts FILE` shows what every architecture says of the file",
         code="unknown-architecture",
     )
-
-
-def _foreign(given: Header, maps: KeyMaps, *, deciding: bool = False) -> NotACheckpoint | None:
-    """Says what a file of another kind is; `deciding` asks only the entries that decide."""
-    known = maps.typed(tuple[ForeignFormat, ...], "foreign")
-    entries = [entry for entry in known if entry.decides or not deciding]
-    if not first_match(given.tensors, [key for entry in entries for key in entry.keys]):
-        return None  # as for every checkpoint: one pass over the keys tells
-    for entry in entries:
-        if key := first_match(given.tensors, entry.keys):
-            return NotACheckpoint(
-                f"{given.path}: this is {entry.title}",
-                problems=[f"it holds the key {key!r}"],
-                hint=entry.hint,
-                code=entry.code,
-            )
-    return None
 
 
 def _disagreements(header: Header, architecture: Architecture, maps: KeyMaps) -> Iterator[str]:

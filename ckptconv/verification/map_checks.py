@@ -16,8 +16,9 @@ from typing import Any
 from ..configs.allowed import Unbuildable, defaults
 from ..configs.config import Config, class_of, configs, model_index
 from ..configs.original_config import OriginalConfigFile
-from ..detection.detect import ForeignFormat, detect
+from ..detection.detect import detect
 from ..detection.facts import Hints
+from ..detection.foreign import ForeignFormat
 from ..errors import CkptconvError
 from ..maps import schema
 from ..maps.architecture import Architecture, KeyMaps, Relative, Variant

@@ -86,7 +86,8 @@ def models(draw: st.DrawFn, family: str) -> Model:
         )
         expected |= {"transformer.num_layers": depth, "transformer.num_attention_heads": depth}
         expected |= {"transformer.pos_embed_max_size": network.edge}
-        transformer, prefix = partial(mmdit.MmDit, network), "first_stage_model."
+        transformer = partial(mmdit.MmDit, network)
+        prefix = "first_stage_model."
     else:
         heads, double, single = draw(size), draw(size), draw(size)
         config = replace(

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptconv import inspect
-from ckptconv.detection.detect import ForeignFormat, detect, option_fact
+from ckptconv.detection.detect import detect, option_fact
 from ckptconv.detection.facts import Fact
+from ckptconv.detection.foreign import ForeignFormat
 from ckptconv.errors import Ambiguous, NotACheckpoint
 from ckptconv.maps.architecture import KeyMaps, bundled
 from tests.conftest import PUBLISHED, Sample, made, published, shapes

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import pytest
 
 from ckptconv.configs.original_config import OriginalConfigFile
-from ckptconv.detection.detect import ForeignFormat
 from ckptconv.detection.facts import Hints
+from ckptconv.detection.foreign import ForeignFormat
 from ckptconv.maps.architecture import Architecture, Content, Relative, Variant
 from ckptconv.maps.holes import HOLES
 from ckptconv.maps.keymap import MapFile
@@ -138,7 +138,7 @@ def words() -> set[str]:
 
 def test_the_vocabulary_is_small() -> None:
     # 80 for UNets; transformers need `main`, `swap_halves`, `defaults`, and `or` for look-alikes;
-    # quantized files have a `code`.
+    # and there are files that are `quantized`.
     assert len(words()) <= 86, sorted(words())
 
 
