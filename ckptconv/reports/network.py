@@ -25,20 +25,29 @@ class Block:
 
 
 _BLOCK = re.compile(
-    r"((?:encoder\.|decoder\.)?(?:down_blocks|up_blocks)\.\d+|.*?layers\.\d+)\."
+    r"((?:encoder\.|decoder\.)?(?:down_blocks|up_blocks)\.\d+|.*?layers\.\d+|"
+    r"(?:(?:single_)?transformer_blocks|encoder\.block)\.\d+)\."
     r"|((?:(?:encoder|decoder|text_model)\.)?[^.]+)"
 )
 _ORIGINAL = re.compile(r".*?(?:blocks?|layers|down|up)(?:\.\d+)+|.*?(?=\.(?:weight|bias)$)")
-_WIDTHS = ("resnets.0.conv2.weight", "weight", "linear_2.weight", "mlp.fc2.weight")
+_WIDTHS = (
+    *("resnets.0.conv2.weight", "weight", "linear_2.weight", "mlp.fc2.weight"),
+    *("ff.net.2.weight", "proj_out.weight", "feed_forward.w2.weight"),
+    *("layer.1.DenseReluDense.wo.weight", "mlp.down_proj.weight"),
+)
 """The first of these tensors in a block has as many rows as the block has output channels."""
+_EMBEDDINGS = ("shared", "embed_tokens")
+"""Blocks that have a row for each token, and the channels as columns."""
 _RESAMPLERS = {"downsamplers": "down", "upsamplers": "up"}
 _ORDER = (
     *("embeddings", "embed_tokens", "conv_in", "time_embedding", "add_embedding"),
     *("t_embedder", "all_x_embedder", "x_pad_token", "noise_refiner"),
     *("cap_embedder", "cap_pad_token", "context_refiner"),
-    *("down_blocks", "encoder", "layers", "mid_block", "up_blocks"),
-    *("conv_norm_out", "final_layer_norm", "norm", "all_final_layer"),
-    *("text_projection", "conv_out", "quant_conv"),
+    *("shared", "pos_embed", "x_embedder", "context_embedder", "time_text_embed"),
+    *("distilled_guidance_layer", "transformer_blocks", "single_transformer_blocks"),
+    *("down_blocks", "encoder", "block", "layers", "mid_block", "up_blocks"),
+    *("conv_norm_out", "final_layer_norm", "norm", "all_final_layer", "norm_out"),
+    *("text_projection", "conv_out", "proj_out", "quant_conv"),
 )
 
 
@@ -59,7 +68,7 @@ def blocks(plan: Plan, component: str) -> list[Block]:
 def _block(name: str, tensors: Mapping[str, Target], originals: Iterable[str]) -> Block:
     return Block(
         name,
-        next((tensors[key].shape[0] for key in _WIDTHS if key in tensors), 0),
+        next((tensors[k].shape[name in _EMBEDDINGS] for k in _WIDTHS if k in tensors), 0),
         _entries(tensors, "resnets"),
         tuple(
             _entries(tensors, f"attentions.{n}.transformer_blocks")

@@ -7,6 +7,7 @@ import pytest
 from ckptconv.detection.detect import detect
 from ckptconv.maps.architecture import bundled
 from ckptconv.planning.plan import build_plan
+from ckptconv.reports.html.drawing import draw
 from ckptconv.reports.network import Block, blocks
 
 PARAMETERS = {
@@ -152,3 +153,23 @@ def test_z_image_is_in_the_order_of_the_data() -> None:
     assert sum(b.parameters for b in blocks(plan, "transformer")) == 6_154_908_736
     names = [block.name for block in blocks(plan, "text_encoder")]
     assert names == ["embed_tokens", *(f"layers.{n}" for n in range(36)), "norm"]
+
+
+def test_flux_has_two_kinds_of_blocks() -> None:
+    found = _blocks("flux", "transformer")
+    names = [block.name for block in found]
+    double = [f"transformer_blocks.{n}" for n in range(19)]
+    single = [f"single_transformer_blocks.{n}" for n in range(38)]
+    before = ["x_embedder", "context_embedder", "time_text_embed"]
+    assert names == [*before, *double, *single, "norm_out", "proj_out"]
+    assert {block.channels for block in found if "blocks" in block.name} == {3072}
+    assert sum(block.parameters for block in found) == 11_901_408_320
+    (drawing,) = draw("transformer", found)
+    assert [box.layers for box in drawing.boxes] == [0, 0, 0, 19, 38, 0, 0]
+
+
+def test_t5_stands_in_the_order_of_its_blocks() -> None:
+    found = _blocks("flux", "text_encoder_2")
+    middle = [f"encoder.block.{n}" for n in range(24)]
+    assert [b.name for b in found] == ["shared", *middle, "encoder.final_layer_norm"]
+    assert {block.channels for block in found} == {4096}
