@@ -160,8 +160,9 @@ def copying(architecture: str, name: str, *options: str) -> Callable[[Path], Cas
 
 
 def hollow(work: Path) -> Case:
-    """A conversion of FLUX.1's transformer alone, of which only the header is true: the data are a
-    hole, which `cp` is told to copy as bytes.
+    """A conversion of FLUX.1's transformer alone, of which only the header is true.
+
+    The data are a hole, which `cp` is told to copy as bytes.
     """
     import json
 

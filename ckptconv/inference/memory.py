@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..dtypes import BITS, BLOCKS, CASTS, COMPUTED, FLOATS, FP8, nbytes
+from ..dtypes import BITS, CASTS, COMPUTED, FLOATS, FP8, nbytes
 from ..errors import DeviceError, option
 from ..planning.precision import dtype_of
 from .generation import Settings, scale_of
 from .model import Model
 from .pipeline import NETWORKS, with_fp32
+from .quantized import keeps_blocks
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -119,11 +120,12 @@ def job_of(model: Model, size: tuple[int, int], device: str) -> Job:
     found: dict[str, Size] = defaultdict(Size)
     steps = with_fp32(model) if model.dtype == "fp16" else model.steps
     targets = [target for step in steps for target in step.targets]
-    kept = {  # that stay quantized, but for a few
+    kept = {  # that stay quantized; an embedding would be counted too small
         target: step.sources[0].dtype
         for step in steps
+        if keeps_blocks(step)
         for target in step.targets
-        if step.sources[0].dtype in BLOCKS and target.component == network and not step.changes
+        if target.component == network
     }
     for target in (*targets, *model.identities):
         if target.component not in model.blueprints:

@@ -46,7 +46,7 @@ def keep_quantized(
     for step in steps:
         source, targets = step.sources[0], step.targets
         owners = []
-        if source.dtype in BLOCKS and _moves_rows(step):
+        if keeps_blocks(step):
             found = (_owner(modules.get(target.component), target.key) for target in targets)
             owners = [owner for owner in found if owner]
         if not owners or len(owners) < len(targets):
@@ -85,11 +85,13 @@ def _owner(module: nn.Module | None, key: str) -> tuple[nn.Module, str] | None:
     return (owner, name) if type(getattr(owner, name, None)) is nn.Linear else None
 
 
-def _moves_rows(step: Step) -> bool:
-    """Whether whole rows of whole blocks move, and diffusers knows their dtype."""
+def keeps_blocks(step: Step) -> bool:
+    """Whether whole rows of whole blocks move into matrices, and diffusers knows their dtype."""
+    source = step.sources[0]
+    if source.dtype not in BLOCKS:
+        return False
     from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
 
-    source = step.sources[0]
     known = {str(kind.name) for kind in SUPPORTED_GGUF_QUANT_TYPES}
     moves = step.op.order != "transposed" and not step.changes and source.order is None
     return (
