@@ -144,11 +144,13 @@ def test_storage_in_fp8_takes_the_values(
     assert (type(layer), layer.weight.dtype) == (torch.nn.Linear, torch.float8_e4m3fn)
 
 
+@pytest.mark.parametrize("dtype", ["Q4_0", "TQ2_0"])
 def test_the_memory_of_what_is_kept_is_that_of_its_blocks(
-    original: Path, donors: Mapping[str, Any], tmp_path: Path
+    dtype: str, original: Path, donors: Mapping[str, Any], tmp_path: Path
 ) -> None:
-    file, _ = quantized(original, tmp_path / "model.gguf", "Q4_0")
+    file, _ = quantized(original, tmp_path / "model.gguf", dtype)
     job = job_of(open_model(file, Options.of(donors)), (512, 512), "cuda")
     size = job.sizes["transformer"]
-    assert size.loaded < 0.8 * size.numbers
+    assert (size.loaded < 0.8 * size.numbers) == (dtype in KEPT)
+    assert (size.loaded >= 2 * size.numbers) == (dtype not in KEPT)
     assert job.sizes["text_encoder_2"].loaded >= 2 * job.sizes["text_encoder_2"].numbers
