@@ -83,7 +83,7 @@ def test_without_t5_the_call_that_is_printed_loads_the_folder_and_draws(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("release", "steps", "guidance"), [(None, 28, 7), ("large", 28, 7), ("large-turbo", 4, 0)]
+    ("release", "steps", "guidance"), [(None, 28, 3.5), ("large", 28, 3.5), ("large-turbo", 4, 0)]
 )
 def test_the_turbo_is_told_by_an_option(
     release: str | None, steps: int, guidance: float, tmp_path: Path
@@ -96,4 +96,19 @@ def test_the_turbo_is_told_by_an_option(
     model = open_model(file, Options(release=release), given=missing)
     assert model.facts["release"].value == (release or "large")
     settings = with_defaults(model, Settings("a fox"))
+    assert (settings.steps, settings.guidance) == (steps, guidance)
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "guidance"),
+    [(mmdit.TINY_SD3, 28, 7), (mmdit.TINY_SD35, 40, 4.5)],
+)
+def test_both_mediums_have_their_settings(
+    config: mmdit.MmDitConfig, steps: int, guidance: float, tmp_path: Path
+) -> None:
+    tensors = Relative("Stable Diffusion 3", sd3(config)).tensors()
+    file = tmp_path / "model.safetensors"
+    save_file({k: v for k, v in tensors.items() if k.startswith("model.")}, file)
+    missing = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    settings = with_defaults(open_model(file, Options(), given=missing), Settings("a fox"))
     assert (settings.steps, settings.guidance) == (steps, guidance)
