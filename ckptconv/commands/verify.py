@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from .shared import (
     plan_options,
     progress,
 )
+
+REPORTS = (".xml", ".html", ".md")
+"""How the names of reports end: those in a folder that is read are no part of it."""
 
 COLUMNS: Columns = {
     "folder": lambda outcome: outcome.pair.out,
@@ -127,11 +131,16 @@ def _found(work: Proof, source: str | None, folder: str) -> Verification:
 
 def _inputs(source: str | None, folder: str, options: Options) -> Iterator[Path]:
     """Yields the files that are read; those beside the source may be its shards."""
+    places = [Path(folder), *options.donors.values()]
     if source:
-        yield from (Path(source), *Path(source).parent.glob("*.safetensors"))
-    for kind in ("safetensors", "json", "txt"):
-        yield from (*Path(folder).glob(f"*.{kind}"), *Path(folder).glob(f"*/*.{kind}"))
-    yield from (*options.donors.values(), *(adapter.path for adapter in options.lora))
+        yield from Path(source).parent.glob("*.safetensors")
+        places.append(Path(source))
+    for place in places:
+        yield place
+        for pattern in ("*", "*/*"):  # Path.glob would raise where a folder cannot be read
+            names = glob.iglob(pattern, root_dir=place)  # noqa: PTH207
+            yield from (place / name for name in names if not name.endswith(REPORTS))
+    yield from (adapter.path for adapter in options.lora)
     yield from filter(None, [options.original_config])
 
 

@@ -198,3 +198,20 @@ def test_a_junit_report_holds_any_name(tmp_path: Path) -> None:
 def test_every_kind_of_check_is_described(sample: Sample, folder: Folder) -> None:
     found = ckptconv.verify(sample("sd1"), folder("sd1"), finite=True)
     assert {check.kind for check in found.checks} <= CHECKS.keys()
+
+
+@pytest.mark.parametrize("option", ["--assemble", "--vae", "--tokenizer"])
+def test_no_report_replaces_a_file_of_a_folder_that_is_read(option: str, tmp_path: Path) -> None:
+    parts, inside = tmp_path / "parts", tmp_path / "parts" / "vae"
+    inside.mkdir(parents=True)
+    file = parts / "flux1-dev.ckpt" if option == "--assemble" else inside / "vocab"
+    file.write_bytes(b"weights")
+    (tmp_path / "out").mkdir()
+    source = [parts, option] if option == "--assemble" else [tmp_path / "x.ckpt", option, parts]
+    done = run("verify", *source, tmp_path / "out", "--junit", file, "--overwrite")
+    assert "is one of the files to read" in done.stderr
+    assert file.read_bytes() == b"weights"
+    own = parts / "report.xml"  # a report that stands there is not
+    for _ in range(2):
+        run("verify", *source, tmp_path / "out", "--junit", own, "--overwrite")
+        assert own.is_file()
