@@ -13,6 +13,7 @@ from ..configs.tokenizer import tokenizer_of
 from ..destination import Destination, without_suffix
 from ..detection.detect import detect, option_fact, with_config_beside
 from ..detection.facts import Fact
+from ..detection.foreign import foreign
 from ..errors import FileRefused, option
 from ..files import looking_into, noting_files, read_config
 from ..folder.names import CONFIG_FILES
@@ -204,4 +205,14 @@ def _donor_folder(architecture: Architecture, name: str, folder: Path) -> Donor:
             f"{config}: is that of {found}, but a {name} is of {' or '.join(classes)}",
             hint="give the folder of that component",
         )
-    return Donor(component_headers(folder), config)
+    headers = component_headers(folder)
+    if "quantization_config" in values:
+        raise FileRefused(
+            f"{config}: its weights are quantized: it has a quantization_config",
+            hint="give the folder of that component in fp16, bf16 or fp32",
+            code="quantized",
+        )
+    for header in headers:
+        if refusal := foreign(header, architecture.maps, deciding=True):
+            raise refusal
+    return Donor(headers, config)

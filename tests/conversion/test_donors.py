@@ -195,6 +195,25 @@ def test_a_quantized_donor_is_refused(small: Path, without_vae: Path, tmp_path: 
     assert problem.startswith("vae: this is quantized with bitsandbytes")
 
 
+@pytest.mark.parametrize("by", ["the weights", "config.json"])
+def test_a_quantized_folder_is_no_donor(
+    by: str, without_vae: Path, folder: Folder, tmp_path: Path
+) -> None:
+    whole, donor = folder("small") / "vae", tmp_path / "donor"
+    donor.mkdir()
+    values, weights = read_json(whole / "config.json"), "diffusion_pytorch_model.safetensors"
+    tensors = raw(whole / weights)
+    if by == "config.json":
+        values["quantization_config"] = {"quant_method": "bitsandbytes"}
+    else:
+        tensors["encoder.conv_in.weight.absmax"] = ("F32", (1,), bytes(4))
+    (donor / "config.json").write_text(json.dumps(values))
+    save(tensors, donor / weights)
+    with pytest.raises(FileRefused, match="quantized") as caught:
+        ckptconv.plan(without_vae, vae=donor)
+    assert caught.value.code == "quantized"
+
+
 def test_a_text_encoder_of_another_width_is_no_donor(sample: Sample, tmp_path: Path) -> None:
     wide = text.ClipText(text.TINY_CLIP).state_dict()
     save_file(wide, tmp_path / "wide.safetensors")
