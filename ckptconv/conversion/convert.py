@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Unpack
 
 from ..configs.config import Config, class_said, configs
@@ -110,11 +111,16 @@ def configured(plan: Plan, original: OriginalConfig | None) -> tuple[dict[str, C
 
 
 def plan_file(
-    path: str | Path, options: Options, *, without: Collection[str] = ()
+    path: str | Path,
+    options: Options,
+    *,
+    without: Collection[str] = (),
+    suggested: Mapping[str, Fact] = MappingProxyType({}),
 ) -> tuple[Plan, OriginalConfig | None]:
     """Reads a checkpoint and what its options name, and accounts for every key.
 
-    Components that `without` names are left out, and may be missing.
+    Components that `without` names are left out, and may be missing. Facts that are `suggested`
+    count where the file allows them.
     """
     assembly = assemble(Path(path), options) if options.assemble else None
     if assembly:
@@ -124,16 +130,18 @@ def plan_file(
     original = None
     if options.original_config:
         original = read_original_config(options.original_config, options.maps)
-    decided = dict(original.facts) if original else {}
+    decided = {n: f for n, f in original.facts.items() if n not in suggested} if original else {}
     decided |= {name: option_fact(name, value) for name, value in options.facts.items()}
-    detection = detect(header, maps=options.maps, decided=decided)
+    detection = detect(header, maps=options.maps, decided=decided, suggested=suggested)
     if not original:
         detection = with_config_beside(detection)
     architecture, _ = detection.require()
     if without:
         only = architecture.components if options.only is None else options.only
         options = replace(options, only=frozenset(only) - set(without))
-    donors = {n: _donor(architecture, n, p, decided) for n, p in options.donors.items()}
+    donors = {
+        n: _donor(architecture, n, p, {**suggested, **decided}) for n, p in options.donors.items()
+    }
     plan = build_plan(detection, options, donors=donors)
     return replace(plan, assembly=assembly), original
 
@@ -157,7 +165,7 @@ def _donor(
         with looking_into(place):
             return _tokenizer_donor(architecture, name, place)
     if not is_folder:
-        detection = detect(open_header(place), maps=architecture.maps, decided=decided)
+        detection = detect(open_header(place), maps=architecture.maps, suggested=decided)
         return Donor((detection.header,), detection=detection)
     with looking_into(place):
         return _donor_folder(architecture, name, place / name if (place / name).is_dir() else place)

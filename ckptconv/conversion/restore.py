@@ -78,11 +78,11 @@ def restore(model: ModelFolder, options: Options) -> Restoration:
     metadata = model.layout.metadata if model.layout else carried
     size = sum(tensor.nbytes for step in best.steps for tensor in step.sources)
     header = Header(model.path, best.tensors, metadata, 0, size)
-    decided = dict(model.record.facts) if model.record else {}
+    said = dict(model.record.facts) if model.record else {}
     pipeline = (model.index or {}).get("_class_name")
     for task in (t for a in architectures for t in a.tasks if t.facts and t.pipeline == pipeline):
-        decided |= {n: Fact(n, v[0], "folder", f"{INDEX} says so") for n, v in task.facts.items()}
-    detection = detect(header, maps=options.maps, decided=decided)
+        said |= {n: Fact(n, v[0], "folder", f"{INDEX} says so") for n, v in task.facts.items()}
+    detection = detect(header, maps=options.maps, suggested=said)
     own = {  # the tokenizers that are in the folder alone
         name: Donor((), model.parts[name].folder / CONFIG_FILES["tokenizer"])
         for name, component in detection.require()[0].components.items()

@@ -136,6 +136,7 @@ def detect(
     *,
     maps: KeyMaps | None = None,
     decided: Mapping[str, Fact] | None = None,
+    suggested: Mapping[str, Fact] | None = None,
 ) -> Detection:
     """Compares a header with every architecture.
 
@@ -143,6 +144,7 @@ def detect(
         header: of the file.
         maps: the key maps to use; those that come with ckptconv by default.
         decided: facts that an option or an original configuration decides.
+        suggested: facts that decide where the file allows them; a note names the others.
 
     Raises:
         Ambiguous: several architectures match.
@@ -174,13 +176,17 @@ def detect(
         name: find_fact(name, witnesses, header, task.name)
         for name, witnesses in architecture.facts.items()
     }
-    facts = {name: (decided or {}).get(name, fact) for name, fact in found.items()}
-    for name, witnesses in architecture.facts.items():
-        possible = choices(witnesses, header, task.name)
-        if possible and facts[name].value not in possible:
-            said, why = option(name, facts[name].value), found[name].detail
+    decided, suggested, facts, unfit = decided or {}, suggested or {}, dict(found), []
+    for name in [name for name in found if name in decided or name in suggested]:
+        possible = choices(architecture.facts[name], header, task.name)
+        fact, why = decided.get(name) or suggested[name], found[name].detail
+        if not possible or fact.value in possible:
+            facts[name] = fact
+        elif name not in decided:
+            unfit.append(f"{name} = {fact.value} ({fact.detail}) does not fit: {why}")
+        else:
             raise UsageError(
-                f"{header.path}: {said} does not fit: {why}",
+                f"{header.path}: {option(name, fact.value)} does not fit: {why}",
                 hint=f"it can be {' or '.join(map(str, possible))}",
             )
     for other in (t for t in architecture.tasks if t.facts and t.channels == task.channels):
@@ -199,6 +205,7 @@ def detect(
             *header.notes,
             *_disagreements(header, architecture, maps),
             *filter(None, overruled),
+            *unfit,
             *(
                 ()
                 if architecture.single

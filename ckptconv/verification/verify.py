@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from ..configs.config import Config, class_of, model_index
 from ..configs.original_config import OriginalConfig
 from ..conversion.convert import configured, plan_file
 from ..conversion.restore import restore
 from ..conversion.write import Report
+from ..detection.detect import option_fact
+from ..detection.facts import Fact
 from ..detection.spellings import EMA_OF
 from ..errors import FileRefused, MapError, option
 from ..folder.names import LAYOUT, RECORD
@@ -70,8 +72,8 @@ def verify(
     if path is None:
         expected = _of_folder(model, options)
     else:
-        options, notes = _with_record(options, model.record)
-        plan, original = plan_file(path, options)
+        options, suggested, notes = _with_record(options, model.record)
+        plan, original = plan_file(path, options, suggested=suggested)
         check = _check_source(plan, notes, strict=strict)
         expected = _configured(plan, original, [check], Path(path))
     return _verified(model, expected, options, finite, progress, started)
@@ -195,19 +197,21 @@ def _verified(
     )
 
 
-def _with_record(options: Options, record: Record | None) -> tuple[Options, list[str]]:
-    """Adds what the folder notes of its conversion to the options, and says what was added."""
+def _with_record(
+    options: Options, record: Record | None
+) -> tuple[Options, dict[str, Fact], list[str]]:
+    """Returns the options with what the folder notes of its conversion, its facts, and notes."""
     if record is None:
-        return options, []
-    added: dict[str, Any] = {}
+        return options, {}, []
+    suggested = {}
     notes = []
     taken = (key for key, why in record.dropped.items() if why == "replaced")
     if not options.ema and any(key.startswith(EMA_OF) for key in taken):
-        added["ema"] = True
+        options = replace(options, ema=True)
         notes.append("the EMA copy of the UNet was taken")
     for name, fact in record.facts.items():
         if fact.source in ("option", "original config") and name not in options.facts:
-            added[name] = fact.value
+            suggested[name] = replace(option_fact(name, fact.value), detail=f"{RECORD} says so")
             notes.append(f"{name} was set to {fact.value} ({fact.source})")
     for name, file in record.donors.items():
         if name not in options.donors and (name in TOKENIZERS or not options.assemble):
@@ -217,7 +221,7 @@ def _with_record(options: Options, record: Record | None) -> tuple[Options, list
     if record.adapters and record.adapters != adapters:
         merged = ", ".join(f"{name}:{scale}" for name, scale in record.adapters)
         notes.append(f"{merged} was added: give it with {option('lora', 'FILE:SCALE')}")
-    return replace(options, **added), [f"{RECORD} says that {note}" for note in notes]
+    return options, suggested, [f"{RECORD} says that {note}" for note in notes]
 
 
 def _check_source(plan: Plan, notes: list[str], *, strict: bool) -> Check:

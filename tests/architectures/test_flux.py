@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,9 @@ import ckptconv
 from ckptconv.errors import FileRefused, UsageError
 from ckptconv.inference.generation import Settings, with_defaults
 from ckptconv.inference.model import open_model
+from ckptconv.maps.architecture import bundled
 from ckptconv.options import Options
+from tests.support.checkpoints import hollow
 from tests.support.properties import Convert, PipelineProperties, PublishedConfigurations
 from tests.support.reference import flux, t5
 from tests.support.reference.files import FLUX_FILES, all_in_one, transformer_alone
@@ -156,6 +159,30 @@ def alone(config: flux.FluxConfig, file: Path, metadata: Mapping[str, str] | Non
     built = transformer_alone(config)[TRANSFORMER]().half().state_dict()
     save_file({k: v.contiguous() for k, v in built.items()}, file, dict(metadata or {}))
     return file
+
+
+def test_a_release_of_the_model_is_not_asked_of_a_donor(tmp_path: Path) -> None:
+    for name, prefix in {"flux": "model.diffusion_model.", "sd3": ""}.items():
+        layout = bundled().architectures[name].layout().tensors.items()
+        hollow(tmp_path / name, [(k, t.dtype, t.shape) for k, t in layout if k.startswith(prefix)])
+    plan = ckptconv.plan(tmp_path / "flux", release="kontext", text_encoder_2=tmp_path / "sd3")
+    assert plan.detection.facts["release"].value == "kontext"
+    assert plan.donors["text_encoder_2"].name == "sd3"
+
+
+@pytest.mark.slow
+def test_an_edited_record_decides_nothing_that_the_file_cannot_be(tmp_path: Path) -> None:
+    file, out = alone(flux.TINY_DEV, tmp_path / "model.safetensors"), tmp_path / "out"
+    ckptconv.convert(file, out)
+    record = out / "ckptconv" / "source.json"
+    values = json.loads(record.read_text())
+    values["facts"]["release"] |= {"source": "option", "value": "large"}
+    record.write_text(json.dumps(values))
+    for source in (None, file):
+        found = ckptconv.verify(source, out)
+        notes = [note for check in found.checks for note in check.notes]
+        assert any(note.startswith("release = large (") for note in notes), notes
+    ckptconv.export(out, tmp_path / "back.safetensors")
 
 
 KONTEXT, KREA = says("flux-1-kontext-dev"), says("flux-1-krea-dev")
