@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,7 +115,7 @@ def _read_folder(path: Path, maps: KeyMaps) -> ModelFolder:
         path,
         _read_if_there(read_config, path / INDEX, problems),
         parts,
-        _read_if_there(read_record, path / ASIDE / RECORD, problems),
+        _read_if_there(partial(read_record, maps=maps), path / ASIDE / RECORD, problems),
         _read_if_there(header_from_json, path / ASIDE / LAYOUT, problems),
         aside.tensors if aside else {},
         tuple(problems),

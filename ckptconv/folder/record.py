@@ -10,6 +10,7 @@ from typing import Any
 from ..configs.config import Config
 from ..detection.facts import Fact
 from ..files import read_json
+from ..maps.architecture import KeyMaps, bundled
 from ..options import FACTS
 from ..planning.plan import Plan
 from ..version import __version__
@@ -34,8 +35,17 @@ class Record:
     facts: Mapping[str, Fact]
 
 
-def read_record(path: Path) -> Record:
-    """Reads a record; what makes no sense in it is passed over."""
+def read_record(path: Path, maps: KeyMaps | None = None) -> Record:
+    """Reads a record; what makes no sense in it is passed over.
+
+    Args:
+        path: of the record.
+        maps: the key maps to use; those that come with ckptconv by default.
+
+    Raises:
+        FileRefused: the file cannot be read, or holds no JSON object.
+    """
+    known = (maps or bundled()).known_facts
     values = read_json(path)
     adapters = values.get("adapters")
     return Record(
@@ -52,7 +62,7 @@ def read_record(path: Path) -> Record:
                 name, fact["value"], str(fact.get("source", "")), str(fact.get("detail", ""))
             )
             for name, fact in _table(values.get("facts")).items()
-            if name in FACTS and _table(fact).get("value") in FACTS[name]
+            if _table(fact).get("value") in (*FACTS.get(name, ()), *known.get(name, ()))
         },
     )
 

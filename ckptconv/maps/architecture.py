@@ -16,7 +16,7 @@ from ..errors import MapError
 from ..reading.header import header_from_json
 from ..reading.tensor import Header
 from . import schema
-from .evidence import Condition, Facts, Witness
+from .evidence import Condition, Facts, Witness, answers
 from .holes import FactValue, with_holes
 from .keymap import KeyMap, MapFile
 from .schema import GIVEN, Fault, Many, Named, word
@@ -355,6 +355,15 @@ class KeyMaps(Folders):
         """The classes with weights that the architectures are made of, and where they are."""
         models = (c for a in self.architectures.values() for c in a.models)
         return {name: c.home for c in models for name in self.classes(c)}
+
+    @functools.cached_property
+    def known_facts(self) -> dict[str, tuple[Any, ...]]:
+        """The values that witnesses can give, by fact."""
+        found: dict[str, tuple[Any, ...]] = {}
+        for architecture in self.architectures.values():
+            for name, witnesses in architecture.facts.items():
+                found[name] = (*found.get(name, ()), *(a for w in witnesses for a in answers(w)))
+        return found
 
     @functools.cached_property
     def pipelines(self) -> dict[str, Task]:

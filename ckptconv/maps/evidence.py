@@ -133,5 +133,18 @@ Witness = (
     InMetadata | Marker | OfTask | LastValue | SpreadOfValues | PublishedSize | Assumed | Default
 )
 
+
+def answers(witness: Witness) -> tuple[Any, ...]:
+    """Returns the values that a witness can give."""
+    match witness:
+        case InMetadata() | PublishedSize():
+            return tuple(witness.values.values())
+        case LastValue() | SpreadOfValues():
+            return tuple(v for v in (witness.value, witness.otherwise) if v is not None)
+        case Assumed():
+            return (witness.value, *witness.others)
+    return (witness.value,)
+
+
 Facts = Mapping[str, Many[Any]]
 """Values that facts must have, any of several; `task` is a fact, too."""

@@ -110,5 +110,7 @@ def test_both_mediums_have_their_settings(
     file = tmp_path / "model.safetensors"
     save_file({k: v for k, v in tensors.items() if k.startswith("model.")}, file)
     missing = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-    settings = with_defaults(open_model(file, Options(), given=missing), Settings("a fox"))
-    assert (settings.steps, settings.guidance) == (steps, guidance)
+    ckptconv.convert(file, tmp_path / "out")
+    for place in (file, tmp_path / "out"):
+        settings = with_defaults(open_model(place, Options(), given=missing), Settings("a fox"))
+        assert (settings.steps, settings.guidance) == (steps, guidance)
