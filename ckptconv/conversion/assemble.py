@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..detection.detect import Detection, detect
@@ -26,12 +28,13 @@ from ..reading.folders import CHECKPOINTS, not_a_file
 from ..reading.source import PART, open_header
 
 
-def assemble(folder: Path, options: Options) -> Assembly:
+def assemble(folder: Path, options: Options, *, without: Collection[str] = ()) -> Assembly:
     """Finds out which files of a folder make a model together.
 
     Args:
         folder: its own files count, those of its subfolders do not.
         options: what they name needs no file from the folder.
+        without: components that need none either.
 
     Raises:
         FileRefused: a file cannot be read, no file is a model, several are, or several fit the
@@ -46,33 +49,42 @@ def assemble(folder: Path, options: Options) -> Assembly:
         files, left_out = _model_files(folder)
         if not files:
             raise not_a_file(folder)
-    named = {*options.donors.values(), *(adapter.path for adapter in options.lora)}
-    found, problems = [], []
+    given = (*options.donors.values(), *(adapter.path for adapter in options.lora))
+    named = {os.path.realpath(path) for path in given}
+    found = []
     for path in files:
         try:
-            if path not in named:
+            if os.path.realpath(path) not in named:
                 found.append(detect(open_header(path), maps=options.maps))
         except FileRefused as error:
-            problems.append(error.message)
+            left_out[path] = error.message.removeprefix(f"{path}: ")
     mains = [each for each in found if each.architecture and not each.architecture.single]
     if not mains:
         raise FileRefused(
             f"{folder}: none of its files is a model that others could complete",
-            problems=[*problems, *(f"{each.header.path.name}: {_what(each)}" for each in found)],
+            problems=[
+                *(f"{path.name}: {why}" for path, why in left_out.items()),
+                *(f"{each.header.path.name}: {_what(each)}" for each in found),
+            ],
             hint="give a folder that holds a transformer or a UNet, too",
         )
-    ways = [_assembled(main, [d for d in found if d is not main], options) for main in mains]
-    if len(ways) > 1:
-        problems.append(_several("the model", [f"{way.main.name} ({way.title})" for way in ways]))
-    problems += dict.fromkeys(problem for way in ways for problem in way.problems)
-    if problems:
+    if len(mains) > 1:
+        titles = [f"{each.header.path.name} ({_title(each)})" for each in mains]
         raise FileRefused(
             f"{folder}: it cannot be told which of its files belong together",
-            problems=problems,
-            hint=f"name the files: {' or '.join(way.command for way in ways)}",
+            problems=[_several("the model", titles)],
+            hint="move all but one of them elsewhere, or give one of them alone, with an option "
+            f"for each file that belongs to it, such as {option('vae', 'FILE')}",
         )
-    (way,) = ways
-    return Assembly(way.main, way.title, way.donors, {**way.left_out, **left_out})
+    (main,) = mains
+    way = _assembled(main, [each for each in found if each is not main], options, without)
+    if way.problems:
+        raise FileRefused(
+            f"{folder}: it cannot be told which of its files belong together",
+            problems=way.problems,
+            hint=f"name the files: {way.command}",
+        )
+    return replace(way, left_out={**way.left_out, **left_out})
 
 
 def _model_files(folder: Path) -> tuple[list[Path], dict[Path, str]]:
@@ -83,8 +95,7 @@ def _model_files(folder: Path) -> tuple[list[Path], dict[Path, str]]:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            if any(inside.name.endswith(CHECKPOINTS) for inside in path.iterdir()):
-                folders[path] = "a folder, and only the files beside it are looked at"
+            folders[path] = "a folder, and only the files beside it are looked at"
         elif path.name.endswith(CHECKPOINTS) and not (
             part and (folder / f"{part[1]}.safetensors.index.json").exists()
         ):
@@ -92,14 +103,18 @@ def _model_files(folder: Path) -> tuple[list[Path], dict[Path, str]]:
     return files, folders
 
 
-def _assembled(main: Detection, others: Sequence[Detection], options: Options) -> Assembly:
+def _assembled(
+    main: Detection, others: Sequence[Detection], options: Options, without: Collection[str]
+) -> Assembly:
     """Gives every file its place beside a model."""
-    architecture, task = main.require()
+    architecture, _ = main.require()
     only, plan = options.only, build_plan(main)
     places = [
         c.name
         for c in architecture.models
-        if c.name in DONORS and c.name not in options.donors and (only is None or c.name in only)
+        if c.name in DONORS
+        and c.name not in {*options.donors, *without}
+        and (only is None or c.name in only)
     ]
     taken = {name: main for name in places if name not in plan.absent}
     left_out: dict[Path, str] = {}
@@ -122,16 +137,17 @@ def _assembled(main: Detection, others: Sequence[Detection], options: Options) -
         given = _nearest(architecture, free, files)
         taken |= given
         donors |= {name: each.header.path for name, each in given.items()}
-    title = f"{architecture.title}, {task.name}"
     ordered = {name: donors[name] for name in places if name in donors}
-    return Assembly(main.header.path, title, ordered, left_out, tuple(problems))
+    return Assembly(main.header.path, _title(main), ordered, left_out, tuple(problems))
 
 
 def _places(plan: Plan, other: Detection) -> tuple[list[str], str]:
     """Returns the components of a model that a file can give; if there are none, why not."""
     architecture, _ = plan.detection.require()
     own = {component.name: plan.tensors(component.name) for component in architecture.models}
-    names, reason = [], f"{_what(other)}, no part of {architecture.title}"
+    names, reason = [], _what(other)
+    if not other.refusal:
+        reason += f", no part of {architecture.title}"
     donor = Donor((read_scales(other.header).header,), detection=other)
     for name, match in fitting_places(architecture, donor).items():
         if unfit := misfits(architecture.joints, own | targets_of(match.steps.values())):
@@ -143,6 +159,11 @@ def _places(plan: Plan, other: Detection) -> tuple[list[str], str]:
 
 def _several(place: str, files: Iterable[str]) -> str:
     return f"{place}: several files fit: {', '.join(files)}"
+
+
+def _title(main: Detection) -> str:
+    architecture, task = main.require()
+    return f"{architecture.title}, {task.name}"
 
 
 def _what(detection: Detection) -> str:

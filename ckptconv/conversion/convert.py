@@ -122,7 +122,7 @@ def plan_file(
     Components that `without` names are left out, and may be missing. Facts that are `suggested`
     count where the file allows them.
     """
-    assembly = assemble(Path(path), options) if options.assemble else None
+    assembly = assemble(Path(path), options, without=without) if options.assemble else None
     if assembly:
         path = assembly.main
         options = Options.of({**options.as_words(), **assembly.donors})
