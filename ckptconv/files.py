@@ -127,8 +127,11 @@ def looking_into(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f"{error.filename or folder}: cannot be read: {reason(error)}"
-        raise FileRefused(what, hint="check that you may read the folder and its files") from error
+        raise FileRefused(
+            f"{error.filename or folder}: cannot be read: {reason(error)}",
+            hint="check that you may read the folder and its files",
+            code="not-found" if isinstance(error, FileNotFoundError) else "",
+        ) from error
 
 
 def lend(path: Path, name: Path) -> None:

@@ -218,6 +218,7 @@ def test_a_folder_that_gives_no_model_is_refused(
     with pytest.raises(FileRefused, match=message) as caught:
         ckptconv.plan(folder / given, assemble=True)
     assert hint.format(folder) in caught.value.hint
+    assert (caught.value.code == "not-found") == (given == "missing")
 
 
 def test_a_folder_of_several_files_is_answered_with_the_option(tmp_path: Path) -> None:
