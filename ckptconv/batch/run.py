@@ -100,6 +100,8 @@ def are_several(files: Sequence[str], out: str = "") -> bool:
 def paired(files: Sequence[str], out: str) -> list[Pair]:
     """Gives each file a folder of its name without the suffix: in `out`, or without it beside it.
 
+    Without `out`, the conversion of a folder decides where its model goes.
+
     Raises:
         UsageError: two files would get the same folder, or a URL has no `out`.
     """
@@ -107,8 +109,11 @@ def paired(files: Sequence[str], out: str) -> list[Pair]:
         raise UsageError(f"{', '.join(remote)}: OUT is missing", hint="say where the folder goes")
     within = f"{out.rstrip('/')}/" if out else ""
     names = [without_suffix(PurePosixPath(file).name if out else file) for file in files]
-    pairs = [Pair(file, within + name) for file, name in zip(files, names, strict=True)]
-    counts = Counter(pair.out for pair in pairs)
+    pairs = [
+        Pair(file, "" if not out and Path(file).is_dir() else within + name)
+        for file, name in zip(files, names, strict=True)
+    ]
+    counts = Counter(pair.out for pair in pairs if pair.out)
     if twice := [f"{p.source}: {p.out}" for p in pairs if counts[p.out] > 1]:
         raise UsageError(
             "several files would get the same folder",

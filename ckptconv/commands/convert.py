@@ -14,6 +14,7 @@ from ..dtypes import CASTS, LIBRARY_NAMES
 from ..errors import UsageError, printable
 from ..folder.names import INDEX
 from ..inference.model import loading_dtype
+from ..planning.assembly import Assembly
 from ..reports.numbers import size
 from ..verification.result import Verification
 from .many import PLACE, Columns, finish, many_options, outcomes_of, what_it_is, why_not
@@ -136,9 +137,12 @@ def loading_call(report: Report, variant: str = "") -> str:
 
 
 def _print_several(outcomes: Sequence[Outcome]) -> None:
-    """Prints the warnings, and the folders that are done."""
+    """Prints what the files of a folder were taken for, the warnings, and the folders made."""
     for outcome in outcomes:
+        if assembly := outcome.data.get("assembly"):
+            for line in Assembly.of_data(assembly, what_it_is(outcome)).lines:
+                note(f"{outcome.pair.source}: {printable(line)}")
         for warning in outcome.data.get("warnings", ()):
             note(f"warning: {outcome.pair.source}: {printable(warning)}")
         if not outcome.error:
-            click.echo(outcome.pair.out)
+            click.echo(outcome.pair.out or outcome.data["out"])

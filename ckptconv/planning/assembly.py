@@ -42,6 +42,13 @@ class Assembly:
         donors = (f"--{n.replace('_', '-')} {shlex.quote(str(p))}" for n, p in self.donors.items())
         return f"`{' '.join(['ckptconv convert', shlex.quote(str(self.main)), 'OUT', *donors])}`"
 
+    @classmethod
+    def of_data(cls, data: Mapping[str, Any], title: str) -> Assembly:
+        """Returns what `as_data` made plain."""
+        donors = {name: Path(path) for name, path in data["donors"].items()}
+        left_out = {Path(path): why for path, why in data["left_out"].items()}
+        return cls(Path(data["main"]), title, donors, left_out)
+
     def as_data(self) -> dict[str, Any]:
         """Returns plain data, for JSON."""
         return {

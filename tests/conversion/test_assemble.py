@@ -227,6 +227,17 @@ def test_a_folder_of_several_files_is_answered_with_the_option(tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_several_folders_are_put_together_at_once(tmp_path: Path) -> None:
+    for name in ("part1", "part2"):
+        write(tmp_path / name, {name: "chroma/dit", "ae": "flux/ae"})
+    done = run("convert", tmp_path / "part*", "--assemble", "--configs-only")
+    made = [tmp_path / name / name for name in ("part1", "part2")]
+    assert done.stdout.splitlines() == [str(out) for out in made]
+    assert f"{tmp_path / 'part2'}: ae.safetensors: vae\n" in done.stderr
+    assert all((out / "model_index.json").is_file() for out in made)
+
+
+@pytest.mark.slow
 def test_it_is_what_the_options_give_byte_for_byte(sample: Sample, tmp_path: Path) -> None:
     folder = tmp_path / "parts"
     folder.mkdir()
