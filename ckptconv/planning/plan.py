@@ -15,12 +15,11 @@ from ..detection.detect import Detection
 from ..detection.spellings import EMA_NAMES, EMA_OF, EMA_PREFIX
 from ..dtypes import CASTS, FP8
 from ..errors import FileRefused, Incomplete, UsageError, option
-from ..files import Files, read_range
 from ..maps.architecture import Architecture
 from ..maps.ops import DROP
 from ..options import Options
 from ..reading.source import open_header
-from ..reading.tensor import Header, Tensor
+from ..reading.tensor import Header
 from .adapters import Adapter, with_adapters
 from .assembly import Assembly
 from .components import Donor, best_match, donor_match, fitting_places, identities
@@ -28,12 +27,10 @@ from .joints import misfits
 from .precision import cast_step, kept_layers, network_of, unquantized
 from .scaled import read_scales, scaled
 from .step import Step, Target, dropped, targets_of
+from .twins import unlike_twins
 
 SCALED_DTYPE = "fp16"
 """What scaled weights become by default: times their scale, they are no longer values of fp8."""
-
-COMPARED = 1 << 20
-"""Bytes of two tensors that are compared at a time."""
 
 SHOWN = 5
 """Keys that a warning names at most; the report has them all."""
@@ -240,7 +237,9 @@ def build_plan(
             raise UsageError("the EMA copy is one of the UNet, and the UNet is not to be written")
         steps |= _from_ema(header, steps)
     unclaimed = [key for key in header.tensors if key not in steps]
-    problems += _unlike_twins(header)
+    if unlike := unlike_twins(header):
+        what = "in two spellings that differ, of which one has to go"
+        problems.append(f"{what}: {_some(unlike)}")
     written = [c for c in architecture.models if c.name in wanted and c.name not in absent]
     inside = {
         component.name: [key for key in unclaimed if key.startswith(prefixes)]
@@ -320,32 +319,6 @@ def _rest(
         elif match := training.match(key):
             rest[key] = dropped(header.tensors[key], match.reason, keep=keep)
     return rest
-
-
-def _unlike_twins(header: Header) -> Iterator[str]:
-    """Yields a line on the tensors that are in the file in two spellings and differ."""
-    unlike = [
-        f"{header.tensors[twin].name} and {header.tensors[key].name}"
-        for twin, key in header.twins.items()
-        if header.has_data(header.tensors[key])
-        and not _same(header.tensors[twin], header.tensors[key])
-    ]
-    if unlike:
-        yield f"in two spellings that differ, of which one has to go: {_some(unlike)}"
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    if (one.dtype, one.nbytes) != (other.dtype, other.nbytes):  # a layer may be linear or 1 x 1
-        return False
-    if one.order != other.order:
-        with Files() as files:
-            return one.read(files) == other.read(files)
-    return all(
-        read_range(one.file, one.start + done, count)
-        == read_range(other.file, other.start + done, count)
-        for done in range(0, one.nbytes, COMPARED)
-        for count in (min(COMPARED, one.nbytes - done),)
-    )
 
 
 def _oddities(
