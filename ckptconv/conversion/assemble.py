@@ -1,7 +1,7 @@
 """Puts a model together from the files of one folder: a transformer, its VAE, its text encoders.
 
 A file is known by its content, as a donor is. Nothing is guessed: where two files fit one place, or
-two of them are models, the error lists both and the command that names the files.
+two of them are models, the error lists both. A file that cannot be read is left out.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def assemble(folder: Path, options: Options, *, without: Collection[str] = ()) -
         without: components that need none either.
 
     Raises:
-        FileRefused: a file cannot be read, no file is a model, several are, or several fit the
-            same place. All problems are listed.
+        FileRefused: the folder cannot be read, no file is a model, several are, or several fit the
+            same place.
     """
     if folder.is_file():
         raise FileRefused(
