@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..dtypes import BITS, CASTS, COMPUTED, FLOATS, FP8, nbytes
-from ..errors import DeviceError, option
+from ..errors import DeviceError, UsageError, option
 from ..planning.precision import dtype_of
 from .generation import Settings, scale_of
 from .model import Model
@@ -66,8 +66,13 @@ WAYS = (
     Setting("", storage=FP8, tiling=True),
     Setting("", storage=FP8, offload="model", tiling=True),
     Setting("", offload="sequential", tiling=True),
+    Setting("", storage=FP8, offload="sequential", tiling=True),
 )
-"""From the fastest to the smallest, for every dtype; fp8 comes after what costs no precision."""
+"""From the fastest to the smallest, for every dtype; fp8 comes after what costs no precision. The
+last is no smaller than the one before it, so it is chosen only where fp8 is asked for."""
+
+LACKS = {"cpu": ("offload", "{} offload needs a GPU"), "mps": ("storage", "MPS has no {}")}
+"""By device, the field of a setting that it cannot have, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +200,14 @@ def choose(job: Job, room: int, asked: Setting | None = None) -> tuple[Setting, 
 
     Raises:
         DeviceError: none fits; the smallest is named.
+        UsageError: the device lacks what was asked for.
     """
+    lacking, why = LACKS.get(job.device, ("", ""))
+    if asked and (value := getattr(asked, lacking, None)):
+        raise UsageError(
+            f"{why.format(value)}, and the device is {job.device}",
+            hint=f"leave out {option(lacking)}",
+        )
     tried: list[tuple[int, Setting]] = []
     for setting in _candidates(job, asked or Setting("")):
         needed = peak(setting, job)
@@ -228,8 +240,8 @@ def _candidates(job: Job, asked: Setting) -> Iterator[Setting]:
         for way in WAYS:
             wanted = replace(way, dtype=dtype, tiling=way.tiling or asked.tiling)
             costly = way.offload or way.storage
-            missing = {"cpu": way.offload, "mps": way.storage}.get(job.device)
-            if missing or (costly and dtype != dtypes[-1]):
+            lacking, _ = LACKS.get(job.device, ("", ""))
+            if getattr(way, lacking, None) or (costly and dtype != dtypes[-1]):
                 continue
             if all(
                 not getattr(asked, name) or getattr(asked, name) == getattr(way, name)

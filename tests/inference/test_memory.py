@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ckptconv.detection.detect import detect
-from ckptconv.errors import DeviceError
+from ckptconv.errors import DeviceError, UsageError
 from ckptconv.inference.generation import Settings
 from ckptconv.inference.memory import (
     DECODER,
@@ -101,6 +101,26 @@ def test_what_is_asked_for_stays() -> None:
         setting, _ = choose(SD1, 20 * G, asked)
         for name in ("dtype", "storage", "offload"):
             assert getattr(asked, name) in ("", None, getattr(setting, name))
+
+
+def test_fp8_goes_with_sequential_offload_where_both_are_asked_for() -> None:
+    setting, _ = choose(SDXL, 3 * G, Setting("", "fp8", "sequential"))
+    assert str(setting) == "fp16, weights in fp8, sequential offload, VAE tiling"
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "message"),
+    [
+        ("cpu", Setting("", offload="model"), "model offload needs a GPU, and the device is cpu"),
+        ("cpu", Setting("", "fp8", "sequential"), "sequential offload needs a GPU"),
+        ("mps", Setting("", "fp8"), "MPS has no fp8"),
+    ],
+)
+def test_a_setting_that_the_device_lacks_is_refused(
+    device: str, asked: Setting, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        choose(replace(SDXL, device=device), 99 * G, asked)
 
 
 @pytest.mark.parametrize(("job", "asked"), [(FLUX, ""), (SDXL, "model")])
@@ -197,6 +217,8 @@ def test_generate_refuses_what_does_not_fit(sample: Sample, tmp_path: Path) -> N
     words = ["--memory", "1GB", "--device-map", "balanced"]
     result = run(sample("sd1"), *SMALL, *words, code=2)
     assert "--memory is for one device" in result.stderr
+    result = run(sample("sd1"), *SMALL, "--memory", "8GB", "--offload", "model", code=2)
+    assert "leave out --offload" in result.stderr
 
 
 @pytest.mark.slow
