@@ -293,6 +293,8 @@ def _from_folder(path: Path, options: Options, given: Collection[str]) -> Model:
     for place, tensor in tensors.items():
         stored_as = CASTS[dtype] if tensor.dtype in FLOATS else tensor.dtype
         steps.append(Step(RENAME, (tensor,), (Target(*place, stored_as, tensor.shape),)))
-    record = path / ASIDE / RECORD
-    facts = read_record(record).facts if record.is_file() else {}
+    try:
+        facts = read_record(path / ASIDE / RECORD).facts
+    except FileRefused:  # it is absent or damaged; facts only decide defaults
+        facts = {}
     return Model(path, index, blueprints, tuple(steps), dtype, tuple(notes), facts=facts)
