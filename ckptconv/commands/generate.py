@@ -31,7 +31,7 @@ from ..inference.generation import (
     with_defaults,
 )
 from ..inference.memory import Setting, choose, job_of, size_of_result, tile_vae
-from ..inference.model import open_model
+from ..inference.model import is_pipeline_folder, open_model
 from ..inference.pipeline import OFFLOADS, build_pipeline, pipeline_class, with_storage
 from ..libraries import hide_progress_bars
 from .shared import (
@@ -181,7 +181,9 @@ def command(
         limit_memory(place, room)
     # Beside weights in fp8, diffusers would round a LoRA and fail to compute; and of the names that
     # the LoRAs of transformers have, it does not know all.
-    merged = setting.storage or ("transformer" in model.blueprints and not file.is_dir())
+    merged = setting.storage or (
+        "transformer" in model.blueprints and not is_pipeline_folder(file, decided)
+    )
     if merged:
         decided = replace(decided, lora=tuple(adapters))
     if setting.dtype != model.dtype or decided.lora:

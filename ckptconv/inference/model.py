@@ -124,11 +124,16 @@ def open_model(
             "no layer computes in fp8", hint=f"{option('storage', FP8)} keeps weights in it"
         )
     with looking_into(path):
-        read = _from_folder if path.is_dir() and not options.assemble else _from_file
+        read = _from_folder if is_pipeline_folder(path, options) else _from_file
         model = read(path, options, given)
     if not options.ignore_zeros:
         require_filled(path, model.steps)
     return model
+
+
+def is_pipeline_folder(path: Path, options: Options) -> bool:
+    """Whether `open_model` reads a path as a diffusers folder, not as files to put together."""
+    return path.is_dir() and not options.assemble
 
 
 def _from_file(path: Path, options: Options, given: Collection[str]) -> Model:
