@@ -214,7 +214,8 @@ def choose(job: Job, room: int, asked: Setting | None = None) -> tuple[Setting, 
         if needed <= room:
             why = f"takes about {_gb(needed)} of {_gb(room)}"
             if tried:
-                why += f"; {tried[-1][1]} would take {_gb(tried[-1][0])}"
+                more, nearest = min(tried, key=lambda each: each[0])
+                why += f"; {nearest} would take {_gb(more)}"
             return setting, why
         tried.append((needed, setting))
     needed, setting = min(tried, key=lambda each: each[0])

@@ -96,6 +96,12 @@ def test_the_fastest_setting_that_fits_is_chosen(
     assert bool(asked or chosen in ("fp16", "bf16", "fp32")) or "would take" in why
 
 
+def test_the_setting_that_nearly_fits_is_named() -> None:
+    """Tiling changes nothing in an image that is no larger than a tile."""
+    _, why = choose(replace(SD1, pixels=64 * 64, device="cpu"), 4 * G)
+    assert "; fp32 would take" in why
+
+
 def test_what_is_asked_for_stays() -> None:
     for asked in (Setting("fp16", "fp8"), Setting("fp32"), Setting("", offload="sequential")):
         setting, _ = choose(SD1, 20 * G, asked)
@@ -235,11 +241,12 @@ def test_the_vae_decodes_in_tiles(sample: Sample) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_run_stays_within_the_estimate(sample: Sample, tmp_path: Path) -> None:
     program = (
-        "import resource, sys; from ckptconv.cli import main; main(sys.argv[1:], "
-        "standalone_mode=False); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
+        "import sys; from ckptconv.cli import main; main(sys.argv[1:], standalone_mode=False); "
+        "print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
+    )  # not `ru_maxrss`, which a process inherits from the one that it was forked from
     words = [sys.executable, "-c", program, "generate", str(sample("sd1")), "a fox"]
     words += ["-o", str(tmp_path / "out.png"), *SMALL, "--memory", "8GB"]
     done = subprocess.run(words, check=True, capture_output=True, text=True)  # noqa: S603
