@@ -163,6 +163,10 @@ def command(
     if room and device_map:
         raise UsageError("--memory is for one device, and --device-map for several")
     model = open_model(file, decided)
+    merging = replace(decided, lora=tuple(adapters))
+    # Of the names that the LoRAs of transformers have, diffusers does not know all.
+    if adapters and "transformer" in model.blueprints and not is_pipeline_folder(file, decided):
+        decided, model = merging, open_model(file, merging)  # may be larger than the file
     hide_progress_bars()
     cls, task = pipeline_class(model, task)
     settings = with_defaults(model, settings)
@@ -179,13 +183,9 @@ def command(
         setting, why = choose(job, room, asked)
         note(f"memory: {setting}: {why}")
         limit_memory(place, room)
-    # Beside weights in fp8, diffusers would round a LoRA and fail to compute; and of the names that
-    # the LoRAs of transformers have, it does not know all.
-    merged = setting.storage or (
-        "transformer" in model.blueprints and not is_pipeline_folder(file, decided)
-    )
-    if merged:
-        decided = replace(decided, lora=tuple(adapters))
+    # Beside weights in fp8, diffusers would round a LoRA and fail to compute.
+    if setting.storage:
+        decided = merging
     if setting.dtype != model.dtype or decided.lora:
         model = open_model(file, replace(decided, dtype=setting.dtype))
     started = time.monotonic()
@@ -202,7 +202,7 @@ def command(
     loaded = time.monotonic()
     for warning in set_scheduler(pipe, *chosen) if chosen else ():
         note(f"warning: {printable(warning)}")
-    add_loras(pipe, [] if merged else adapters)
+    add_loras(pipe, [] if decided.lora else adapters)
     if setting.tiling:
         tile_vae(pipe)
     if compiled:

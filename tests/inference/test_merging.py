@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ckptconv.errors import UsageError
+from ckptconv.inference.memory import job_of
 from tests.conftest import Sample
 from tests.support.adapters import Adapter, layers
 from tests.support.checkpoints import rewritten
@@ -57,4 +58,20 @@ def test_a_lora_is_merged_into_a_transformer_of_several_files(
     files: Path, lora: Path, seen: dict[str, Any], tmp_path: Path
 ) -> None:
     runner(tmp_path)(files, *SMALL, "--assemble", "--lora", lora, code=2)
+    assert merges(seen["built"])
+
+
+def test_memory_is_counted_with_the_lora_merged(
+    files: Path, lora: Path, seen: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Quantized layers that it changes are no longer quantized."""
+
+    def measure(model: Any, *words: Any) -> Any:
+        seen["counted"] = model
+        return job_of(model, *words)
+
+    monkeypatch.setattr("ckptconv.commands.generate.job_of", measure)
+    words = ("--assemble", "--lora", lora, "--memory", "8GB")
+    runner(tmp_path)(files, *SMALL, *words, code=2)
+    assert merges(seen["counted"])
     assert merges(seen["built"])
