@@ -162,11 +162,18 @@ def command(
     adapters, room = read_loras(loras), parse_size(memory) if memory else 0
     if room and device_map:
         raise UsageError("--memory is for one device, and --device-map for several")
+    beside = bool(adapters) and is_pipeline_folder(file, decided)
+    if beside and storage:
+        raise UsageError(
+            "--storage fp8 and --lora exclude each other for a diffusers folder: diffusers cannot "
+            "compute with a LoRA beside weights in fp8",
+            hint="convert the checkpoint with --lora, and take the folder that comes out",
+        )
     model = open_model(file, decided)
     merging = replace(decided, lora=tuple(adapters))
     # Of the names that the LoRAs of transformers have, diffusers does not know all.
-    if adapters and "transformer" in model.blueprints and not is_pipeline_folder(file, decided):
-        decided, model = merging, open_model(file, merging)  # may be larger than the file
+    if adapters and not beside and "transformer" in model.blueprints:
+        decided, model = merging, open_model(file, merging)
     hide_progress_bars()
     cls, task = pipeline_class(model, task)
     settings = with_defaults(model, settings)
@@ -180,7 +187,7 @@ def command(
     if room:
         job = job_of(model, size_of_result(model, settings, images), place.type)
         asked = replace(setting, dtype=options["dtype"] or "")
-        setting, why = choose(job, room, asked)
+        setting, why = choose(replace(job, fp8=not beside), room, asked)
         note(f"memory: {setting}: {why}")
         limit_memory(place, room)
     # Beside weights in fp8, diffusers would round a LoRA and fail to compute.

@@ -103,6 +103,7 @@ class Job:
         scale: pixels along the edge of one position of the latents.
         upcast: the VAE computes in fp32 where all else is fp16.
         device: `cuda`, `mps` or `cpu`.
+        fp8: whether weights may be kept in it; not beside a LoRA.
     """
 
     sizes: Mapping[str, Size]
@@ -111,6 +112,7 @@ class Job:
     scale: int = 8
     upcast: bool = False
     device: str = "cuda"
+    fp8: bool = True
 
 
 def job_of(model: Model, size: tuple[int, int], device: str) -> Job:
@@ -242,7 +244,8 @@ def _candidates(job: Job, asked: Setting) -> Iterator[Setting]:
             wanted = replace(way, dtype=dtype, tiling=way.tiling or asked.tiling)
             costly = way.offload or way.storage
             lacking, _ = LACKS.get(job.device, ("", ""))
-            if getattr(way, lacking, None) or (costly and dtype != dtypes[-1]):
+            lacks = getattr(way, lacking, None) or (way.storage and not job.fp8)
+            if lacks or (costly and dtype != dtypes[-1]):
                 continue
             if all(
                 not getattr(asked, name) or getattr(asked, name) == getattr(way, name)

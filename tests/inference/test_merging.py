@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ckptconv.errors import UsageError
-from ckptconv.inference.memory import job_of
-from tests.conftest import Sample
+from ckptconv.inference.memory import Job, Size, job_of
+from tests.conftest import Folder, Sample
 from tests.support.adapters import Adapter, layers
 from tests.support.checkpoints import rewritten
 from tests.support.pipelines import SMALL, runner
@@ -75,3 +75,21 @@ def test_memory_is_counted_with_the_lora_merged(
     runner(tmp_path)(files, *SMALL, *words, code=2)
     assert merges(seen["counted"])
     assert merges(seen["built"])
+
+
+def test_beside_a_lora_no_weights_are_in_fp8(
+    folder: Folder, lora: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of a diffusers folder, into which no LoRA is merged."""
+
+    def measure(*_: Any) -> Job:
+        unet = Size(2 * 10**9, 10**9, 10**9, 10**6)  # 2 GB, or 1 GB in fp8
+        return Job({"unet": unet}, "bf16", 64 * 64, device="cpu")
+
+    monkeypatch.setattr("ckptconv.commands.generate.job_of", measure)
+    run = runner(tmp_path)
+    words = (folder("small"), *SMALL, "--lora", lora)
+    result = run(*words, "--memory", "3GB", code=3)
+    assert "too little: the smallest setting, bf16, takes" in result.stderr
+    result = run(*words, "--storage", "fp8", code=2)
+    assert "exclude each other for a diffusers folder" in result.stderr
