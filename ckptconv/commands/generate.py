@@ -31,7 +31,7 @@ from ..inference.generation import (
     with_defaults,
 )
 from ..inference.memory import Setting, choose, job_of, size_of_result, tile_vae
-from ..inference.model import open_model
+from ..inference.model import is_pipeline_folder, open_model
 from ..inference.pipeline import OFFLOADS, build_pipeline, pipeline_class, with_storage
 from ..libraries import hide_progress_bars
 from .shared import (
@@ -162,7 +162,18 @@ def command(
     adapters, room = read_loras(loras), parse_size(memory) if memory else 0
     if room and device_map:
         raise UsageError("--memory is for one device, and --device-map for several")
+    beside = bool(adapters) and is_pipeline_folder(file, decided)
+    if beside and storage:
+        raise UsageError(
+            "--storage fp8 and --lora exclude each other for a diffusers folder: diffusers cannot "
+            "compute with a LoRA beside weights in fp8",
+            hint="convert the checkpoint with --lora, and take the folder that comes out",
+        )
     model = open_model(file, decided)
+    merging = replace(decided, lora=tuple(adapters))
+    # Of the names that the LoRAs of transformers have, diffusers does not know all.
+    if adapters and not beside and "transformer" in model.blueprints:
+        decided, model = merging, open_model(file, merging)
     hide_progress_bars()
     cls, task = pipeline_class(model, task)
     settings = with_defaults(model, settings)
@@ -176,14 +187,12 @@ def command(
     if room:
         job = job_of(model, size_of_result(model, settings, images), place.type)
         asked = replace(setting, dtype=options["dtype"] or "")
-        setting, why = choose(job, room, asked)
+        setting, why = choose(replace(job, fp8=not beside), room, asked)
         note(f"memory: {setting}: {why}")
         limit_memory(place, room)
-    # Beside weights in fp8, diffusers would round a LoRA and fail to compute; and of the names that
-    # the LoRAs of transformers have, it does not know all.
-    merged = setting.storage or ("transformer" in model.blueprints and not file.is_dir())
-    if merged:
-        decided = replace(decided, lora=tuple(adapters))
+    # Beside weights in fp8, diffusers would round a LoRA and fail to compute.
+    if setting.storage:
+        decided = merging
     if setting.dtype != model.dtype or decided.lora:
         model = open_model(file, replace(decided, dtype=setting.dtype))
     started = time.monotonic()
@@ -200,7 +209,7 @@ def command(
     loaded = time.monotonic()
     for warning in set_scheduler(pipe, *chosen) if chosen else ():
         note(f"warning: {printable(warning)}")
-    add_loras(pipe, [] if merged else adapters)
+    add_loras(pipe, [] if decided.lora else adapters)
     if setting.tiling:
         tile_vae(pipe)
     if compiled:

@@ -129,7 +129,8 @@ def limit_memory(device: torch.device, most: int) -> None:
 
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device)
+        share = min(1.0, most / total)
+        torch.cuda.set_per_process_memory_fraction(share, device.index)  # None: the current one
 
 
 def spread(

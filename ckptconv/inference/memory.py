@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..dtypes import BITS, CASTS, COMPUTED, FLOATS, FP8, nbytes
-from ..errors import DeviceError, option
+from ..errors import DeviceError, UsageError, option
 from ..planning.precision import dtype_of
 from .generation import Settings, scale_of
 from .model import Model
@@ -66,8 +66,13 @@ WAYS = (
     Setting("", storage=FP8, tiling=True),
     Setting("", storage=FP8, offload="model", tiling=True),
     Setting("", offload="sequential", tiling=True),
+    Setting("", storage=FP8, offload="sequential", tiling=True),
 )
-"""From the fastest to the smallest, for every dtype; fp8 comes after what costs no precision."""
+"""From the fastest to the smallest, for every dtype; fp8 comes after what costs no precision. The
+last is no smaller than the one before it, so it is chosen only where fp8 is asked for."""
+
+LACKS = {"cpu": ("offload", "{} offload needs a GPU"), "mps": ("storage", "MPS has no {}")}
+"""By device, the field of a setting that it cannot have, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,7 @@ class Job:
         scale: pixels along the edge of one position of the latents.
         upcast: the VAE computes in fp32 where all else is fp16.
         device: `cuda`, `mps` or `cpu`.
+        fp8: whether weights may be kept in it; not beside a LoRA.
     """
 
     sizes: Mapping[str, Size]
@@ -106,6 +112,7 @@ class Job:
     scale: int = 8
     upcast: bool = False
     device: str = "cuda"
+    fp8: bool = True
 
 
 def job_of(model: Model, size: tuple[int, int], device: str) -> Job:
@@ -195,14 +202,22 @@ def choose(job: Job, room: int, asked: Setting | None = None) -> tuple[Setting, 
 
     Raises:
         DeviceError: none fits; the smallest is named.
+        UsageError: the device lacks what was asked for.
     """
+    lacking, why = LACKS.get(job.device, ("", ""))
+    if asked and (value := getattr(asked, lacking, None)):
+        raise UsageError(
+            f"{why.format(value)}, and the device is {job.device}",
+            hint=f"leave out {option(lacking)}",
+        )
     tried: list[tuple[int, Setting]] = []
     for setting in _candidates(job, asked or Setting("")):
         needed = peak(setting, job)
         if needed <= room:
             why = f"takes about {_gb(needed)} of {_gb(room)}"
             if tried:
-                why += f"; {tried[-1][1]} would take {_gb(tried[-1][0])}"
+                more, nearest = min(tried, key=lambda each: each[0])
+                why += f"; {nearest} would take {_gb(more)}"
             return setting, why
         tried.append((needed, setting))
     needed, setting = min(tried, key=lambda each: each[0])
@@ -228,8 +243,9 @@ def _candidates(job: Job, asked: Setting) -> Iterator[Setting]:
         for way in WAYS:
             wanted = replace(way, dtype=dtype, tiling=way.tiling or asked.tiling)
             costly = way.offload or way.storage
-            missing = {"cpu": way.offload, "mps": way.storage}.get(job.device)
-            if missing or (costly and dtype != dtypes[-1]):
+            lacking, _ = LACKS.get(job.device, ("", ""))
+            lacks = getattr(way, lacking, None) or (way.storage and not job.fp8)
+            if lacks or (costly and dtype != dtypes[-1]):
                 continue
             if all(
                 not getattr(asked, name) or getattr(asked, name) == getattr(way, name)

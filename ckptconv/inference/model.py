@@ -124,11 +124,16 @@ def open_model(
             "no layer computes in fp8", hint=f"{option('storage', FP8)} keeps weights in it"
         )
     with looking_into(path):
-        read = _from_folder if path.is_dir() and not options.assemble else _from_file
+        read = _from_folder if is_pipeline_folder(path, options) else _from_file
         model = read(path, options, given)
     if not options.ignore_zeros:
         require_filled(path, model.steps)
     return model
+
+
+def is_pipeline_folder(path: Path, options: Options) -> bool:
+    """Whether `open_model` reads a path as a diffusers folder, not as files to put together."""
+    return path.is_dir() and not options.assemble
 
 
 def _from_file(path: Path, options: Options, given: Collection[str]) -> Model:
@@ -293,6 +298,8 @@ def _from_folder(path: Path, options: Options, given: Collection[str]) -> Model:
     for place, tensor in tensors.items():
         stored_as = CASTS[dtype] if tensor.dtype in FLOATS else tensor.dtype
         steps.append(Step(RENAME, (tensor,), (Target(*place, stored_as, tensor.shape),)))
-    record = path / ASIDE / RECORD
-    facts = read_record(record).facts if record.is_file() else {}
+    try:
+        facts = read_record(path / ASIDE / RECORD).facts
+    except FileRefused:  # it is absent or damaged; facts only decide defaults
+        facts = {}
     return Model(path, index, blueprints, tuple(steps), dtype, tuple(notes), facts=facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,13 @@ import torch
 from ckptconv import CkptconvError, load_pipeline
 from ckptconv.detection.detect import detect
 from ckptconv.errors import DeviceError, UsageError
-from ckptconv.inference.device import check_dtype, memory_errors, pick_device, spread
+from ckptconv.inference.device import (
+    check_dtype,
+    limit_memory,
+    memory_errors,
+    pick_device,
+    spread,
+)
 from ckptconv.maps.architecture import bundled
 from ckptconv.planning.plan import build_plan
 from tests.conftest import Sample
@@ -117,6 +124,22 @@ class memory_nothing:  # noqa: N801  (stands for torch.cuda.device)
     def __enter__(self) -> None: ...
 
     def __exit__(self, *_: object) -> None: ...
+
+
+@pytest.mark.parametrize(("name", "index"), [("cuda", 2), ("cuda:1", 1), ("cpu", None)])
+def test_memory_is_limited_on_the_device_in_use(
+    name: str, index: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[tuple[float, int]] = []
+    total = SimpleNamespace(total_memory=8 * 10**9)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: total)
+    monkeypatch.setattr("torch.cuda.memory._lazy_init", lambda: None)
+    monkeypatch.setattr(
+        torch._C, "_cuda_setMemoryFraction", lambda *words: limits.append(words), raising=False
+    )
+    limit_memory(torch.device(name), 2 * 10**9)
+    assert limits == ([] if index is None else [(0.25, index)])
 
 
 @pytest.mark.parametrize(

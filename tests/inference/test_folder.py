@@ -14,6 +14,10 @@ from safetensors.torch import load_file, save_file
 import ckptconv
 from ckptconv import load_pipeline
 from ckptconv.errors import FileRefused
+from ckptconv.folder.names import RECORD
+from ckptconv.inference.model import open_model
+from ckptconv.options import Options
+from ckptconv.planning.step import ASIDE
 from tests.conftest import Copy, Sample
 from tests.support.pipelines import TASKS, assert_same, modules
 
@@ -177,3 +181,14 @@ def test_a_component_whose_folder_is_missing(copy: Copy) -> None:
     (folder / "scheduler").rmdir()
     with pytest.raises(FileRefused, match="it has no scheduler"):
         load_pipeline(folder, device="cpu")
+
+
+def test_a_damaged_record_of_the_conversion_stops_nobody(copy: Copy) -> None:
+    folder = copy("sd1")
+    record = folder / ASIDE / RECORD
+    assert open_model(folder, Options()).facts
+    record.unlink()
+    assert not open_model(folder, Options()).facts
+    for damaged in ("{", "[]", ""):
+        record.write_text(damaged)
+        assert not open_model(folder, Options()).facts

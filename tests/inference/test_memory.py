@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ckptconv.detection.detect import detect
-from ckptconv.errors import DeviceError
+from ckptconv.errors import DeviceError, UsageError
 from ckptconv.inference.generation import Settings
 from ckptconv.inference.memory import (
     DECODER,
@@ -96,11 +96,37 @@ def test_the_fastest_setting_that_fits_is_chosen(
     assert bool(asked or chosen in ("fp16", "bf16", "fp32")) or "would take" in why
 
 
+def test_the_setting_that_nearly_fits_is_named() -> None:
+    """Tiling changes nothing in an image that is no larger than a tile."""
+    _, why = choose(replace(SD1, pixels=64 * 64, device="cpu"), 4 * G)
+    assert "; fp32 would take" in why
+
+
 def test_what_is_asked_for_stays() -> None:
     for asked in (Setting("fp16", "fp8"), Setting("fp32"), Setting("", offload="sequential")):
         setting, _ = choose(SD1, 20 * G, asked)
         for name in ("dtype", "storage", "offload"):
             assert getattr(asked, name) in ("", None, getattr(setting, name))
+
+
+def test_fp8_goes_with_sequential_offload_where_both_are_asked_for() -> None:
+    setting, _ = choose(SDXL, 3 * G, Setting("", "fp8", "sequential"))
+    assert str(setting) == "fp16, weights in fp8, sequential offload, VAE tiling"
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "message"),
+    [
+        ("cpu", Setting("", offload="model"), "model offload needs a GPU, and the device is cpu"),
+        ("cpu", Setting("", "fp8", "sequential"), "sequential offload needs a GPU"),
+        ("mps", Setting("", "fp8"), "MPS has no fp8"),
+    ],
+)
+def test_a_setting_that_the_device_lacks_is_refused(
+    device: str, asked: Setting, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        choose(replace(SDXL, device=device), 99 * G, asked)
 
 
 @pytest.mark.parametrize(("job", "asked"), [(FLUX, ""), (SDXL, "model")])
@@ -197,6 +223,8 @@ def test_generate_refuses_what_does_not_fit(sample: Sample, tmp_path: Path) -> N
     words = ["--memory", "1GB", "--device-map", "balanced"]
     result = run(sample("sd1"), *SMALL, *words, code=2)
     assert "--memory is for one device" in result.stderr
+    result = run(sample("sd1"), *SMALL, "--memory", "8GB", "--offload", "model", code=2)
+    assert "leave out --offload" in result.stderr
 
 
 @pytest.mark.slow
@@ -213,11 +241,12 @@ def test_the_vae_decodes_in_tiles(sample: Sample) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_run_stays_within_the_estimate(sample: Sample, tmp_path: Path) -> None:
     program = (
-        "import resource, sys; from ckptconv.cli import main; main(sys.argv[1:], "
-        "standalone_mode=False); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
+        "import sys; from ckptconv.cli import main; main(sys.argv[1:], standalone_mode=False); "
+        "print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
+    )  # not `ru_maxrss`, which a process inherits from the one that it was forked from
     words = [sys.executable, "-c", program, "generate", str(sample("sd1")), "a fox"]
     words += ["-o", str(tmp_path / "out.png"), *SMALL, "--memory", "8GB"]
     done = subprocess.run(words, check=True, capture_output=True, text=True)  # noqa: S603

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import accelerate  # type: ignore[import-untyped]  # it has none
 import diffusers
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import ckptconv
 from ckptconv import UsageError, load_pipeline
 from tests.conftest import Sample
 from tests.support.adapters import Adapter
-from tests.support.pipelines import SMALL, parameters, pixels, runner
+from tests.support.pipelines import SMALL, modules, parameters, pixels, runner
 
 FP8 = torch.float8_e4m3fn
 STORED = ["--storage", "fp8"]
@@ -66,6 +67,21 @@ def test_images_are_near_those_of_weights_that_are_not_rounded(
         assert parameters(tmp_path / "out.png").get("storage") == ("fp8" if images[1:] else None)
     assert 0 < np.abs(images[1] - images[0]).mean() < 16
     assert np.array_equal(images[1], images[2])
+
+
+@pytest.mark.slow
+def test_sequential_offload_paints_the_same(sample: Sample) -> None:
+    """With the CPU in the place of the GPU: accelerate moves the weights in the same way."""
+    images = []
+    for offloaded in (False, True):
+        pipe = load_pipeline(sample("sd1"), device="cpu", storage="fp8")
+        pipe.set_progress_bar_config(disable=True)
+        for module in modules(pipe).values() if offloaded else ():
+            accelerate.cpu_offload(module, torch.device("cpu"))
+        words: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2}
+        random = torch.Generator().manual_seed(1)
+        images.append(pipe("a fox", **words, generator=random, output_type="np").images)
+    assert np.array_equal(*images)
 
 
 @pytest.mark.parametrize(
