@@ -148,7 +148,7 @@ def _of_donor(plan: Plan, component: Component, donor: Donor) -> tuple[dict[str,
     """
     if donor.config:
         said = read_config(donor.config)
-        name = class_said(said)
+        name = str(class_said(said))
         try:
             values = kept(component.home, name, said)
         except Unbuildable as error:
@@ -198,14 +198,17 @@ def model_index(plan: Plan, built: Mapping[str, Config]) -> dict[str, Any]:
 
 def class_of(config: Config) -> str:
     """Returns the name of the class that a configuration is for, as it says itself."""
-    return class_said(config.values)
+    return str(class_said(config.values))
 
 
-def class_said(values: Mapping[str, Any]) -> str:
-    """Returns the class that a configuration names, by its usual name."""
+def class_said(values: Mapping[str, Any]) -> Any:
+    """Returns the class that a configuration names, by its usual name; None if it names none.
+
+    What is not a name, such as a list of several, is returned as it is.
+    """
     said = next((values[name] for name in CLASS_ENTRIES if name in values), None)
-    name = str(said[0] if isinstance(said, list) and said else said)
-    return RENAMED.get(name, name)
+    name = said[0] if isinstance(said, list) and len(said) == 1 else said
+    return RENAMED.get(name, name) if isinstance(name, str) else name
 
 
 def versioned(config: Config) -> dict[str, Any]:

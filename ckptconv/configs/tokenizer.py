@@ -12,14 +12,14 @@ import importlib.resources
 import json
 import lzma
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import FileRefused
 from ..files import MOST_TOKENS, read_json, read_small
-from .allowed import LARGEST, TOKENIZER
+from .allowed import LARGEST, TOKENIZER, without_code
 
 T5 = "T5TokenizerFast"
 """The class of T5's tokenizer, in its configuration."""
@@ -30,14 +30,11 @@ UNKNOWN = "tokenizer of no known kind"
 END_OF_WORD = "</w>"
 SPACE = "Ġ"
 """How byte-level vocabularies write a space."""
-WHOLE = "tokenizer.json"
+VOCABULARY, MERGES, WHOLE = "vocab.json", "merges.txt", "tokenizer.json"
 PIECES = "spiece.model"
 TEMPLATE = "chat_template.jinja"
-FILES = (
-    *("vocab.json", "merges.txt", WHOLE, TEMPLATE),
-    *("special_tokens_map.json", "added_tokens.json"),
-)
-"""What is copied of a tokenizer's folder, beside its configuration."""
+ADDED = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+"""What is said of a token beside the vocabulary."""
 SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 
 
@@ -87,35 +84,61 @@ def tokenizer_files(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tables:
-    """What a byte-level BPE tokenizer consists of; `files` are those that hold the tables as is."""
+class Tables:
+    """The tables of a byte-level BPE tokenizer, as one file gives them.
+
+    Attributes:
+        vocabulary: token ids.
+        merges: in their order, each of two tokens.
+        added: ids of the tokens that the file has beside the vocabulary.
+        rules: how it changes and splits text, if the file says so.
+    """
 
     vocabulary: Mapping[str, int]
-    merges: str
+    merges: Sequence[str]
+    added: Mapping[str, int]
+    rules: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """The parsed folder of a byte-level BPE tokenizer.
+
+    Attributes:
+        config: content of its `tokenizer_config.json`, with the added tokens of `tokenizer.json`.
+        more: content of the JSON files beside it that name tokens.
+        tables: by the file that holds them, at least one: `vocab.json`, with `merges.txt`, comes
+            before `tokenizer.json`.
+        template: its `chat_template.jinja`, if it has that file.
+    """
+
     config: Mapping[str, Any]
     more: Mapping[str, Mapping[str, Any]]
-    files: Mapping[str, Path]
+    tables: Mapping[str, Tables]
+    template: str | None
 
     @property
-    def last(self) -> int:
-        """The highest token id."""
-        added = self.more.get("added_tokens.json", {}).values()
-        ids: list[int] = [*self.vocabulary.values(), *added, *self.decoder.values()]
-        return max(ids)
+    def first(self) -> Tables:
+        """The tables that are used."""
+        return next(iter(self.tables.values()))
 
     @property
-    def decoder(self) -> dict[str, int]:
-        """The ids of the tokens that the configuration adds."""
-        added = self.config.get("added_tokens_decoder") or {}
-        return {str(content(t)): int(n) for n, t in added.items() if NUMBER.fullmatch(n)}
+    def added(self) -> dict[str, int]:
+        """The ids of the tokens that other files than those of the tables add."""
+        decoder = self.config.get("added_tokens_decoder", {})
+        ids = {str(content(t)): int(n) for n, t in decoder.items() if NUMBER.fullmatch(n)}
+        return {**self.more.get("added_tokens.json", {}), **ids}
+
+    def ids(self, file: str) -> dict[str, int]:
+        """Returns the ids of all tokens, as one file of tables has them, or the only one."""
+        tables = self.tables.get(file, self.first)
+        return {**self.added, **tables.vocabulary, **tables.added}
 
 
-def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> dict[str, str | Path]:
-    """Returns the files of a folder as its class is to read them; a path stands for one as it is.
+def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the content of the files of a folder as its class is to read them.
 
-    There is one T5 tokenizer: of a folder with such, ours is taken. Of a `tokenizer.json`, only the
-    tables are taken. How text is split and normalized, which a hostile file could make take
-    forever, is the same for every tokenizer of a class.
+    There is one T5 tokenizer: of a folder with such, ours is taken.
 
     Args:
         folder: of the tokenizer.
@@ -124,53 +147,58 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> dict[str, str | P
     Raises:
         FileRefused: a file is missing or makes no sense.
     """
-    if _is_t5(folder):
-        return dict(tokenizer_files({**config, "tokenizer_class": T5}))
-    tables = _read_tables(folder, config)
-    files: dict[str, str | Path] = {
-        name: json.dumps(values)
-        for name, values in {"tokenizer_config.json": tables.config, **tables.more}.items()
-    }
-    if (folder / TEMPLATE).exists():
-        files[TEMPLATE] = _text(folder / TEMPLATE)
-    whole = {"vocab.json": json.dumps(tables.vocabulary), "merges.txt": tables.merges}
-    files |= tables.files or whole
-    return files
+    if _is_t5(folder, _whole(folder)):
+        return tokenizer_files({**config, "tokenizer_class": T5})
+    return copied_tokenizer(folder, config)
 
 
 def copied_tokenizer(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the content of the files that a folder of a tokenizer becomes: copies of its own.
+    """Returns the content of the files that a folder of CLIP's or Qwen's kind becomes.
+
+    They are written from what was parsed. Of a `tokenizer.json`, only the tables are taken: how
+    text is split and normalized, which a hostile file could make take forever, is the same for
+    every tokenizer of a class.
 
     Args:
         folder: of the tokenizer.
-        config: content of `tokenizer_config.json`.
+        config: what was kept of its `tokenizer_config.json`.
 
     Raises:
-        FileRefused: a file cannot be read or makes no sense.
+        FileRefused: a file is missing or makes no sense.
     """
-    _read_tables(folder, config)
-    found = {name: _text(folder / name) for name in FILES if (folder / name).exists()}
-    return {**found, "tokenizer_config.json": json.dumps(dict(config), indent=2) + "\n"}
+    found = parsed_tokenizer(folder, config)
+    named = {"tokenizer_config.json": found.config, **found.more}
+    files = {name: json.dumps(values, indent=2) + "\n" for name, values in named.items()}
+    if found.template is not None:
+        files[TEMPLATE] = found.template
+    files[VOCABULARY] = json.dumps(dict(found.first.vocabulary), ensure_ascii=False)
+    files[MERGES] = "\n".join(["#version: 0.2", *found.first.merges]) + "\n"
+    return files
 
 
 def tokenizer_of(folder: Path, config: Mapping[str, Any]) -> tuple[str, int]:
     """Returns the class that the content of a tokenizer's folder is for, and the highest token id.
 
     Raises:
-        FileRefused: a file is missing or makes no sense.
+        FileRefused: a file is missing or makes no sense, or two differ.
     """
-    if _is_t5(folder):
-        pieces = _model(folder).get("vocab")
+    whole = _whole(folder)
+    if _is_t5(folder, whole):
+        pieces = _model(whole).get("vocab")
         count = len(pieces) if isinstance(pieces, list) else T5_TOKENS
         return T5 if count == T5_TOKENS else UNKNOWN, count - 1
-    tables = _read_tables(folder, config)
+    found = parsed_tokenizer(folder, config)
+    tables, vocabulary = found.first, found.ids(VOCABULARY)
+    if found.ids(WHOLE) != vocabulary or found.tables.get(WHOLE, tables).merges != tables.merges:
+        raise _senseless(folder, f"its {VOCABULARY} or {MERGES} differs from its {WHOLE}")
+    last = max([*vocabulary.values(), *found.added.values()])
     if any(token.endswith(END_OF_WORD) for token in tables.vocabulary):
-        return CLIP, tables.last
-    return QWEN if SPACE in tables.vocabulary else UNKNOWN, tables.last
+        return CLIP, last
+    return QWEN if SPACE in tables.vocabulary else UNKNOWN, last
 
 
-def meaning(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what decides the token ids of a text, whichever files of a folder say so.
+def parsed_tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
+    """Reads the folder of a tokenizer of CLIP's or Qwen's kind.
 
     Args:
         folder: of the tokenizer.
@@ -179,15 +207,41 @@ def meaning(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         FileRefused: a file is missing or makes no sense.
     """
-    tables = _read_tables(folder, config)
-    more = tables.more.get("added_tokens.json", {})
+    whole, more = _whole(folder), dict[str, Mapping[str, Any]]()
+    for name, keys in {"special_tokens_map.json": TOKENIZER, "added_tokens.json": None}.items():
+        if (folder / name).exists():
+            said = without_code(read_json(folder / name, MOST_TOKENS))
+            more[name] = {k: v for k, v in said.items() if keys is None or k in keys}
+    listed, own = whole.get("added_tokens"), config.get("added_tokens_decoder")
+    tokens = [t for t in listed if isinstance(t, dict)] if isinstance(listed, list) else []
+    decoder = {str(t.get("id")): {k: t[k] for k in ADDED if k in t} for t in tokens}
+    decoder |= own if isinstance(own, dict) else {}
+    settings = {k: v for k, v in config.items() if k != "added_tokens_decoder"}
+    settings |= {"added_tokens_decoder": decoder} if decoder else {}
+    tables = {}
+    if (folder / VOCABULARY).exists() and (folder / MERGES).exists():
+        lines = _text(folder / MERGES).strip().split("\n")[1:]
+        table: Any = read_json(folder / VOCABULARY, MOST_TOKENS)
+        tables[VOCABULARY] = Tables(table, lines, {})
+    if whole:
+        model = _model(whole)
+        pairs = model.get("merges")
+        pairs = pairs if isinstance(pairs, list) else []
+        lines = [" ".join(map(str, p)) if isinstance(p, list) else str(p) for p in pairs]
+        added: Any = {str(t.get("content")): t.get("id") for t in tokens}
+        tables[WHOLE] = Tables(model.get("vocab") or {}, lines, added, _rules(whole))
+    if not tables:
+        raise _senseless(folder, f"holds no {VOCABULARY} with a {MERGES}, and no {WHOLE}")
+    for each in tables.values():
+        numbers = [*each.vocabulary.values()] if isinstance(each.vocabulary, dict) else []
+        extra = (*each.added.values(), *more.get("added_tokens.json", {}).values())
+        if not numbers or not all(type(n) is int and 0 <= n < LARGEST for n in (*numbers, *extra)):
+            raise _senseless(folder, "its vocabulary is no table from tokens to numbers")
+        for n, line in enumerate(each.merges, 1):
+            if len(line.split(" ")) != 2:
+                raise _senseless(folder, f"merge {n:,} is {line[:80]!r}, expected two tokens")
     template = folder / TEMPLATE
-    return {
-        "vocabulary": {**tables.vocabulary, **more, **tables.decoder},
-        "merges": [line for line in tables.merges.split("\n")[1:] if line],
-        "special tokens": {n: content(config.get(n)) for n in ("eos_token", "pad_token")},
-        "chat template": _text(template) if template.exists() else config.get("chat_template"),
-    }
+    return Tokenizer(settings, more, tables, _text(template) if template.exists() else None)
 
 
 def content(token: Any) -> Any:
@@ -195,64 +249,54 @@ def content(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _read_tables(folder: Path, config: Mapping[str, Any]) -> _Tables:
-    vocab, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", WHOLE))
-    config, files = dict(config), dict[str, Path]()
-    if not isinstance(config.get("added_tokens_decoder"), dict):
-        config.pop("added_tokens_decoder", None)
-    if vocab.exists() and merges.exists():
-        files = {path.name: path.resolve() for path in (vocab, merges)}
-        table: Any = read_json(vocab, MOST_TOKENS)
-        text = read_small(merges, MOST_TOKENS).decode(errors="replace").strip()
-    elif whole.exists():
-        data, model = read_json(whole, MOST_TOKENS), _model(folder)
-        table, pairs, added = model.get("vocab"), model.get("merges"), data.get("added_tokens")
-        pairs, added = (each if isinstance(each, list) else [] for each in (pairs, added))
-        lines = (" ".join(map(str, p)) if isinstance(p, list) else str(p) for p in pairs)
-        text = "\n".join(["#version: 0.2", *lines])
-        tokens = [token for token in added if isinstance(token, dict)]
-        more = {str(t.get("id")): {k: v for k, v in t.items() if k != "id"} for t in tokens}
-        config["added_tokens_decoder"] = more | (config.get("added_tokens_decoder") or {})
-    else:
-        what = f"{folder}: holds no vocab.json with a merges.txt, and no {WHOLE}"
-        raise FileRefused(what, hint="copy the folder again from its source")
-    extra = {}
-    for name, keys in {"special_tokens_map.json": TOKENIZER, "added_tokens.json": None}.items():
-        if (folder / name).exists():
-            said = read_json(folder / name, MOST_TOKENS)
-            extra[name] = {k: v for k, v in said.items() if keys is None or k in keys}
-    numbers = [*table.values()] if isinstance(table, dict) else [None]
-    numbers += extra.get("added_tokens.json", {}).values()
-    if not numbers or not all(type(n) is int and 0 <= n < LARGEST for n in numbers):
-        raise _senseless(folder, "its vocabulary is no table from tokens to numbers")
-    for n, line in enumerate(text.split("\n")[1:], 1):
-        if len(line.split(" ")) != 2:
-            raise _senseless(folder, f"merge {n:,} is {line[:80]!r}, expected two tokens")
-    return _Tables(table, text, config, extra, files)
-
-
 def _text(path: Path) -> str:
-    """Returns the text of a file; one that should be JSON holds an object."""
-    if path.suffix == ".json":
-        read_json(path, MOST_TOKENS)
     try:
         return read_small(path, MOST_TOKENS).decode()
     except UnicodeDecodeError as error:
         raise FileRefused(f"{path}: is no text: {error}", hint="copy it again") from error
 
 
-def _is_t5(folder: Path) -> bool:
+def _whole(folder: Path) -> dict[str, Any]:
+    """Returns the content of `tokenizer.json`; an empty table if there is none."""
+    path = folder / WHOLE
+    return read_json(path, MOST_TOKENS) if path.exists() else {}
+
+
+def _is_t5(folder: Path, whole: Mapping[str, Any]) -> bool:
     """Whether a folder holds a unigram model and no table of CLIP's or Qwen's kind."""
-    return not (folder / "vocab.json").exists() and (
-        (folder / PIECES).exists() or _model(folder).get("type") == "Unigram"
+    return not (folder / VOCABULARY).exists() and (
+        (folder / PIECES).exists() or _model(whole).get("type") == "Unigram"
     )
 
 
-def _model(folder: Path) -> dict[str, Any]:
-    """Returns the model in a `tokenizer.json`; an empty one if there is none."""
-    path = folder / WHOLE
-    model = read_json(path, MOST_TOKENS).get("model") if path.exists() else None
+def _model(whole: Mapping[str, Any]) -> dict[str, Any]:
+    model = whole.get("model")
     return model if isinstance(model, dict) else {}
+
+
+def _rules(whole: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns how a `tokenizer.json` changes and splits text, less what changes no token id."""
+    steps = {name: whole.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor")}
+    after = steps["post_processor"]
+    if isinstance(after, dict) and (
+        after.get("type") == "ByteLevel"
+        or (after.get("type") == "TemplateProcessing" and not after.get("special_tokens"))
+    ):
+        del steps["post_processor"]
+    model = {k: v for k, v in _model(whole).items() if k not in ("type", "vocab", "merges")}
+    plain = _plain({**steps, "model": _plain(model)})
+    return {name: step for name, step in plain.items() if step}
+
+
+def _plain(part: Any) -> Any:
+    """Returns a part of a `tokenizer.json` without offsets and what is off by default."""
+    if isinstance(part, list):
+        return [_plain(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    # a step of the kind ByteLevel splits by its own pattern unless this is false
+    shown = {k: v for k, v in part.items() if (k == "use_regex") != bool(v) and k != "trim_offsets"}
+    return {key: _plain(value) for key, value in shown.items()}
 
 
 def _senseless(folder: Path, what: str) -> FileRefused:

@@ -22,7 +22,10 @@ from .keymap import KeyMap, MapFile
 from .schema import GIVEN, Fault, Many, Named, word
 from .yaml_files import HINT, Folders, laid_over
 
-CLASS_ENTRIES = ("_class_name", "architectures", "tokenizer_class", "image_processor_type")
+CLASS_ENTRIES = (
+    *("_class_name", "architectures", "tokenizer_class"),
+    *("image_processor_type", "feature_extractor_type"),
+)
 """Where a configuration says which class it is for."""
 
 UNET_ROOT = "input_blocks.0.0.weight"

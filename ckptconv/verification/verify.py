@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
 
-from ..configs.config import Config, class_of, model_index
+from ..configs.config import Config, class_of, class_said, model_index
 from ..configs.original_config import OriginalConfig
 from ..conversion.convert import configured, plan_file
 from ..conversion.restore import restore
@@ -32,7 +32,7 @@ from ..planning.plan import Plan
 from ..planning.step import ASIDE
 from ..planning.zeros import zero_weights
 from .checks.code import check_code
-from .checks.config import check_config, check_index, class_said, same
+from .checks.config import check_config, check_index, same
 from .checks.data import Bytes, check_data, check_finite
 from .checks.tokenizer import check_tokenizer
 from .checks.weights import check_weights

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ckptconv.configs.config import Config, class_of, configs, model_index, versioned
+from ckptconv.configs.config import Config, class_of, class_said, configs, model_index, versioned
 from ckptconv.detection.detect import detect, option_fact
 from ckptconv.errors import FileRefused, MapError
 from ckptconv.files import read_json
@@ -239,3 +239,17 @@ def test_a_hole_that_cannot_be_filled_is_refused(tmp_path: Path, hole: str, said
     message = str(caught.value)
     assert "attention_head_dim" in message
     assert said in message
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({}, None),
+        ({"_class_name": None}, None),
+        ({"architectures": ["CLIPTextModel"]}, "CLIPTextModel"),
+        ({"architectures": ["A", "B"]}, ["A", "B"]),
+        ({"feature_extractor_type": "CLIPFeatureExtractor"}, "CLIPImageProcessor"),
+    ],
+)
+def test_the_class_that_a_configuration_names(values: dict[str, Any], said: object) -> None:
+    assert class_said(values) == said

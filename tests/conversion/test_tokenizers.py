@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 
 import ckptconv
-from ckptconv.configs.tokenizer import merges_text, t5_text, vocabulary
+from ckptconv.configs.config import Config
+from ckptconv.configs.tokenizer import QWEN, merges_text, t5_text, vocabulary
 from ckptconv.errors import FileRefused, UsageError
 from ckptconv.files import MOST_TOKENS, read_json
+from ckptconv.folder.read import ComponentFolder
 from ckptconv.maps.architecture import bundled
+from ckptconv.verification.checks.tokenizer import RULES, check_tokenizer
 from tests.conftest import Sample
-from tests.support.qwen import write_tokenizer
+from tests.support.qwen import MERGES, SPECIALS, config, write_tokenizer
 
 T5_CONFIG = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100}
 CLIP_CONFIG = {
@@ -105,7 +108,10 @@ def test_it_takes_the_place_of_the_bundled_one(
     assert report.warnings == ()
     made = {path.name: path.read_bytes() for path in (out / option).iterdir()}
     given = {path.name: path.read_bytes() for path in folders[kind].iterdir()}
-    tables = given.keys() - {"tokenizer_config.json"}
+    tables = set(given) - {"tokenizer_config.json"}
+    if kind != "t5":  # its tables are written from what was parsed
+        tables.remove("vocab.json")
+        assert json.loads(made["vocab.json"]) == json.loads(given["vocab.json"])
     assert {name: made[name] for name in tables} == {name: given[name] for name in tables}
     said = read_json(out / option / "tokenizer_config.json")
     wanted = bundled().architectures[architecture].components[option]
@@ -189,6 +195,62 @@ def test_a_damaged_one_is_refused(
     assert not out.exists()
 
 
+def _whole(ids: dict[str, int], added: dict[str, int]) -> str:
+    """Returns a `tokenizer.json` of the small tokenizer of Qwen's kind, with other tokens."""
+    first = 256 + len(MERGES)
+    tokens = {token: first + n for n, token in enumerate(SPECIALS)} | added
+    symbols = [*[*vocabulary()][:256], *("".join(merge.split()) for merge in MERGES)]
+    return json.dumps(
+        {
+            "added_tokens": [{"id": n, "content": token} for token, n in tokens.items()],
+            "normalizer": {"type": "NFC"},
+            "pre_tokenizer": RULES[QWEN][0]["pre_tokenizer"],
+            "model": {
+                "type": "BPE",
+                "vocab": {token: n for n, token in enumerate(symbols)} | ids,
+                "merges": list(MERGES),
+            },
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("ids", "added", "alone", "said"),
+    [
+        ({"a": 1_000_000}, {}, True, "ids go up to 1,000,000"),
+        ({}, {"<far>": 1_000_000}, True, "ids go up to 1,000,000"),
+        ({}, {"<far>": 1_000_000}, False, "ids go up to 1,000,000"),
+        ({"a": 1_000_000}, {}, False, "vocab.json or merges.txt differs from its tokenizer.json"),
+        ({}, {"<far>": -1}, True, "is no table from tokens to numbers"),
+    ],
+)
+def test_the_ids_of_a_tokenizer_json_are_checked(
+    ids: dict[str, int],
+    added: dict[str, int],
+    alone: bool,
+    said: str,
+    sample: Sample,
+    tmp_path: Path,
+) -> None:
+    donor = write_tokenizer(tmp_path / "donor")
+    (donor / "tokenizer.json").write_text(_whole(ids, added))
+    if alone:
+        (donor / "vocab.json").unlink()
+    with pytest.raises(FileRefused, match=said):
+        ckptconv.convert(sample("z-image"), tmp_path / "out", tokenizer=donor, configs_only=True)
+
+
+def test_what_asks_for_code_is_copied_from_no_file(sample: Sample, tmp_path: Path) -> None:
+    donor, code = write_tokenizer(tmp_path / "donor"), {"auto_map": {"AutoTokenizer": "evil.T"}}
+    specials = {"eos_token": {"content": "<|im_end|>", **code}, **code}
+    (donor / "special_tokens_map.json").write_text(json.dumps(specials))
+    (donor / "tokenizer.json").write_text(_whole({}, {})[:-1] + ', "auto_map": {"a": "b"}}')
+    ckptconv.convert(sample("z-image"), tmp_path / "out", tokenizer=donor, configs_only=True)
+    made = {path.name: path.read_text() for path in (tmp_path / "out" / "tokenizer").iterdir()}
+    assert json.loads(made["special_tokens_map.json"]) == {"eos_token": {"content": "<|im_end|>"}}
+    assert not [name for name, text in made.items() if "auto_map" in text]
+
+
 def test_a_file_and_a_missing_folder_are_no_tokenizer(small: Path, tmp_path: Path) -> None:
     for place in (small, tmp_path / "missing", tmp_path / ("x" * 300)):
         with pytest.raises(FileRefused, match=r"holds no tokenizer_config.json|File name too long"):
@@ -199,6 +261,80 @@ def test_an_architecture_without_it_takes_none(small: Path, folders: dict[str, P
     with pytest.raises(UsageError, match="tokenizer_3 is given, but it is not a component") as told:
         ckptconv.plan(small, tokenizer_3=folders["t5"])
     assert told.value.hint.endswith("given are unet, vae, text_encoder, tokenizer")
+
+
+def _swapped(data: dict[str, Any]) -> None:
+    vocab = data["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+
+
+def _slow(data: dict[str, Any]) -> None:
+    data["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}
+
+
+CHANGES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
+    ("vocab.json", lambda data: data.update({"a": data["b"], "b": data["a"]}), "vocabulary"),
+    ("tokenizer.json", _swapped, "vocabulary in tokenizer.json"),
+    ("tokenizer.json", lambda data: data["model"]["merges"].pop(), "merges in tokenizer.json"),
+    ("tokenizer.json", _slow, "splitting of text in tokenizer.json"),
+    (
+        "tokenizer.json",
+        lambda data: data.update(normalizer=None, pre_tokenizer=None),
+        "splitting of text in tokenizer.json",
+    ),
+    ("added_tokens.json", lambda data: data.update({"<|im_end|>": 3}), "added tokens"),
+    (
+        "special_tokens_map.json",
+        lambda data: data.update(eos_token="<|im_start|>"),  # noqa: S106
+        "eos_token in special_tokens_map.json",
+    ),
+    (
+        "tokenizer_config.json",
+        lambda data: data.update(eos_token="<|im_start|>"),  # noqa: S106
+        "eos_token",
+    ),
+    (
+        "tokenizer_config.json",
+        lambda data: data.update(tokenizer_class="CLIPTokenizer"),
+        "tokenizer_class",
+    ),
+    ("tokenizer_config.json", lambda data: data.update(chat_template="x"), "chat template"),
+]
+
+
+@pytest.fixture(scope="module")
+def with_qwen(folders: dict[str, Path], sample: Sample, tmp_path_factory: Any) -> Path:
+    out = Path(tmp_path_factory.mktemp("with_qwen")) / "out"
+    ckptconv.convert(sample("z-image"), out, tokenizer=folders["qwen"])
+    (out / "tokenizer" / "tokenizer.json").write_text(_whole({}, {}))
+    assert ckptconv.verify(sample("z-image"), out, tokenizer=folders["qwen"]).problems == ()
+    return out
+
+
+@pytest.mark.parametrize(("file", "change", "where"), CHANGES)
+def test_a_changed_file_is_a_problem_whatever_the_others_say(
+    file: str,
+    change: Callable[[dict[str, Any]], object],
+    where: str,
+    folders: dict[str, Path],
+    with_qwen: Path,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(with_qwen / "tokenizer", tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / file
+    data = read_json(path) if path.exists() else {}
+    change(data)
+    path.write_text(json.dumps(data))
+    tokenizer = bundled().architectures["z-image"].components["tokenizer"]
+    values = {**config(), "tokenizer_class": QWEN}
+    found = check_tokenizer(
+        Config(tokenizer, values, {}, folder=folders["qwen"]),
+        ComponentFolder(
+            tmp_path / "tokenizer", read_json(tmp_path / "tokenizer" / "tokenizer_config.json")
+        ),
+        ours=True,
+    )
+    assert [problem.where for problem in found.problems] == [where]
 
 
 def test_another_tokenizer_than_the_donor_is_a_problem(

@@ -11,16 +11,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from ...configs.allowed import Unbuildable, as_published, defaults
-from ...configs.config import DTYPES, Config, class_of
+from ...configs.config import DTYPES, Config, class_of, class_said
 from ...dtypes import FLOATS, LIBRARY_NAMES
 from ...errors import option
 from ...folder.names import CONFIG_FILES, INDEX
 from ...folder.read import ComponentFolder
 from ...libraries import LIBRARIES, RENAMED, find_class
+from ...maps.architecture import CLASS_ENTRIES
 from ..result import Check, Problem
 
-NAMES = ("_class_name", "architectures", "image_processor_type", "feature_extractor_type")
-"""Entries that name the class."""
 SCHEDULE = {
     "beta_end",
     "beta_schedule",
@@ -150,7 +149,7 @@ def _entries(
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yields the entries that matter: name, what the folder says, what was expected."""
     for entry in dict.fromkeys([*config.values, *own]):
-        if entry in NAMES or entry in DTYPES:
+        if entry in CLASS_ENTRIES or entry in DTYPES:
             continue
         if entry in known or (entry in config.values and entry in own):  # else, nobody reads it
             default = known.get(entry)
@@ -166,13 +165,7 @@ def _blocks(config: Config, entry: str) -> list[int] | None:
 
 
 def _class_entry(own: Mapping[str, Any]) -> str:
-    return next((name for name in NAMES if name in own), NAMES[1])
-
-
-def class_said(own: Mapping[str, Any]) -> Any:
-    """Returns the class that a configuration names, whatever it is; None if it names none."""
-    said = own.get(_class_entry(own))
-    return _renamed(said[0] if isinstance(said, list) and len(said) == 1 else said)
+    return next((name for name in CLASS_ENTRIES if name in own), CLASS_ENTRIES[1])
 
 
 def _renamed(name: Any) -> Any:

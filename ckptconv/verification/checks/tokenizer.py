@@ -7,12 +7,21 @@ all of them; which one a library reads depends on its version, so each must be r
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...configs.config import Config
-from ...configs.tokenizer import T5, content, meaning, merges_text, vocabulary
+from ...configs.tokenizer import (
+    CLIP,
+    QWEN,
+    T5,
+    VOCABULARY,
+    content,
+    merges_text,
+    parsed_tokenizer,
+    vocabulary,
+)
 from ...errors import FileRefused
 from ...files import MOST_TOKENS, read_json, read_small
 from ...folder.names import CONFIG_FILES
@@ -21,8 +30,15 @@ from ..result import Check, Problem
 from .t5 import t5_json, t5_pieces
 
 SPECIALS = "special_tokens_map.json"
-COMPARED = ("add_prefix_space", "do_lower_case", "errors", "model_max_length")
-"""Entries of the configuration that change the token ids."""
+COMPARED = {
+    "add_prefix_space": False,
+    "do_lower_case": True,
+    "errors": "replace",
+    "model_max_length": 10**30,
+}
+"""Entries of the configuration that change the token ids, and their defaults."""
+TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+UNLIKE = "is not that of the donor"
 
 PROBE = "A  Photo of\nthe cat's 42."
 """Upper case, white space, a contraction and digits, in words that are one token each. (Not "!",
@@ -33,6 +49,49 @@ NEEDED = ("vocab.json", "merges.txt", "spiece.model")
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 PATTERNS = (r"\s+", WORDS, rf"<\|startoftext\|>|<\|endoftext\|>|{WORDS}")
 """The patterns by which every CLIP tokenizer splits a text."""
+BYTES = {"type": "ByteLevel"}
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _splits(pattern: str, bytes_: Mapping[str, Any], **behavior: Any) -> dict[str, Any]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, **behavior}
+    return {"type": "Sequence", "pretokenizers": [split, bytes_]}
+
+
+RULES: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    QWEN: [
+        {
+            "normalizer": {"type": "NFC"},
+            "pre_tokenizer": _splits(
+                QWEN_WORDS, {**BYTES, "use_regex": False}, behavior="Isolated"
+            ),
+        }
+    ],
+    CLIP: [
+        {
+            "normalizer": {
+                "type": "Sequence",
+                "normalizers": [
+                    {"type": "NFC"},
+                    {"type": "Replace", "pattern": {"Regex": PATTERNS[0]}, "content": " "},
+                    {"type": "Lowercase"},
+                ],
+            },
+            "pre_tokenizer": _splits(pattern, BYTES, behavior="Removed", invert=True),
+            "post_processor": {
+                "type": "RobertaProcessing",
+                "sep": ["<|endoftext|>", 49407],
+                "cls": ["<|startoftext|>", 49406],
+            },
+            "model": {"unk_token": "<|endoftext|>", "end_of_word_suffix": "</w>"},
+        }
+        for pattern in PATTERNS[1:]
+    ],
+}
+"""How the libraries' classes change and split text, as they write it into a `tokenizer.json`."""
 UNSET = "<|endoftext|>"
 """The class's default for special tokens."""
 
@@ -51,16 +110,42 @@ def check_tokenizer(config: Config, part: ComponentFolder, *, ours: bool) -> Che
 
 
 def _unlike_donor(config: Config, part: ComponentFolder, donor: Path) -> Iterator[Problem]:
-    """Yields in what a tokenizer differs from the donor, however its library writes it."""
-    settings = CONFIG_FILES["tokenizer"]
+    """Yields in what a tokenizer differs from the donor, in any file that a library may read."""
+    settings, own = CONFIG_FILES["tokenizer"], part.config or {}
     try:
-        have, want = meaning(part.folder, part.config or {}), meaning(donor, config.values)
+        have, want = parsed_tokenizer(part.folder, own), parsed_tokenizer(donor, config.values)
     except FileRefused as error:
         yield Problem(settings, error.message)
         return
-    for what in want:
-        if have[what] != want[what]:
-            yield Problem(what, "is not that of the donor")
+    yield from _entries(config.values, own)
+    for file, tables in have.tables.items():
+        theirs = want.tables.get(file, want.first)
+        rules = RULES.get(config.values["tokenizer_class"].removesuffix("Fast"), ())
+        right = {
+            "vocabulary": have.ids(file) == want.ids(file),
+            "merges": tables.merges == theirs.merges,
+            "splitting of text": tables.rules is None or tables.rules in (theirs.rules, *rules),
+        }
+        for what in (what for what, same in right.items() if not same):
+            yield Problem(what if file == VOCABULARY else f"{what} in {file}", UNLIKE)
+    known = {**want.ids(VOCABULARY), **want.added}
+    added = [*have.added.items(), *have.more.get("added_tokens.json", {}).items()]
+    if any(known.get(token) != number for token, number in added):
+        yield Problem("added tokens", UNLIKE)
+    theirs_said = want.more.get(SPECIALS, {})
+    said = have.more.get(SPECIALS, {})
+    for name in TOKENS:
+        expected = content(config.values.get(name, theirs_said.get(name)))
+        if content(own.get(name, said.get(name))) != expected:
+            yield Problem(name, UNLIKE)
+        if content(said.get(name, expected)) != content(theirs_said.get(name, expected)):
+            yield Problem(f"{name} in {SPECIALS}", UNLIKE)
+    template, wanted = (
+        found.config.get("chat_template") if found.template is None else found.template
+        for found in (have, want)
+    )
+    if template != wanted:
+        yield Problem("chat template", UNLIKE)
 
 
 def _findings(config: Config, part: ComponentFolder, ours: bool) -> Iterator[Problem | str]:
@@ -109,9 +194,10 @@ def _entries(expected: Mapping[str, Any], have: Mapping[str, Any]) -> Iterator[P
     said = str(have.get("tokenizer_class", wanted))
     if said.removesuffix("Fast") != wanted.removesuffix("Fast"):
         yield Problem("tokenizer_class", f"is {said!r}, expected {wanted!r}")
-    for entry in COMPARED:
+    for entry, default in COMPARED.items():
         found, want = have.get(entry), expected.get(entry)
-        if found != want and (entry in have or entry == "model_max_length"):
+        silent = entry not in have and entry != "model_max_length"
+        if found != want and not silent and (want is not None or found != default):
             yield Problem(entry, f"is {found!r}, expected {want!r}")
 
 
