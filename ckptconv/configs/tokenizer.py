@@ -220,7 +220,8 @@ def parsed_tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
     settings |= {"added_tokens_decoder": decoder} if decoder else {}
     tables = {}
     if (folder / VOCABULARY).exists() and (folder / MERGES).exists():
-        lines = _text(folder / MERGES).strip().split("\n")[1:]
+        lines = _text(folder / MERGES).strip().split("\n")
+        lines = lines[1:] if lines[0].startswith("#version") else lines
         table: Any = read_json(folder / VOCABULARY, MOST_TOKENS)
         tables[VOCABULARY] = Tables(table, lines, {})
     if whole:

@@ -147,15 +147,10 @@ def without_weights(cls: Any, blueprint: Blueprint) -> Any:
         # The constructor of a tokenizer takes paths before release 5 of transformers, and tables
         # since: only files do for both. They are what `convert` writes, or what a folder holds.
         folder = blueprint.folder
-        files: Mapping[str, str | Path] = (
-            read_tokenizer(folder, values) if folder else tokenizer_files(values)
-        )
+        files = read_tokenizer(folder, values) if folder else tokenizer_files(values)
         with tempfile.TemporaryDirectory(prefix="ckptconv-") as place:
             for file, held in files.items():
-                if isinstance(held, Path):
-                    lend(held, Path(place, file))
-                else:
-                    Path(place, file).write_bytes(held.encode())
+                Path(place, file).write_bytes(held.encode())
             tokenizer = cls.from_pretrained(place, local_files_only=True)
         tokenizer.name_or_path = str(folder or "")
         return tokenizer
