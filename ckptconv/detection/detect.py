@@ -176,7 +176,8 @@ def detect(
         name: find_fact(name, witnesses, header, task.name)
         for name, witnesses in architecture.facts.items()
     }
-    decided, suggested, facts, unfit = decided or {}, suggested or {}, dict(found), []
+    decided, suggested = decided or {}, suggested or {}
+    facts, unfit = dict(found), []
     for name in [name for name in found if name in decided or name in suggested]:
         possible = choices(architecture.facts[name], header, task.name)
         fact, why = decided.get(name) or suggested[name], found[name].detail
