@@ -12,6 +12,7 @@ if there was a finding. The attacks themselves are in `tests/support/hostility.p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import multiprocessing as mp
 import os
@@ -92,7 +93,8 @@ def _run(
         _do_while_writing(lambda: attack.during and attack.during(scene))
     aside = scene.root.parent
     out_path, err_path = (aside / name for name in WRITTEN)
-    with (attack.stdout or out_path).open("w") as out, err_path.open("w") as err:
+    out = (attack.stdout or out_path).open("w")
+    with err_path.open("w") as err:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
         with redirect_stdout(out), redirect_stderr(err):
@@ -103,6 +105,8 @@ def _run(
             except BaseException:  # noqa: BLE001  (that is the finding)
                 traceback.print_exc()
                 code = 99
+    with contextlib.suppress(OSError):
+        out.close()
     answer.send((code, scene.made_meanwhile))
 
 

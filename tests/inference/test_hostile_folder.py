@@ -151,7 +151,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "no tokenizer": (gone("tokenizer/vocab.json"), "holds no vocab.json with a merges.txt"),
     "junk as vocabulary": (content("tokenizer/vocab.json", b'{"a": []}'), "vocabulary is no table"),
     "an empty vocabulary": (content("tokenizer/vocab.json", b"{}"), "vocabulary is no table"),
-    "junk as merges": (content("tokenizer/merges.txt", b"#v\nx y\nabc\n"), "merge 2 is 'abc'"),
+    "junk as merges": (
+        content("tokenizer/merges.txt", b"#version: 0.2\nx y\nabc\n"),
+        "merge 2 is 'abc'",
+    ),
     "half a surrogate pair": (content(UNET, b'{"x": "\\ud800"}'), "cannot be read as JSON"),
     "a list as configuration": (content(UNET, b"[]"), "holds no JSON object"),
     # Files that hang or swell.
@@ -233,7 +236,8 @@ def test_programs_in_a_folder_are_named(copy: Copy) -> None:
 def test_a_donor_brings_only_what_its_class_takes(small: Path, copy: Copy, tmp_path: Path) -> None:
     folder = copy("small")
     before = read_json(folder / "vae/config.json")
-    entries("vae/config.json", **CODE, _name_or_path="x", unknown=[1], use_quant_conv=True)(folder)
+    code = {k: v for k, v in CODE.items() if k != "quantization_config"}  # which is refused
+    entries("vae/config.json", **code, _name_or_path="x", unknown=[1], use_quant_conv=True)(folder)
     report = ckptconv.convert(small, tmp_path / "out", vae=folder, configs_only=True)
     written = read_json(tmp_path / "out/vae/config.json")
     assert written == {**before, "use_quant_conv": True}
