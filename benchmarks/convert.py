@@ -292,9 +292,6 @@ CASES: dict[str, Callable[[Path], Case]] = {
         "sdxl", "StableDiffusionXLPipeline", "fp16", "SDXL fp16, bit for bit"
     ),
     "sd3": copying("sd3", "SD3 medium with T5 fp16, bit for bit", "--dtype", "fp16"),
-    "diffusers-sd3": against_diffusers(
-        "sd3", "StableDiffusion3Pipeline", "fp16", "SD3 medium with T5 fp16, bit for bit"
-    ),
     "flux": hollow,
     "lora": merging("without"),
     "lora-diffusers": merging("diffusers"),
